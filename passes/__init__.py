@@ -1,0 +1,1 @@
+"""Graph to graph: folds, smoothing, Q/DQ insertion, lowering."""

@@ -1,0 +1,1 @@
+"""From a language model to a verified TensorRT INT8 engine."""
