@@ -1,0 +1,206 @@
+"""How each linear is computed, as values: a setting that no runtime can honour cannot be constructed.
+
+Shapes: a linear is Y = X Wᵀ with tokens X [T, K] and weight W [N, K], whatever the layout in the file.
+Quantization is symmetric INT8: q = clip(round(x / scale)) with zero point 0; weights use -127 … 127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, TypeAlias
+
+from ..export.errors import BismoothError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BismoothError(message)
+
+
+class ComputeType(StrEnum):
+    """The float type that a deployed graph computes in; scales and rescales are float32 in all of them."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class IntegerType(StrEnum):
+    """The integer types that weights are stored in."""
+
+    INT8 = "int8"
+
+
+class RangeMethod(StrEnum):
+    """How the range of a tensor is chosen from the histogram of its calibration values."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    MSE = "mse"
+
+
+class SiteKind(StrEnum):
+    """Where a per-channel factor folds away, named after what produces the tensor that the linears read."""
+
+    NORM = "norm"
+    ATTENTION_VALUE = "attention_value"
+    GATED_PRODUCT = "gated_product"
+    ELEMENTWISE = "elementwise"
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale per index of ``axis``; axis 0 of W [N, K] is the output channel."""
+
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.axis >= 0, f"per_channel: Expected an axis of 0 or more, got {self.axis}.")
+
+
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """One scale per row of X, computed at run time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale per run of ``size`` input channels, in every row of W and of X."""
+
+    size: int
+
+    STEP: ClassVar[int] = 16
+    """INT8 tensor cores read K in steps of 16 (PTX ISA, ``mma.m8n8k16``)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.size > 0 and self.size % self.STEP == 0,
+            f"per_group: Expected a positive multiple of {self.STEP} as group_size, got {self.size}.",
+        )
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerToken | PerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """How W [N, K] is stored: INT8 with one scale per output channel, or per output channel and group of inputs.
+
+    Raises:
+        BismoothError: per-channel scales on another axis than 0. On the reduction axis they force a float GEMM.
+    """
+
+    granularity: PerChannel | PerGroup = PerChannel()
+    dtype: IntegerType = IntegerType.INT8
+
+    def __post_init__(self) -> None:
+        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else 0
+        _require(
+            axis == 0,
+            f"weights: Expected scales per channel of axis 0, the output channel, got axis {axis}.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicActivation:
+    """X is quantized with one scale per token, max|row| / 127, computed at run time; needs no calibration.
+
+    With weights per group the scale is one per token and group.
+    """
+
+    granularity: ClassVar[PerToken] = PerToken()
+
+
+@dataclass(frozen=True, slots=True)
+class StaticActivation:
+    """X is quantized with one scale from calibration; ``percentile`` (of |X|, in %) goes with that method alone.
+
+    Raises:
+        BismoothError: a percentile is missing, superfluous or outside (50, 100].
+    """
+
+    method: RangeMethod = RangeMethod.MINMAX
+    percentile: float | None = None
+
+    granularity: ClassVar[PerTensor] = PerTensor()
+
+    def __post_init__(self) -> None:
+        if self.method is RangeMethod.PERCENTILE:
+            _require(
+                self.percentile is not None and 50 < self.percentile <= 100,
+                f"activations: Expected a percentile above 50 and up to 100, got {self.percentile}.",
+            )
+        else:
+            _require(
+                self.percentile is None,
+                f"activations: Expected no percentile with the range method '{self.method}', got {self.percentile}.",
+            )
+
+
+ActivationSpec: TypeAlias = DynamicActivation | StaticActivation
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothSpec:
+    """Bi-smoothing (arXiv 2408.15301): X / s and W · s, s = max|X|^α / max|W|^(1-α) per input channel, also below 1.
+
+    ``alphas`` is the grid that α is chosen from, per site, by output error; one value fixes α.
+    ``kinds`` are the kinds of site that are smoothed.
+
+    Raises:
+        BismoothError: no alpha, one outside [0, 1], one twice, or no kind.
+    """
+
+    alphas: tuple[float, ...]
+    kinds: frozenset[SiteKind] = frozenset(SiteKind)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.alphas) and all(0 <= alpha <= 1 for alpha in self.alphas),
+            f"smoothing: Expected one or more alphas from 0 to 1, got {list(self.alphas)}.",
+        )
+        _require(
+            len(set(self.alphas)) == len(self.alphas),
+            f"smoothing: Expected different alphas, got {list(self.alphas)}.",
+        )
+        _require(bool(self.kinds), "smoothing: Expected one or more kinds of site, got none.")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """How one linear is computed; ``LinearSpec()`` leaves it in float.
+
+    ``smoothing`` concerns the linear's input, so the linears that share an input must agree on it.
+
+    Raises:
+        BismoothError: activations are quantized and weights are not (there is no such GEMM), or weights per group
+            meet float activations (the runtimes then dequantize the whole weight in every run).
+    """
+
+    weights: WeightSpec | None = None
+    activations: ActivationSpec | None = None
+    smoothing: SmoothSpec | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.weights is not None or self.activations is None,
+            "linear: Expected quantized weights with quantized activations, got float weights. "
+            "Set weights, or set activations to null.",
+        )
+        _require(
+            self.activations is not None or self.weights is None or isinstance(self.weights.granularity, PerChannel),
+            "linear: Expected quantized activations with weights per group, got float activations. "
+            "Set activations, or weights per_channel.",
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are stored as integers."""
+        return self.weights is not None
