@@ -1,0 +1,287 @@
+"""Run ONNX graphs in ONNX Runtime: token ids in, logits or any named values out.
+
+NOTE: on CPUs without VNNI, ONNX Runtime's default INT8 kernels saturate (u8 x s8 into 16 bits) and are wrong by several
+percent. Mode "int8" sets ``session.x64quantprecision=1``, which is exact.
+NOTE: run FP32 graphs on the CPU. It upcasts FP16 graphs and then does not fuse their Q/DQ nodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..export.errors import BismoothError
+
+Mode = Literal["int8", "reference", "plain"]
+Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+
+#: Session settings by mode: integer kernels, their float reference, ONNX Runtime's own defaults.
+#: "reference" computes every Q and DQ as the float function of its definition. Where a blocked DQ becomes MatMulNBits,
+#: the CPU kernel would quantize the activations unless its accuracy level is 1.
+MODES: Mapping[Mode, Mapping[str, str]] = {
+    "int8": {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"},
+    "reference": {
+        "session.disable_quant_qdq": "1",
+        "session.disable_double_qdq_remover": "1",
+        "session.qdq_matmulnbits_accuracy_level": "1",
+    },
+    "plain": {},
+}
+PROVIDERS: Mapping[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+#: Operators that must not end up on the CPU when a GPU was asked for. Shape arithmetic belongs there.
+_COMPUTE = frozenset({"Attention", "Conv", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "Softmax"})
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_DTYPES = {
+    "tensor(bool)": np.dtype(np.bool_),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+}
+
+
+class _Port(Protocol):
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+class _InferenceSession(Protocol):
+    def get_inputs(self) -> list[_Port]: ...
+    def get_outputs(self) -> list[_Port]: ...
+    def get_providers(self) -> list[str]: ...
+    def get_provider_graph_assignment_info(self) -> list[Any]: ...
+    def run(self, output_names: list[str], input_feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]: ...
+
+
+@dataclass(frozen=True)
+class InMemoryGraph:
+    """A serialized ONNX graph that was never written: ``folder`` holds its external data, ``name`` is for messages."""
+
+    name: str
+    data: bytes
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: numpy dtype (``None`` for types numpy lacks) and shape, symbolic dimensions by name."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[int | str | None, ...]
+
+
+class Session:
+    """A graph loaded into ONNX Runtime; a context manager, which frees the memory on exit.
+
+    Args:
+        model: an ONNX file, or a graph in memory.
+        mode: "int8" runs Q/DQ patterns on exact integer kernels, "reference" as float fake-quantization, "plain" sets
+            nothing.
+        provider: where to run. Another one than the CPU never falls back to it silently.
+        threads: threads per operator; one per core by default.
+        values: names of inner values to offer as further outputs (needs the package ``onnx``).
+
+    Raises:
+        BismoothError: ONNX Runtime is missing or installed twice, the provider cannot be used, or the graph cannot be
+            loaded.
+    """
+
+    def __init__(
+        self,
+        model: Path | InMemoryGraph,
+        *,
+        mode: Mode = "int8",
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        values: Sequence[str] = (),
+    ) -> None:
+        self.label = str(model) if isinstance(model, Path) else model.name
+        runtime = import_onnxruntime()
+        graph = _with_values(model, values) if values else model
+        options = _session_options(runtime, graph, MODES[mode], provider, threads)
+        _check_available(runtime, provider)
+        source = str(graph) if isinstance(graph, Path) else graph.data
+        try:
+            session: _InferenceSession = runtime.InferenceSession(
+                source, options, providers=[PROVIDERS[provider]], disable_fallback=True
+            )
+        except Exception as error:
+            raise BismoothError(
+                f"{self.label}: ONNX Runtime cannot load the graph: {_reason(error)} "
+                "Expected a complete artifact folder with its weight files. Make the artifact again."
+            ) from error
+        _check_placement(session, provider)
+        self._session: _InferenceSession | None = session
+        self.inputs = tuple(_port(port) for port in session.get_inputs())
+        self.outputs = tuple(_port(port) for port in session.get_outputs())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graph and its weights; running is an error from then on."""
+        self._session = None
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Values by name: those in ``outputs``, or all outputs of the graph.
+
+        Raises:
+            BismoothError: a feed is missing or has a wrong name, dtype or shape, or an operator failed.
+        """
+        if self._session is None:
+            raise BismoothError(f"{self.label}: the session was closed. Run it inside its 'with' block.")
+        names = [port.name for port in self.outputs] if outputs is None else list(outputs)
+        try:
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
+            raise BismoothError(
+                f"{self.label}: ONNX Runtime failed: {_reason(error)} It was fed: {shapes or 'nothing'}. "
+                f"Expected: {', '.join(f'{p.name} {p.dtype} {list(p.shape)}' for p in self.inputs)}."
+            ) from error
+
+    def token_feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Feeds for token ids [B, S] without padding, for every input that language models have.
+
+        Raises:
+            BismoothError: the graph has an input that token ids do not determine.
+        """
+        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+        known: dict[str, NDArray[np.int64]] = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "position_ids": positions,
+            "token_type_ids": np.zeros_like(ids),
+        }
+        unknown = [port.name for port in self.inputs if port.name not in known or port.dtype is None]
+        if unknown:
+            raise BismoothError(
+                f"{self.label}: cannot be run on text, since it has the input '{unknown[0]}'. "
+                f"Expected some of {', '.join(known)}. Export the model without a KV cache."
+            )
+        return {port.name: known[port.name].astype(port.dtype or np.int64) for port in self.inputs}
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits [B, S, V], float32, of token ids [B, S] without padding."""
+        name = self.outputs[0].name
+        return self.run(self.token_feeds(ids), [name])[name].astype(np.float32, copy=False)
+
+    def windows(self, ids: NDArray[np.int64], batch_size: int = 1) -> Iterator[NDArray[np.float32]]:
+        """Logits [B, S, V] of ``ids`` [N, S], in order, ``batch_size`` windows at a time."""
+        for start in range(0, len(ids), batch_size):
+            yield self.logits(ids[start : start + batch_size])
+
+
+def import_onnxruntime() -> Any:
+    """The module ``onnxruntime``.
+
+    Raises:
+        BismoothError: it is not installed, or two packages that overwrite each other provide it.
+    """
+    found = [name for name in _PACKAGES if _installed(name)]
+    if len(found) > 1:
+        raise BismoothError(
+            f"onnxruntime: {' and '.join(found)} are both installed and overwrite each other's files. Expected one. "
+            f"Run 'pip uninstall {' '.join(found)}' and install the one you need."
+        )
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BismoothError(
+            f"onnxruntime: cannot be imported ({error}). "
+            "Run 'pip install bismooth[runtime]', or bismooth[gpu] on a machine with an NVIDIA GPU."
+        ) from error
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _session_options(
+    runtime: Any, model: Path | InMemoryGraph, mode: Mapping[str, str], provider: Provider, threads: int | None
+) -> Any:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # errors arrive as exceptions; do not print them as well
+    options.intra_op_num_threads = threads or 0
+    entries = dict(mode)
+    if isinstance(model, InMemoryGraph):
+        entries["session.model_external_initializers_file_folder_path"] = str(model.folder)
+    if provider != "cpu":
+        entries["session.record_ep_graph_assignment_info"] = "1"
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _with_values(model: Path | InMemoryGraph, values: Sequence[str]) -> InMemoryGraph:
+    from .subgraph import add_outputs, load_graph, parse_graph
+
+    if isinstance(model, Path):
+        proto, folder, name = load_graph(model), model.parent, str(model)
+    else:
+        proto, folder, name = parse_graph(model.data, model.name), model.folder, model.name
+    add_outputs(proto, values)
+    return InMemoryGraph(name, proto.SerializeToString(), folder)
+
+
+def _check_available(runtime: Any, provider: Provider) -> None:
+    available: list[str] = runtime.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise BismoothError(
+            f"onnxruntime: this build has no {PROVIDERS[provider]}. It has: {', '.join(available)}. "
+            "Install bismooth[gpu] instead of bismooth[runtime], or use the provider 'cpu'."
+        )
+
+
+def _check_placement(session: _InferenceSession, provider: Provider) -> None:
+    """Refuse a session that computes on the CPU though a GPU was asked for."""
+    if provider == "cpu":
+        return
+    expected, used = PROVIDERS[provider], session.get_providers()
+    if used[0] != expected:
+        raise BismoothError(
+            f"onnxruntime: {expected} could not be started and ONNX Runtime fell back to {used[0]}; its messages above "
+            "say why. Install the CUDA libraries that this build needs and check the driver, or use the provider 'cpu'."
+        )
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == PROVIDERS["cpu"]]
+    stray = [node for part in parts for node in part.get_nodes() if node.op_type in _COMPUTE]
+    if stray:
+        raise BismoothError(
+            f"onnxruntime: {expected} puts {len(stray)} nodes on the CPU, first {stray[0].name} ({stray[0].op_type}). "
+            "Expected none. Use a newer onnxruntime-gpu, or the provider 'cpu'."
+        )
+
+
+def _port(port: _Port) -> Port:
+    return Port(port.name, _DTYPES.get(port.type), tuple(port.shape))
+
+
+def _reason(error: Exception) -> str:
+    """ONNX Runtime's message without its prefix and line breaks, closed by a full stop."""
+    text = " ".join(str(error).split())
+    return text.removeprefix("[ONNXRuntimeError] : ").rstrip(".") + "."

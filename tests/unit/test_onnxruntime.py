@@ -1,0 +1,364 @@
+"""Sessions: numbers against numpy, and every way a graph or a provider can be refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from bismooth.engines import onnxruntime as engine
+from bismooth.engines.onnxruntime import InMemoryGraph, Session
+from bismooth.engines.subgraph import cut, load_graph
+from bismooth.export.errors import BismoothError
+
+VOCAB, HIDDEN = 11, 8
+IDS = np.array([[1, 2, 3], [4, 5, 10], [0, 0, 7]], dtype=np.int64)
+Edit = Callable[[onnx.ModelProto], None]
+
+
+def external(name: str, shape: list[int], offset: int, location: str = "weights.bin") -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
+    length = 4 * int(np.prod(shape))
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def language_model(folder: Path, edit: Edit = lambda _: None) -> Path:
+    """Embedding, tanh, tied head; weights [VOCAB, HIDDEN] outside of the graph."""
+    weights = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN)).astype(np.float32)
+    (folder / "weights.bin").write_bytes(weights.tobytes())
+    nodes = [
+        helper.make_node("Gather", ["embed", "input_ids"], ["x"], "embed/Gather"),
+        helper.make_node("Tanh", ["x"], ["hidden"], "act/Tanh"),
+        helper.make_node("Transpose", ["embed"], ["head"], "head/Transpose"),
+        helper.make_node("MatMul", ["hidden", "head"], ["logits"], "head/MatMul"),
+    ]
+    shape = ["batch", "sequence"]
+    graph = helper.make_graph(
+        nodes,
+        "lm",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "attention_mask")],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, VOCAB])],
+        [external("embed", [VOCAB, HIDDEN], 0)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    edit(model)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def expected_logits(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    weights = np.fromfile(folder / "weights.bin", np.float32).reshape(VOCAB, HIDDEN).astype(np.float64)
+    return np.tanh(weights[ids]) @ weights.T
+
+
+def test_logits_and_inner_values(tmp_path: Path) -> None:
+    path = language_model(tmp_path)
+    with Session(path, values=["hidden", "logits"], threads=1) as session:
+        assert [port.name for port in session.outputs] == ["logits", "hidden"]
+        assert session.inputs[0] == engine.Port("input_ids", np.dtype(np.int64), ("batch", "sequence"))
+        logits = session.logits(IDS)
+        hidden = session.run(session.token_feeds(IDS), ["hidden"])["hidden"]
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected_logits(tmp_path, IDS), rtol=1e-5, atol=1e-6)
+    assert hidden.shape == (3, 3, HIDDEN)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_windows_come_in_order_whatever_the_batch_size(tmp_path: Path, batch_size: int) -> None:
+    with Session(language_model(tmp_path)) as session:
+        batches = list(session.windows(IDS, batch_size))
+    assert max(len(batch) for batch in batches) == min(batch_size, 3)
+    np.testing.assert_allclose(np.concatenate(batches), expected_logits(tmp_path, IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_graph_in_memory_reads_weights_from_its_folder(tmp_path: Path) -> None:
+    model = load_graph(language_model(tmp_path))
+    (tmp_path / "model.onnx").unlink()
+    cut(model, ["hidden"])
+    assert [node.op_type for node in model.graph.node] == ["Gather", "Tanh"]
+    with Session(InMemoryGraph("cut", model.SerializeToString(), tmp_path)) as session:
+        (hidden,) = session.run(session.token_feeds(IDS)).values()
+    np.testing.assert_allclose(hidden @ np.eye(HIDDEN), hidden)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.bin"]
+
+
+def test_cut_follows_names_into_bodies(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["hidden"], ["inner"])],
+        "body",
+        [],
+        [helper.make_empty_tensor_value_info("inner")],
+    )
+
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+        model.graph.node.append(helper.make_node("If", ["yes"], ["chosen"], then_branch=body, else_branch=body))
+
+    model = load_graph(language_model(tmp_path, edit))
+    cut(model, ["chosen"])
+    assert [node.op_type for node in model.graph.node] == ["Gather", "Tanh", "If"]
+
+
+# --- Q/DQ -----------------------------------------------------------------------------------------------------------
+
+
+def per_token_linear(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> bytes:
+    """The per-token W8A8 lowering of a linear with weight [K, N]; r = scale / 2^-14."""
+    s0 = np.float32(2.0**-14)
+    constants = {
+        "w": weight,
+        "s0": s0,
+        "one": np.float32(1),
+        "zero": np.int8(0),
+        "r": scale / s0,
+        "last": np.array([-1], np.int64),
+        "tiny": np.float32(1e-12),
+        "c127": np.float32(127),
+    }
+    make = helper.make_node
+    nodes = [
+        make("Abs", ["x"], ["a"]),
+        make("ReduceMax", ["a", "last"], ["m"], keepdims=1),
+        make("Max", ["m", "tiny"], ["mt"]),
+        make("Div", ["mt", "c127"], ["t"]),
+        make("Div", ["x", "t"], ["xs"]),
+        make("QuantizeLinear", ["xs", "one", "zero"], ["xq"]),
+        make("DequantizeLinear", ["xq", "one", "zero"], ["xd"]),
+        make("DequantizeLinear", ["w", "s0", "zero"], ["wd"]),
+        make("MatMul", ["xd", "wd"], ["acc"]),
+        make("Mul", ["acc", "r"], ["scaled"]),
+        make("Mul", ["scaled", "t"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", weight.shape[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", weight.shape[1]])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("mode", ["int8", "reference"])
+def test_quantized_linear_is_exact_in_both_modes(tmp_path: Path, mode: engine.Mode) -> None:
+    rng = np.random.default_rng(1)
+    # All weights at the limit and all activations of one sign: the case that saturates u8 x s8 kernels.
+    weight = np.where(rng.random((256, 32)) < 0.5, 127, 120).astype(np.int8)
+    scale = rng.uniform(1e-3, 2e-3, 32).astype(np.float32)
+    x = rng.uniform(0.5, 1, (16, 256)).astype(np.float32)
+    with Session(InMemoryGraph("linear", per_token_linear(weight, scale), tmp_path), mode=mode) as session:
+        y = session.run({"x": x})["y"]
+    t = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    exact = np.rint(x / t).astype(np.float64) @ weight.astype(np.float64) * scale * t
+    np.testing.assert_allclose(y, exact, rtol=2e-6)
+
+
+def test_reference_mode_keeps_activations_of_blocked_weights_in_float(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.integers(-8, 8, (128, 32), dtype=np.int8)
+    scale = rng.uniform(0.01, 0.02, (4, 32)).astype(np.float32)
+    packed = helper.make_tensor("w", TensorProto.INT4, weight.shape, weight.reshape(-1).tolist())
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["wd"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["x", "wd"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "blocked",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 128])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 32])],
+        [packed, numpy_helper.from_array(scale, "s")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    x = rng.standard_normal((8, 128)).astype(np.float32)
+    exact = x.astype(np.float64) @ (weight * np.repeat(scale, 32, axis=0).astype(np.float64))
+    for mode in ("reference", "int8"):
+        with Session(InMemoryGraph("blocked", model.SerializeToString(), tmp_path), mode=mode) as session:
+            error = np.abs(session.run({"x": x})["y"] - exact).max() / np.abs(exact).max()
+        assert error < 1e-6, mode
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def unknown_op(model: onnx.ModelProto) -> None:
+    model.graph.node[1].op_type = "Frobnicate"
+
+
+def cycle(model: onnx.ModelProto) -> None:
+    model.graph.node[1].op_type = "Add"
+    model.graph.node[1].input[:] = ["x", "more"]
+    model.graph.node.append(helper.make_node("Neg", ["hidden"], ["more"]))
+
+
+def relocate(location: str) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.initializer[0].external_data[0].value = location
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (unknown_op, "Frobnicate"),
+        (cycle, "not acyclic"),
+        (relocate("gone.bin"), "gone.bin"),
+        (relocate("../outside.bin"), "outside.bin"),
+        (relocate("/etc/hostname"), "[Aa]bsolute path|escapes|outside"),
+    ],
+)
+def test_graph_that_cannot_be_loaded(tmp_path: Path, edit: Edit, reason: str) -> None:
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (tmp_path / "outside.bin").write_bytes(bytes(4 * VOCAB * HIDDEN))
+    path = language_model(folder, edit)
+    with pytest.raises(BismoothError, match=rf"model\.onnx: ONNX Runtime cannot load the graph: .*({reason})"):
+        Session(path)
+
+
+def test_weights_cut_off(tmp_path: Path) -> None:
+    path = language_model(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(BismoothError, match=r"cannot load the graph: .*embed.*out of bounds"):
+        Session(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all"])
+def test_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BismoothError, match=r"model\.onnx: ONNX Runtime cannot load the graph"):
+        Session(path)
+    with pytest.raises(BismoothError, match=r"model\.onnx: not a valid ONNX file: .+ Make the artifact again\."):
+        load_graph(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(BismoothError, match=r"none\.onnx: ONNX Runtime cannot load the graph: .*doesn't exist"):
+        Session(tmp_path / "none.onnx")
+    with pytest.raises(BismoothError, match=r"none\.onnx: cannot be read \(No such file"):
+        load_graph(tmp_path / "none.onnx")
+
+
+def test_value_that_is_not_in_the_graph(tmp_path: Path) -> None:
+    path = language_model(tmp_path)
+    with pytest.raises(BismoothError, match=r"value nowhere: not in the graph, like 1 of the 2 values"):
+        Session(path, values=["hidden", "nowhere"])
+    with pytest.raises(BismoothError, match=r"value nowhere: not in the graph"):
+        cut(load_graph(path), ["nowhere"])
+
+
+def test_wrong_feeds(tmp_path: Path) -> None:
+    with Session(language_model(tmp_path)) as session:
+        with pytest.raises(BismoothError, match=r"attention_mask.*It was fed: input_ids int64 \[3, 3\]\. Expected: "):
+            session.run({"input_ids": IDS})
+        with pytest.raises(BismoothError, match=r"ONNX Runtime failed: .*out of (data )?bounds"):
+            session.logits(IDS + VOCAB)
+    with pytest.raises(BismoothError, match=r"model\.onnx: the session was closed"):
+        session.logits(IDS)
+
+
+def test_input_that_text_does_not_determine(tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.input.append(helper.make_tensor_value_info("past.0.key", TensorProto.FLOAT, [1]))
+
+    with (
+        Session(language_model(tmp_path, edit)) as session,
+        pytest.raises(BismoothError, match=r"it has the input 'past\.0\.key'"),
+    ):
+        session.logits(IDS)
+
+
+# --- installations and providers ------------------------------------------------------------------------------------
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def distribution(name: str) -> object:
+        if name not in names:
+            raise metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+
+
+def test_two_onnxruntimes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_installed(monkeypatch, "onnxruntime", "onnxruntime-gpu")
+    with pytest.raises(BismoothError, match=r"both installed .* Run 'pip uninstall onnxruntime onnxruntime-gpu'"):
+        Session(language_model(tmp_path))
+
+
+def test_no_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_installed(monkeypatch)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BismoothError, match=r"onnxruntime: cannot be imported .*bismooth\[runtime\]"):
+        Session(language_model(tmp_path))
+
+
+def test_provider_that_the_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.import_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(BismoothError, match=r"no CUDAExecutionProvider\. It has: CPUExecutionProvider"):
+        Session(language_model(tmp_path), provider="cuda")
+
+
+def ignore(key: str, value: str) -> None:
+    """Take a session setting."""
+
+
+class FakeRuntime(SimpleNamespace):
+    """An onnxruntime with a CUDA provider whose sessions report what they are told to."""
+
+    def __init__(self, providers: list[str], cpu_ops: list[str]) -> None:
+        nodes = [SimpleNamespace(name=f"node/{op}", op_type=op) for op in cpu_ops]
+        part = SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)
+        session = SimpleNamespace(
+            get_providers=lambda: providers,
+            get_provider_graph_assignment_info=lambda: [part],
+            get_inputs=list[Any],
+            get_outputs=list[Any],
+        )
+
+        def answer(model: str, options: object, **settings: object) -> object:
+            return session
+
+        super().__init__(
+            get_available_providers=lambda: ["CUDAExecutionProvider"],
+            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=ignore),
+            InferenceSession=answer,
+        )
+
+
+GPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("providers", "cpu_ops", "message"),
+    [
+        (["CPUExecutionProvider"], [], r"could not be started and ONNX Runtime fell back to CPUExecutionProvider"),
+        (GPU, ["Shape", "Attention", "MatMul"], r"puts 2 nodes on the CPU, first node/Attention \(Attention\)"),
+    ],
+)
+def test_no_silent_fallback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, providers: list[str], cpu_ops: list[str], message: str
+) -> None:
+    monkeypatch.setattr(engine, "import_onnxruntime", lambda: FakeRuntime(providers, cpu_ops))
+    with pytest.raises(BismoothError, match=message):
+        Session(tmp_path / "model.onnx", provider="cuda")
+
+
+def test_shape_arithmetic_may_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine, "import_onnxruntime", lambda: FakeRuntime(GPU, ["Shape", "Gather"]))
+    with Session(tmp_path / "model.onnx", provider="cuda") as session:
+        assert session.inputs == ()
