@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import onnx_ir as ir
-import torch
 
 from .errors import BismoothError
 from .safetensors_file import TensorEntry
@@ -19,21 +18,45 @@ _IR_TYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
 }
-_LEGACY = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
-def tied_names(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameter name → all names of the same parameter (tied embeddings), itself included."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in groups.values() for name in group}
+def stored_names(model: Any, weights: Weights) -> dict[str, str]:
+    """Parameter name of a transformers model → the name of its tensor in the checkpoint.
+
+    Checkpoints spell names differently from the model (old names, with or without the base model's prefix); transformers keeps the rules.
+    Parameters that share storage (tied embeddings) share a tensor.
+
+    Raises:
+        BismoothError: transformers computes a parameter from several tensors, so that it has no bytes in the checkpoint.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[str, str] = {}
+    for stored in weights.entries:
+        if stored in parameters:
+            names[stored] = stored
+            continue
+        name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
+        if converted is not None:
+            path = weights.entries[stored][0]
+            raise BismoothError(
+                f"{path}: tensor {stored} must be rearranged to become {name} of {type(model).__name__}; its bytes cannot be used as they "
+                "are. Load the model with transformers, save it with save_original_format=False and export that folder."
+            )
+        names.setdefault(name, stored)
+    by_parameter = {id(parameters[name]): stored for name, stored in names.items() if name in parameters}
+    return {name: by_parameter[id(value)] for name, value in parameters.items() if id(value) in by_parameter}
 
 
-def link_weights(model: ir.Model, weights: Weights, tied: dict[str, tuple[str, ...]], base_prefix: str) -> None:
+def link_weights(model: ir.Model, weights: Weights, names: Mapping[str, str]) -> None:
     """Give every initializer without data its place in the checkpoint's files, in place; weights stay outside.
 
-    An initializer takes the checkpoint's name. Where the checkpoint's type is not FP32, a ``Cast`` to FP32 follows it.
+    An initializer takes its name in the checkpoint (``names``). Where the checkpoint's type is not FP32, a ``Cast`` to FP32 follows it.
 
     Raises:
         BismoothError: a tensor is missing, has another shape than the model's configuration says, or is not a float.
@@ -43,7 +66,12 @@ def link_weights(model: ir.Model, weights: Weights, tied: dict[str, tuple[str, .
     for name, value in list(graph.initializers.items()):
         if value.const_value is not None:
             continue
-        stored = _find(name, weights, tied, base_prefix)
+        if name not in names:
+            raise BismoothError(
+                f"{weights.files[0].parent}: the checkpoint has no tensor {name}. It has {len(weights.entries)} tensors, "
+                f"for example {', '.join(sorted(weights.entries)[:3])}. Is the checkpoint complete, and of this architecture?"
+            )
+        stored = names[name]
         path, entry = weights.entries[stored]
         expected = tuple(int(cast(Any, size)) for size in cast(ir.Shape, value.shape))
         if entry.shape != expected:
@@ -60,27 +88,6 @@ def link_weights(model: ir.Model, weights: Weights, tied: dict[str, tuple[str, .
     for stored, value in linked.items():
         if value.dtype != ir.DataType.FLOAT:
             _cast_to_float(graph, stored, value)
-
-
-def _find(name: str, weights: Weights, tied: dict[str, tuple[str, ...]], base_prefix: str) -> str:
-    for candidate in _candidates([name, *tied.get(name, ())], base_prefix):
-        if candidate in weights.entries:
-            return candidate
-    raise BismoothError(
-        f"{weights.files[0].parent}: the checkpoint has no tensor {name}. It has {len(weights.entries)} tensors, "
-        f"for example {', '.join(sorted(weights.entries)[:3])}. Is the checkpoint complete, and of this architecture?"
-    )
-
-
-def _candidates(names: Sequence[str], base_prefix: str) -> Iterable[str]:
-    """The ways in which a checkpoint may spell a parameter: without or with the base model's prefix, with old norm names."""
-    prefix = f"{base_prefix}."
-    for name in names:
-        for spelled in (name, name.removeprefix(prefix), prefix + name):
-            yield spelled
-            for new, old in _LEGACY:
-                if spelled.endswith(new):
-                    yield spelled.removesuffix(new) + old
 
 
 def _external(value: ir.Value, name: str, path: Path, entry: TensorEntry) -> ir.Value:

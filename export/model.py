@@ -103,7 +103,7 @@ def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: boo
     import onnx_ir as ir
     from transformers import AutoConfig
 
-    from .link import link_weights, tied_names
+    from .link import link_weights, stored_names
     from .naming import name_constants, name_nodes
     from .skeleton import build_skeleton, model_class
 
@@ -118,8 +118,7 @@ def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: boo
     buffers = dict(skeleton.model.named_buffers())
     model, blocks = _trace(config, skeleton.blocks, skeleton.short_config, skeleton.short_blocks, buffers, progress)
     progress("link the weights", 3, 4)
-    base_prefix = str(getattr(skeleton.model, "base_model_prefix", ""))
-    link_weights(model, source.weights, tied_names(skeleton.model), base_prefix)
+    link_weights(model, source.weights, stored_names(skeleton.model, source.weights))
     name_constants(model, set(source.weights.entries))
     name_nodes(model)
     model.producer_name = "bismooth"

@@ -60,8 +60,12 @@ def stamp(model: ir.Model, blocks: Blocks, traced: Sequence[int]) -> None:
     for number, kind in enumerate(blocks.kinds):
         nodes, stream = _copy(prototypes[kind], number, blocks.prefix, stream, graph)
         stamped += nodes
+    output_name = last.exit.name if last.exit.is_graph_output() else None
     last.exit.replace_all_uses_with(stream, replace_graph_outputs=True)
-    graph.insert_before(tail[0], stamped)
+    if output_name is not None:
+        last.exit.name, stream.name = None, output_name
+    for node in stamped:
+        graph.insert_before(tail[0], node) if tail else graph.append(node)
     for part in reversed(parts):
         graph.remove(list(reversed(part.nodes)), safe=True)
     used = {id(value) for node in graph for value in node.inputs if value is not None}

@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import BismoothError
+from .stamp import SCOPES
 
 OPSET = 23
 _AXES = ("batch", "sequence")
@@ -98,6 +99,19 @@ def simplify(model: ir.Model) -> None:
     for value in parameters:
         model.graph.inputs.remove(value)
         model.graph.initializers.add(value)
+    _inherit_scopes(model)
+
+
+def _inherit_scopes(model: ir.Model) -> None:
+    """Nodes made by the optimizer belong to the module of the node that feeds them."""
+    for node in model.graph:
+        if SCOPES in node.metadata_props:
+            continue
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and SCOPES in producer.metadata_props:
+                node.metadata_props[SCOPES] = producer.metadata_props[SCOPES]
+                break
 
 
 @contextmanager
