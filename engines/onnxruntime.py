@@ -41,9 +41,14 @@ PROVIDERS: Mapping[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+_LOAD_ADVICE = {
+    True: "Expected a complete artifact folder with its weight files. Make the artifact again.",
+    False: "Check that the provider's libraries are installed, or use the provider 'cpu'.",
+}
 #: Operators that must not end up on the CPU when a GPU was asked for. Shape arithmetic belongs there.
 _COMPUTE = frozenset({"Attention", "Conv", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "Softmax"})
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+#: Distributions that all install the module ``onnxruntime``.
+_PACKAGES = tuple(f"onnxruntime{kind}" for kind in ("", "-gpu", "-trt-rtx", "-directml", "-openvino", "-rocm", "-qnn"))
 _DTYPES = {
     "tensor(bool)": np.dtype(np.bool_),
     "tensor(int32)": np.dtype(np.int32),
@@ -119,12 +124,11 @@ class Session:
         source = str(graph) if isinstance(graph, Path) else graph.data
         try:
             session: _InferenceSession = runtime.InferenceSession(
-                source, options, providers=[PROVIDERS[provider]], disable_fallback=True
+                source, options, providers=[PROVIDERS[provider]], enable_fallback=0
             )
         except Exception as error:
             raise BismoothError(
-                f"{self.label}: ONNX Runtime cannot load the graph: {_reason(error)} "
-                "Expected a complete artifact folder with its weight files. Make the artifact again."
+                f"{self.label}: ONNX Runtime cannot load the graph: {_reason(error)} {_LOAD_ADVICE[provider == 'cpu']}"
             ) from error
         _check_placement(session, provider)
         self._session: _InferenceSession | None = session
@@ -253,8 +257,9 @@ def _check_available(runtime: Any, provider: Provider) -> None:
     available: list[str] = runtime.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise BismoothError(
-            f"onnxruntime: this build has no {PROVIDERS[provider]}. It has: {', '.join(available)}. "
-            "Install bismooth[gpu] instead of bismooth[runtime], or use the provider 'cpu'."
+            f"onnxruntime: this build has no {PROVIDERS[provider]}. It has: {', '.join(available)}. Install "
+            f"{'onnxruntime-trt-rtx' if provider == 'tensorrt-rtx' else 'bismooth[gpu]'} instead of onnxruntime, "
+            "or use the provider 'cpu'."
         )
 
 

@@ -225,7 +225,9 @@ def test_graph_that_cannot_be_loaded(tmp_path: Path, edit: Edit, reason: str) ->
     folder.mkdir()
     (tmp_path / "outside.bin").write_bytes(bytes(4 * VOCAB * HIDDEN))
     path = language_model(folder, edit)
-    with pytest.raises(BismoothError, match=rf"model\.onnx: ONNX Runtime cannot load the graph: .*({reason})"):
+    with pytest.raises(
+        BismoothError, match=rf"model\.onnx: ONNX Runtime cannot load the graph: .*({reason}).*Make the artifact"
+    ):
         Session(path)
 
 
@@ -307,10 +309,19 @@ def test_no_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         Session(language_model(tmp_path))
 
 
-def test_provider_that_the_build_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("provider", "message"),
+    [
+        ("cuda", r"no CUDAExecutionProvider\. It has: CPUExecutionProvider\. Install bismooth\[gpu\] instead of"),
+        ("tensorrt-rtx", r"no NvTensorRTRTXExecutionProvider\. .* Install onnxruntime-trt-rtx instead of"),
+    ],
+)
+def test_provider_that_the_build_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: engine.Provider, message: str
+) -> None:
     monkeypatch.setattr(engine.import_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BismoothError, match=r"no CUDAExecutionProvider\. It has: CPUExecutionProvider"):
-        Session(language_model(tmp_path), provider="cuda")
+    with pytest.raises(BismoothError, match=message):
+        Session(language_model(tmp_path), provider=provider)
 
 
 def ignore(key: str, value: str) -> None:
@@ -338,6 +349,17 @@ class FakeRuntime(SimpleNamespace):
             SessionOptions=lambda: SimpleNamespace(add_session_config_entry=ignore),
             InferenceSession=answer,
         )
+
+
+def test_provider_that_fails_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(model: str, options: object, **settings: object) -> object:
+        raise RuntimeError("Please install TensorRT libraries.")
+
+    runtime = FakeRuntime(GPU, [])
+    runtime.InferenceSession = fail
+    monkeypatch.setattr(engine, "import_onnxruntime", lambda: runtime)
+    with pytest.raises(BismoothError, match=r"install TensorRT libraries\. Check that the provider's libraries"):
+        Session(tmp_path / "model.onnx", provider="cuda")
 
 
 GPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
