@@ -126,7 +126,7 @@ class StaticActivation:
         BismoothError: a percentile is missing, superfluous or outside (50, 100].
     """
 
-    method: RangeMethod = RangeMethod.MINMAX
+    method: RangeMethod
     percentile: float | None = None
 
     granularity: ClassVar[PerTensor] = PerTensor()

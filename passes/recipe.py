@@ -1,0 +1,163 @@
+"""A recipe: what to quantize and how, as data. The format is in ``docs/recipes.md`` and ``recipe.schema.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..export.errors import BismoothError
+from . import recipe_file
+from .gates import Gates
+from .nearest import did_you_mean
+from .recipe_file import Document
+from .settings import Settings
+from .spec import ComputeType, LinearSpec
+
+DEFAULT = "w8a8"
+"""The recipe that others extend where they do not say which."""
+
+HEAD = "@head"
+"""Selects the linears that make the logits, whatever their names. It may fit nothing: encoders have no head."""
+
+_COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "layers", "gates"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``settings`` for every linear whose module path ``match`` (a glob, or ``@head``) fits."""
+
+    match: str
+    settings: Settings
+
+    def fits(self, name: str, is_head: bool) -> bool:
+        return is_head if self.match == HEAD else fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A complete recipe.
+
+    Attributes:
+        name: of the built-in, or the file's name without its ending.
+        settings: for every linear that no rule touches; all three are set.
+        layers: rules, in order; a later one wins.
+    """
+
+    name: str
+    description: str
+    compute_dtype: ComputeType
+    settings: Settings
+    layers: tuple[Rule, ...]
+    gates: Gates
+
+    @staticmethod
+    def load(source: str | Path) -> Recipe:
+        """A built-in recipe by name, or one from a YAML file.
+
+        Raises:
+            BismoothError: unknown name, unreadable file, unknown key, wrong type or range; with file and key path.
+        """
+        name, file = recipe_file.find(source)
+        return Recipe.from_dict(recipe_file.read(file), name=name, where=str(file))
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any], *, name: str, where: str | None = None) -> Recipe:
+        """The recipe that ``document`` (as in a file) describes; ``where`` starts the error messages.
+
+        Raises:
+            BismoothError: as for :meth:`load`.
+        """
+        where = where or f"recipe {name}"
+        own = recipe_file.validate(dict(document), where)
+        parent = _parent(own, where)
+        settings = parent.settings.overridden(Settings.from_dict(own, parent.settings, where))
+        rules = (_rule(entry, settings, f"{where}: layers[{i}]") for i, entry in enumerate(own.get("layers", ())))
+        return Recipe(
+            name=name,
+            description=own.get("description", ""),
+            compute_dtype=ComputeType(own.get("compute_dtype", parent.compute_dtype)),
+            settings=settings,
+            layers=(*parent.layers, *rules),
+            gates=parent.gates.replaced(own.get("gates", {})),
+        )
+
+    def to_dict(self) -> Document:
+        """The same recipe as plain data that extends nothing: ``from_dict`` gives an equal recipe."""
+        return {
+            "description": self.description,
+            "extends": None,
+            "compute_dtype": str(self.compute_dtype),
+            **self.settings.to_dict(),
+            "layers": [{"match": rule.match, **rule.settings.to_dict()} for rule in self.layers],
+            "gates": self.gates.to_dict(),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the recipe says; its name, description and gates do not change what is built."""
+        said = {key: value for key, value in self.to_dict().items() if key not in ("description", "gates")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def with_alpha(self, alpha: float) -> Recipe:
+        """This recipe with α fixed wherever it smooths."""
+        return replace(
+            self,
+            settings=self.settings.with_alpha(alpha),
+            layers=tuple(replace(rule, settings=rule.settings.with_alpha(alpha)) for rule in self.layers),
+        )
+
+    def resolve(self, linear_names: Collection[str], head_names: Collection[str]) -> dict[str, LinearSpec]:
+        """The specification of every linear, by module path (``model.layers.0.mlp.down_proj``).
+
+        Raises:
+            BismoothError: a rule fits no linear, or settings contradict each other for some linear.
+        """
+        for rule in self.layers:
+            if rule.match != HEAD and not any(rule.fits(name, False) for name in linear_names):
+                raise BismoothError(f"recipe {self.name}: {_no_match(rule.match, linear_names)}")
+        return {name: self._spec(name, name in head_names) for name in linear_names}
+
+    def _spec(self, name: str, is_head: bool) -> LinearSpec:
+        chosen = self.settings
+        for rule in self.layers:
+            if rule.fits(name, is_head):
+                chosen = chosen.overridden(rule.settings)
+        try:
+            return chosen.linear()
+        except BismoothError as error:
+            raise BismoothError(f"recipe {self.name}: {name}: {error}") from None
+
+
+def _no_match(pattern: str, names: Collection[str]) -> str:
+    paths = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+    patterns = sorted(paths | {f"*.{path.rpartition('.')[2]}" for path in paths})
+    near = get_close_matches(pattern, patterns, n=3, cutoff=0.5) or patterns[:3]
+    hint = f" Near it: {', '.join(map(repr, near))}." if near else ""
+    return f"layers: {pattern!r} fits none of the {len(names)} linears.{hint}"
+
+
+def _parent(own: Document, where: str) -> Recipe:
+    """The recipe that ``own`` starts from."""
+    parent = own.get("extends", DEFAULT)
+    if parent is None:
+        if missing := sorted(_COMPLETE - own.keys()):
+            raise BismoothError(f"{where}: Expected every key with 'extends: null', got no {', '.join(missing)}.")
+        return Recipe("", "", ComputeType(own["compute_dtype"]), Settings(), (), Gates())
+    if parent not in recipe_file.BUILTIN:
+        hint = did_you_mean(parent, recipe_file.BUILTIN)
+        raise BismoothError(f"{where}: extends: Expected a built-in recipe, got {parent!r}.{hint}")
+    return Recipe.load(parent)
+
+
+def _rule(entry: Document, above: Settings, where: str) -> Rule:
+    match = entry["match"]
+    if match.startswith("@") and match != HEAD:
+        raise BismoothError(f"{where}.match: Unknown selector {match!r}. Expected a glob on module paths, or {HEAD!r}.")
+    return Rule(match, Settings.from_dict(entry, above, where))

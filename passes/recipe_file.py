@@ -1,0 +1,148 @@
+"""Reads recipe files: strict YAML, then the JSON schema. Errors name the file, the key path, expected and got."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from ..export.errors import BismoothError
+from .nearest import did_you_mean
+
+Document = dict[str, Any]
+
+_DATA = files(__name__.rpartition(".")[0])
+SCHEMA: Document = json.loads(_DATA.joinpath("recipe.schema.json").read_text("utf-8"))
+BUILTIN: dict[str, Traversable] = {
+    file.name.removesuffix(".yaml"): file
+    for file in sorted(_DATA.joinpath("recipes").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".yaml")
+}
+
+
+def find(source: str | Path) -> tuple[str, Traversable]:
+    """Name and file of a recipe, given a built-in name or a path.
+
+    Raises:
+        BismoothError: it is neither.
+    """
+    if str(source) in BUILTIN:
+        return str(source), BUILTIN[str(source)]
+    path = Path(source)
+    if not path.is_file():
+        raise BismoothError(
+            f"recipe: {str(source)!r} is no file and no built-in recipe.{did_you_mean(str(source), BUILTIN)}"
+        )
+    return path.stem, path
+
+
+def read(file: Traversable) -> Document:
+    """The recipe in ``file``, valid by the schema, as plain data.
+
+    Raises:
+        BismoothError: it cannot be read, is no YAML or breaks the schema.
+    """
+    try:
+        document = yaml.load(file.read_text("utf-8"), _Loader)
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError, OSError) as error:
+        raise BismoothError(f"{file}: The recipe cannot be read as YAML: {_one_line(error)}") from error
+    return validate(document, str(file))
+
+
+def validate(document: object, where: str) -> Document:
+    """``document``, if the schema allows it; ``where`` stands first in the message otherwise.
+
+    Raises:
+        BismoothError: it breaks the schema.
+    """
+    errors = cast(list[ValidationError], list(Draft202012Validator(SCHEMA).iter_errors(document)))  # pyright: ignore
+    if errors:
+        first = min(errors, key=lambda error: [str(part) for part in error.absolute_path])
+        raise BismoothError(f"{where}: {_message(first)}")
+    return cast(Document, document)
+
+
+def key_path(parts: Sequence[str | int]) -> str:
+    """``layers[0].weights`` from ``("layers", 0, "weights")``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or "the file"
+
+
+def _message(error: ValidationError) -> str:
+    where = key_path(list(error.absolute_path))
+    got: Any = error.instance
+    rule: Any = error.validator_value
+    if error.validator == "additionalProperties":
+        known = cast(Mapping[str, Any], error.schema)["properties"]
+        key = next(key for key in got if key not in known)
+        return f"{where}: Unknown key {key!r}.{did_you_mean(str(key), known)}"
+    if error.validator == "required":
+        missing = [key for key in rule if key not in got]
+        return f"{where}: Expected the key {missing[0]!r}, got {'only ' if got else 'none'}{', '.join(got)}."
+    if error.validator == "enum":
+        hint = did_you_mean(got, rule) if isinstance(got, str) else ""
+        return f"{where}: Expected {' or '.join(map(str, rule))}, got {_shown(got)}.{hint if 'Did' in hint else ''}"
+    expected = {
+        "type": lambda: " or ".join(_TYPES[name] for name in ([rule] if isinstance(rule, str) else rule)),
+        "minimum": lambda: f"{rule} or more",
+        "exclusiveMinimum": lambda: f"more than {rule}",
+        "maximum": lambda: f"at most {rule}",
+        "multipleOf": lambda: f"a multiple of {rule}",
+        "minItems": lambda: f"at least {rule} entry",
+        "minLength": lambda: "some text",
+        "minProperties": lambda: "'match' and something to set (weights, activations or smoothing)",
+        "uniqueItems": lambda: "entries that differ",
+    }[str(error.validator)]()
+    return f"{where}: Expected {expected}, got {_shown(got)}."
+
+
+_TYPES = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "text",
+    "number": "a number",
+    "integer": "a whole number",
+    "null": "null",
+}
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number and refuses what would be taken silently: a key given twice, NaN, infinity."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        pairs = cast(list[tuple[yaml.Node, yaml.Node]], node.value)
+        for key, count in Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)).items():
+            if count > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = super().construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise yaml.MarkedYAMLError(problem=f"{node.value} is not a finite number", problem_mark=node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+# YAML 1.1 wants a dot in every float and reads 1e-4 as text
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
