@@ -1,7 +1,7 @@
 """Text to token windows, by one protocol for calibration and evaluation.
 
-The pieces of all sources are joined with newlines, tokenised once without special tokens, and cut into non-overlapping windows;
-the first N are taken.
+The pieces of all sources are joined with newlines, tokenised once without special tokens, and cut into non-overlapping
+windows; the first N are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..export.errors import BismoothError
 from .sources import check_source, read_pieces
 
 RANDOM = "random"
-#: Only as much text is tokenised as the windows need. The cut can change tokens near it, never this many tokens earlier.
+#: Only as much text is tokenised as the windows need. The cut changes tokens near it, never this many tokens earlier.
 LOOKAHEAD = 1024
 _CHARACTERS_PER_TOKEN = 6
 
@@ -52,7 +52,7 @@ def load_tokenizer(artifact: Path) -> Tokenizer:
     path = artifact / "tokenizer.json"
     if not path.is_file():
         raise BismoothError(
-            f"{artifact}: has no tokenizer.json, so text cannot become tokens. Expected the tokenizer beside the model. "
+            f"{artifact}: has no tokenizer.json, so text cannot become tokens. Expected it beside the model. "
             "Put it into the source folder and export again."
         )
     try:

@@ -1,6 +1,6 @@
 """Where text comes from: one iterator of text pieces per source, read no further than asked.
 
-A source is written as one word: ``FILE`` (text, a piece per line), ``FILE.jsonl`` or ``FILE.jsonl:FIELD`` (a piece per record), or
+A source is one word: ``FILE`` (text, a piece per line), ``FILE.jsonl`` or ``FILE.jsonl:FIELD`` (a piece per record), or
 ``hf:NAME[@CONFIG][:SPLIT[:FIELD]]`` (a Hugging Face dataset, streamed; needs the package ``datasets``).
 """
 

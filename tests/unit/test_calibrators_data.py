@@ -34,8 +34,8 @@ def byte_tokenizer() -> Tokenizer:
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.enable_truncation(16)
-    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(16)  # pyright: ignore[reportUnknownMemberType]
+    tokenizer.enable_padding(length=16)  # pyright: ignore[reportUnknownMemberType]
     return tokenizer
 
 
