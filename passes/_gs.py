@@ -1,0 +1,241 @@
+"""A typed face for onnx-graphsurgeon, which has no types of its own.
+
+NOTE: nothing else in the package imports onnx-graphsurgeon. A weight that lives in a file is held by
+``FileValues``: it knows its folder, so that a read finds the file whatever the working directory, and saving
+the graph writes the reference, never the bytes.
+"""
+
+from collections.abc import Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, cast
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import NDArray
+
+from ..export.errors import BismoothError
+
+_gs: Any = onnx_graphsurgeon
+_gs.logger.G_LOGGER.severity = _gs.logger.G_LOGGER.ERROR  # it warns of every bfloat16 value on stdout
+_LazyValues: Any = _gs.ir.tensor.LazyValues
+
+Array = NDArray[Any]
+Dim = int | str | None
+"""A size, the name of a symbolic dimension, or None where the file does not say."""
+
+
+class Tensor(Protocol):
+    """A value of the graph: a variable, or a constant that may not have been read yet."""
+
+    name: str
+    inputs: MutableSequence["Node"]
+    outputs: MutableSequence["Node"]
+
+    def is_empty(self) -> bool:
+        """Whether this stands for an optional input or output that was left out."""
+        ...
+
+
+class Node(Protocol):
+    """An operation; assigning to ``inputs`` or ``outputs`` keeps the tensors' lists in step."""
+
+    op: str
+    name: str
+    domain: str | None
+    attrs: dict[str, Any]
+    inputs: MutableSequence[Tensor]
+    outputs: MutableSequence[Tensor]
+
+
+class Graph(Protocol):
+    """A graph whose ``nodes`` are in topological order."""
+
+    name: str
+    opset: int
+    nodes: MutableSequence[Node]
+    inputs: MutableSequence[Tensor]
+    outputs: MutableSequence[Tensor]
+
+    def copy(self) -> "Graph":
+        """A copy with its own nodes and tensors; values of constants are shared."""
+        ...
+
+    def cleanup(self) -> "Graph":
+        """Remove the nodes that no output needs."""
+        ...
+
+
+class FileValues(_LazyValues):
+    """The values of a constant whose bytes stay in a file of ``folder``."""
+
+    def __init__(self, tensor: onnx.TensorProto, folder: Path) -> None:
+        super().__init__(tensor)  # pyright: ignore[reportUnknownMemberType]
+        self.proto = tensor
+        self.folder = folder
+
+    def load(self) -> Array:
+        """Read the bytes: one array of the tensor's own type (``ml_dtypes`` for bfloat16)."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        place = external_location(self.proto, self.folder)
+        count = int(np.prod(list(self.proto.dims), dtype=np.int64))
+        values = np.fromfile(place.file, dtype=dtype, count=count, offset=place.offset)
+        return cast(Array, values.reshape(tuple(self.proto.dims)))
+
+
+@dataclass(frozen=True)
+class ExternalLocation:
+    """Where the bytes of an external tensor are: checked to lie inside the file and the folder."""
+
+    file: Path
+    offset: int
+
+
+def external_location(tensor: onnx.TensorProto, folder: Path) -> ExternalLocation:
+    """Where the bytes of an external tensor are.
+
+    Raises:
+        BismoothError: The reference leaves the folder, or the file is missing, too short, or of another size.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    file = folder / location
+    if not location or not file.resolve().is_relative_to(folder.resolve()):
+        raise BismoothError(
+            f"{tensor.name}: its data is outside the model's folder. Expected a file in {folder}, "
+            f"got {location!r}. Put the data file next to the model."
+        )
+    if not file.is_file():
+        raise BismoothError(
+            f"{tensor.name}: its data file is missing. Expected {PurePosixPath(location)} in {folder}, got nothing. "
+            "Copy the weight files along with the model."
+        )
+    offset = int(entries.get("offset", "0"))
+    size = int(np.prod(list(tensor.dims), dtype=np.int64))
+    size *= onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    length = int(entries.get("length", str(size)))
+    if length != size or offset < 0 or offset + size > file.stat().st_size:
+        raise BismoothError(
+            f"{tensor.name}: its data does not fit. Expected {size} bytes for shape {list(tensor.dims)}, got {length} "
+            f"at offset {offset} of {location} ({file.stat().st_size} bytes). The file is truncated or not this "
+            "model's: export again."
+        )
+    return ExternalLocation(file, offset)
+
+
+def import_model(model: onnx.ModelProto) -> Graph:
+    """The graph of a model; no weight is read."""
+    return cast(Graph, _gs.import_onnx(model))
+
+
+def export_model(graph: Graph) -> onnx.ModelProto:
+    """The model of a graph; constants that were not read stay references."""
+    return cast(onnx.ModelProto, _gs.export_onnx(graph))
+
+
+def make_graph(nodes: Sequence[Node], inputs: Sequence[Tensor], outputs: Sequence[Tensor], like: Graph) -> Graph:
+    """A graph of these nodes with the opsets and the version of another one."""
+    source = cast(Any, like)
+    return cast(
+        Graph,
+        _gs.Graph(
+            nodes=list(nodes),
+            inputs=list(inputs),
+            outputs=list(outputs),
+            name=source.name,
+            opset=source.opset,
+            import_domains=source.import_domains,
+            ir_version=source.ir_version,
+        ),
+    )
+
+
+def make_node(
+    op: str,
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    attrs: Mapping[str, Any] | None = None,
+) -> Node:
+    """A node; it still has to be put into the graph's ``nodes``."""
+    return cast(
+        Node,
+        _gs.Node(op=op, name=name, attrs=dict(attrs or {}), inputs=list(inputs), outputs=list(outputs)),
+    )
+
+
+def make_variable(name: str, dtype: np.dtype[Any] | None, shape: Sequence[Dim] | None) -> Tensor:
+    """A value that a node will produce."""
+    return cast(Tensor, _gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape)))
+
+
+def make_constant(name: str, values: Array) -> Tensor:
+    """A constant that is stored inside the model file."""
+    return cast(Tensor, _gs.Constant(name, values=np.ascontiguousarray(values).reshape(values.shape)))
+
+
+def copy_tensor(tensor: Tensor) -> Tensor:
+    """The tensor without its nodes; the values of a constant are shared, not read."""
+    return cast(Tensor, cast(Any, tensor).copy())
+
+
+def copy_node(node: Node, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Node:
+    """The node between other tensors."""
+    return cast(Node, cast(Any, node).copy(inputs=list(inputs), outputs=list(outputs)))
+
+
+def set_type(tensor: Tensor, dtype: np.dtype[Any] | None, shape: Sequence[Dim] | None) -> None:
+    """Record the type of a variable; None where it is not known."""
+    variable = cast(Any, tensor)
+    variable.dtype, variable.shape = dtype, None if shape is None else list(shape)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether the tensor is an initializer."""
+    return isinstance(tensor, _gs.Constant)
+
+
+def bind_folder(tensor: Tensor, folder: Path) -> None:
+    """Make an external constant remember the folder its file is in."""
+    constant = cast(Any, tensor)
+    proto = external_proto(tensor)
+    if proto is not None:
+        constant.values = FileValues(proto, folder)
+
+
+def external_proto(tensor: Tensor) -> onnx.TensorProto | None:
+    """The reference of a constant whose bytes are in a file, else None."""
+    values = getattr(tensor, "_values", None)
+    if not isinstance(values, _LazyValues):
+        return None
+    proto = cast(Any, values).tensor
+    if not isinstance(proto, onnx.TensorProto) or proto.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    return proto
+
+
+def read(tensor: Tensor) -> Array:
+    """The values of a constant; those in files are read anew on each call, so that nothing is kept in memory."""
+    values = cast(Any, tensor)._values
+    return cast(Array, values.load() if isinstance(values, _LazyValues) else values)
+
+
+def to_constant(tensor: Tensor, source: Tensor) -> None:
+    """Turn a variable into a constant with the (unread) values of another constant."""
+    tensor.inputs.clear()
+    cast(Any, tensor).to_constant(cast(Any, source)._values)
+
+
+def dtype_of(tensor: Tensor) -> np.dtype[Any] | None:
+    """The element type, ``ml_dtypes`` for those that numpy lacks, or None where the file does not say."""
+    dtype: Any = cast(Any, tensor).dtype
+    if dtype is None:
+        return None
+    return onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else np.dtype(dtype)
+
+
+def shape_of(tensor: Tensor) -> tuple[Dim, ...] | None:
+    """The recorded shape, symbolic dimensions by name, or None where the file does not say."""
+    shape: Any = cast(Any, tensor).shape
+    return None if shape is None else tuple(cast("Sequence[Dim]", shape))

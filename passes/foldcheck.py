@@ -1,0 +1,212 @@
+"""Prove every fold: run the operations around each site before and after, on random data, and compare.
+
+Each site is cut out of the graph (``segment``), folded on its own and run in ONNX Runtime's CPU provider in the
+graph's own type, so a mistake of the data-flow analysis shows as an error and not as a worse model. Memory: the
+constants of one site at a time. Sites of the same structure share one session: constants are fed, not stored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+from ..export.errors import BismoothError
+from ..passes._gs import (
+    Array,
+    Dim,
+    Graph,
+    Tensor,
+    dtype_of,
+    export_model,
+    is_constant,
+    make_variable,
+    read,
+    set_type,
+    shape_of,
+)
+from ..passes.fold import Factors, fold_graph, weight_edits
+from ..passes.graph import Index, replace_input
+from ..passes.linears import Linear
+from ..passes.segment import cut
+from ..passes.sites import Site
+
+_ort: Any = onnxruntime
+
+TOLERANCE = 1e-5
+"""Largest relative error max|a - b| / max|a| of a correct fold in float32."""
+
+BATCH, LENGTH = 2, 7
+
+
+def check_folds(
+    graph: Graph,
+    sites: Sequence[Site],
+    linears: Sequence[Linear],
+    factors: Factors,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """The relative error max|a - b| / max|a| that folding each site causes, by the site's name.
+
+    Compare it with ``TOLERANCE``. Infinite if a result is not finite. Sites without factors are not run.
+
+    Args:
+        graph: The float graph before folding.
+        sites: The sites of ``find_sites``.
+        linears: The linears of ``find_linears``.
+        factors: Per site name the divisor of its channels.
+        progress: Called with the name of each site that is done.
+
+    Raises:
+        BismoothError: ONNX Runtime cannot run the operations around a site.
+    """
+    index, sessions = Index.of(graph), _Sessions()
+    errors: dict[str, float] = {}
+    for site in sites:
+        if site.name in factors:
+            errors[site.name] = _check(graph, index, site, linears, factors, sessions)
+            if progress is not None:
+                progress(site.name)
+    return errors
+
+
+def _check(
+    graph: Graph, index: Index, site: Site, linears: Sequence[Linear], factors: Factors, sessions: "_Sessions"
+) -> float:
+    segment = cut(graph, index, site, linears)
+    folded = segment.graph.copy()
+    fold_graph(folded, weight_edits([site], factors))
+    dims, constants = _symbols(graph), dict[str, Array]()
+    try:
+        expected = sessions.run(_program(segment.graph, dims, constants))
+        got = sessions.run(_program(folded, dims, constants))
+    except Exception as error:
+        raise BismoothError(
+            f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
+            f"{site.producer.node} on, got: {error}. Exclude the site from smoothing, or export the model again."
+        ) from error
+    return max(_relative_error(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def _relative_error(a: Array, b: Array) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    difference, scale = float(np.abs(a - b).max(initial=0)), float(np.abs(a).max(initial=0))
+    return difference / scale if scale else difference
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """A model without names and float constants, equal for sites of equal structure, and what to feed it."""
+
+    model: bytes
+    feeds: dict[str, Array]
+
+
+def _program(graph: Graph, dims: dict[str, int], constants: dict[str, Array]) -> _Program:
+    """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
+    random, names = np.random.default_rng(0), _Names()
+    feeds: dict[str, Array] = {}
+    inputs: list[Tensor] = []
+    for tensor in graph.inputs:
+        feeds[names.of(tensor)] = _data(tensor, dims, random)
+        inputs.append(tensor)
+    for place, node in enumerate(graph.nodes):
+        node.name = f"n{place}"
+        for slot, tensor in enumerate(node.inputs):
+            if is_constant(tensor) and _is_float(tensor):
+                values = constants[tensor.name] = constants[tensor.name] if tensor.name in constants else read(tensor)
+                inputs.append(make_variable("constant", values.dtype, values.shape))
+                feeds[names.of(inputs[-1])] = values
+                replace_input(node, slot, inputs[-1])
+        for tensor in (*node.inputs, *node.outputs):
+            names.of(tensor)
+            if not is_constant(tensor):
+                set_type(tensor, dtype_of(tensor), None)
+    for tensor in inputs:
+        set_type(tensor, dtype_of(tensor), feeds[tensor.name].shape)
+    graph.inputs[:] = inputs
+    return _Program(export_model(graph).SerializeToString(deterministic=True), feeds)
+
+
+class _Names:
+    """Renames tensors to t0, t1 … in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, str] = {}
+
+    def of(self, tensor: Tensor) -> str:
+        if tensor.is_empty():
+            return ""
+        if id(tensor) not in self.seen:
+            self.seen[id(tensor)] = tensor.name = f"t{len(self.seen)}"
+        return self.seen[id(tensor)]
+
+
+class _Sessions:
+    """One ONNX Runtime session per distinct program."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[bytes, Any] = {}
+
+    def run(self, program: _Program) -> list[Array]:
+        if program.model not in self.sessions:
+            self.sessions[program.model] = _session(program.model)
+        feeds = {name: _ort_value(values) for name, values in program.feeds.items()}
+        results = self.sessions[program.model].run_with_ort_values(None, feeds)
+        return [cast(Array, result.numpy()) for result in results]
+
+
+def _session(model: bytes) -> Any:
+    options = _ort.SessionOptions()
+    options.graph_optimization_level = _ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = 1  # hundreds of tiny runs: a thread pool spends more on waiting than on work
+    options.log_severity_level = 3
+    return _ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _ort_value(values: Array) -> Any:
+    element_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    if element_type == onnx.TensorProto.BFLOAT16:
+        return _ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), element_type)
+    return _ort.OrtValue.ortvalue_from_numpy(values)
+
+
+def _symbols(graph: Graph) -> dict[str, int]:
+    """Sizes for the symbolic dimensions of the graph's inputs."""
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for axis, dim in enumerate(shape_of(tensor) or ()):
+            if isinstance(dim, str):
+                sizes.setdefault(dim, BATCH if axis == 0 else LENGTH)
+    return sizes
+
+
+def _data(tensor: Tensor, dims: dict[str, int], random: np.random.Generator) -> Array:
+    """Normal floats, True, or ones."""
+    shape = [_size(dim, axis, dims) for axis, dim in enumerate(shape_of(tensor) or ())]
+    dtype = dtype_of(tensor) or np.dtype(np.float32)
+    if not _is_float(tensor):
+        return np.ones(shape, dtype)
+    return random.standard_normal(shape, np.float32).astype(dtype)
+
+
+def _size(dim: Dim, axis: int, dims: dict[str, int]) -> int:
+    """The size of a dimension; one that the inputs do not name is taken for a batch in front, else for a length."""
+    if isinstance(dim, int):
+        return dim
+    product = 1
+    for factor in (dim or "").replace(" ", "").split("*"):
+        if not factor.isdecimal() and factor not in dims:
+            return BATCH if axis == 0 else LENGTH
+        product *= int(factor) if factor.isdecimal() else dims[factor]
+    return product
+
+
+def _is_float(tensor: Tensor) -> bool:
+    dtype = dtype_of(tensor)
+    return dtype is None or dtype.name in ("float16", "bfloat16", "float32", "float64")
