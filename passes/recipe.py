@@ -58,12 +58,14 @@ class Recipe:
     gates: Gates
 
     @staticmethod
-    def load(source: str | Path) -> Recipe:
-        """A built-in recipe by name, or one from a YAML file.
+    def load(source: str | Path | Recipe) -> Recipe:
+        """A built-in recipe by name, or one from a YAML file; a recipe is returned as it is.
 
         Raises:
             BismoothError: unknown name, unreadable file, unknown key, wrong type or range; with file and key path.
         """
+        if isinstance(source, Recipe):
+            return source
         name, file = recipe_file.find(source)
         return Recipe.from_dict(recipe_file.read(file), name=name, where=str(file))
 
@@ -98,6 +100,10 @@ class Recipe:
             "layers": [{"match": rule.match, **rule.settings.to_dict()} for rule in self.layers],
             "gates": self.gates.to_dict(),
         }
+
+    def to_yaml(self) -> str:
+        """The text of a file that extends nothing and means the same."""
+        return recipe_file.dump(self.to_dict())
 
     @property
     def fingerprint(self) -> str:

@@ -6,18 +6,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError
 
 from ..export.errors import BismoothError
 from .nearest import did_you_mean
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
 
 Document = dict[str, Any]
 
@@ -65,11 +66,18 @@ def validate(document: object, where: str) -> Document:
     Raises:
         BismoothError: it breaks the schema.
     """
-    errors = cast(list[ValidationError], list(Draft202012Validator(SCHEMA).iter_errors(document)))  # pyright: ignore
+    from jsonschema import Draft202012Validator  # 50 ms, which 'bismooth --help' need not wait for
+
+    errors = cast("list[ValidationError]", list(Draft202012Validator(SCHEMA).iter_errors(document)))  # pyright: ignore
     if errors:
         first = min(errors, key=lambda error: [str(part) for part in error.absolute_path])
         raise BismoothError(f"{where}: {_message(first)}")
     return cast(Document, document)
+
+
+def dump(document: Document) -> str:
+    """``document`` as YAML, keys in their order."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
 
 
 def key_path(parts: Sequence[str | int]) -> str:
@@ -146,3 +154,14 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with lists of plain values on one line."""
+
+    def represent_list(self, data: Iterable[Any]) -> yaml.SequenceNode:
+        flow = not any(isinstance(item, dict) for item in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)

@@ -1,1 +1,70 @@
-"""From a language model to a verified TensorRT INT8 engine."""
+"""From a language model to a verified TensorRT INT8 engine.
+
+The stages are functions; each does what the command of that name does and returns a frozen dataclass with ``to_json``.
+The commands ``export`` and ``compile`` are ``export_model`` and ``compile_model``: ``bismooth.export`` is a subpackage.
+
+NOTE: importing this module imports nothing else. Names are loaded when they are used first (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .export.artifact import Artifact
+    from .export.errors import BismoothError, GateError
+    from .passes.recipe import Recipe
+    from .tools.stages import build, calibrate, inspect, quantize, verify
+    from .tools.stages import compile as compile_model
+    from .tools.stages import export as export_model
+
+    __version__: str
+
+__all__ = [
+    "Artifact",
+    "BismoothError",
+    "GateError",
+    "Recipe",
+    "__version__",
+    "build",
+    "calibrate",
+    "compile_model",
+    "export_model",
+    "inspect",
+    "quantize",
+    "verify",
+]
+
+_STAGES = "bismooth.tools.stages"
+_HOME = {
+    "Artifact": ("bismooth.export.artifact", "Artifact"),
+    "BismoothError": ("bismooth.export.errors", "BismoothError"),
+    "GateError": ("bismooth.export.errors", "GateError"),
+    "Recipe": ("bismooth.passes.recipe", "Recipe"),
+    "build": (_STAGES, "build"),
+    "calibrate": (_STAGES, "calibrate"),
+    "compile_model": (_STAGES, "compile"),
+    "export_model": (_STAGES, "export"),
+    "inspect": (_STAGES, "inspect"),
+    "quantize": (_STAGES, "quantize"),
+    "verify": (_STAGES, "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version(__name__)
+    elif name in _HOME:
+        module, attribute = _HOME[name]
+        value = getattr(import_module(module), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

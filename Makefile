@@ -1,0 +1,51 @@
+# Everything happens in .venv, made with PYTHON. On Linux the package index's torch brings CUDA along (3 GB);
+# `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the CPU build from there.
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench wheel clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(READY) ## Make .venv with everything pinned
+
+$(READY): requirements/cpu.txt requirements/no-deps.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "bismooth needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Set another one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements/cpu.txt)"
+	$(BIN)/pip install --quiet -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## Compile SmolLM2-135M into verified INT8 engines
+	$(BIN)/python -m bismooth.tools.demo
+
+test: lint ## Lint, check types, run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY) ## Let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure the numbers in README.md
+	$(BIN)/python -m bismooth.tools.bench
+
+wheel: $(READY) ## Build the wheel into dist/
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## Remove everything that make made
+	rm -rf .venv build dist bismooth.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,260 @@
+"""The command line, with stages that only record how they were called."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bismooth.tools
+from bismooth.export.errors import BismoothError, GateError
+from bismooth.passes.recipe import Recipe
+from bismooth.tools import cli
+
+COMMANDS = ["export", "calibrate", "quantize", "build", "verify", "inspect", "compile"]
+USAGE = {
+    "export": "export model -o art",
+    "calibrate": "calibrate art --data a.txt",
+    "quantize": "quantize art -o art2",
+    "build": "build art --engine onnxruntime",
+    "verify": "verify art --data a.txt",
+    "inspect": "inspect art",
+    "compile": "compile model --engine onnxruntime --data a.txt -o art",
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    document: Mapping[str, Any]
+
+    def to_json(self) -> Mapping[str, Any]:
+        return self.document
+
+
+@dataclass
+class Stages:
+    """Stands in for the module ``bismooth.tools.stages``."""
+
+    outcome: Mapping[str, Any] | BaseException = field(default_factory=lambda: {"size_bytes": 2_000_000})
+    name: str = ""
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __getattr__(self, name: str) -> Any:
+        def stage(*positional: Any, **named: Any) -> Done:
+            self.name, self.positional, self.named = name, positional, named
+            if isinstance(self.outcome, BaseException):
+                raise self.outcome
+            return Done(self.outcome)
+
+        return stage
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    fake = Stages()
+    monkeypatch.setitem(sys.modules, "bismooth.tools.stages", fake)
+    monkeypatch.setattr(bismooth.tools, "stages", fake, raising=False)
+    return fake
+
+
+def run(line: str) -> int:
+    return cli.main(line.split())
+
+
+def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
+    assert run("export SOURCE -o ART --dtype bfloat16 --opset 20") == 0
+    assert (stages.positional, stages.named["dtype"], stages.named["opset"]) == (
+        ("SOURCE", Path("ART")),
+        "bfloat16",
+        20,
+    )
+    assert run("calibrate ART --data a.txt b.jsonl:text --windows 4 --length 64") == 0
+    assert (stages.positional, stages.named["windows"]) == ((Path("ART"), ("a.txt", "b.jsonl:text")), 4)
+    assert run("quantize ART --recipe w8a16 -o ART2") == 0
+    assert stages.positional == (Path("ART"), "w8a16", Path("ART2"))
+    assert run("build ART2 --engine tensorrt-rtx --capability 86 8.9 sm120 --sequence 1:128:512 --batch 1") == 0
+    assert stages.positional == (Path("ART2"), "tensorrt-rtx")
+    assert stages.named["capabilities"] == (86, 89, 120)
+    assert (stages.named["batch"], stages.named["sequence"]) == ((1, 1, 1), (1, 128, 512))
+    assert run("verify ART2 --data a.txt --windows 3 --hop folded int8 --gate kl=0.5 top1=none") == 0
+    assert stages.named["hops"] == ("folded", "int8")
+    assert stages.named["thresholds"] == {"kl": 0.5, "top1": None}
+    assert run("inspect FILE.onnx") == 0
+    assert stages.positional == (Path("FILE.onnx"),)
+    assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
+    assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_stage_can_be_json_and_quiet(command: str, stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{USAGE[command]} --json --quiet") == 0
+    captured = capsys.readouterr()
+    assert stages.name == command
+    assert json.loads(captured.out) == {"size_bytes": 2_000_000}
+    assert captured.err == ""
+
+
+def test_results_are_tables(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect art") == 0
+    assert capsys.readouterr().out.split() == ["size", "bytes", "2.0", "MB"]
+
+
+def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize art -o art2 --data none") == 0
+    assert stages.named["data_free"] is True
+    assert run("quantize art -o art2") == 0
+    assert stages.named["data_free"] is False
+    assert run("compile model --engine null --data none -o art") == 0
+    assert stages.positional[3] == ()
+    assert run("compile model --engine null --data a.txt none -o art") == 2
+    assert "--data: Expected 'none' alone, got a.txt none." in capsys.readouterr().err
+    assert run("quantize art -o art2 --data a.txt") == 2
+    assert "Expected 'none', got 'a.txt'. Text goes to 'bismooth calibrate'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("exprot model", "No such command 'exprot'. Did you mean 'export'? See 'bismooth --help'."),
+        ("export model", "Missing option '--output' / '-o'. See 'bismooth export --help'."),
+        ("export -o art", "Missing argument 'SOURCE'. See 'bismooth export --help'."),
+        ("verify --data a.txt b.txt", "Missing argument 'ART'. See 'bismooth verify --help'."),
+        ("inspect art --jason", "No such option: --jason"),
+        ("calibrate art --data a --windows 0", "Invalid value for '--windows'"),
+        (
+            "build art --engine tensort",
+            "Invalid value for '--engine': 'tensort' is not one of 'tensorrt-rtx', 'tensorrt',",
+        ),
+        (
+            "build art --engine null --capability 8x",
+            "--capability: Expected a compute capability such as 86, 8.6 or sm86, got '8x'.",
+        ),
+        (
+            "build art --engine null --batch 4:2:8",
+            "--batch: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got '4:2:8'.",
+        ),
+        ("build art --engine null --sequence 0", "--sequence: Expected MIN:OPT:MAX"),
+        ("build art --engine null --sequence 1:2", "--sequence: Expected MIN:OPT:MAX"),
+        ("build art --engine null --sequence 1:x:3", "--sequence: Expected MIN:OPT:MAX"),
+        ("verify art --data a --gate top_1=1", "gates: There is no gate 'top_1'. Did you mean 'top1'?"),
+        ("verify art --data a --gate kl", "--gate: Expected NAME=LIMIT with a number or 'none', got 'kl'."),
+        ("recipes w8a9", "recipe: 'w8a9' is no file and no built-in recipe. Did you mean 'w8a8'?"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    line: str, message: str, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(line) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert stages.name == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (GateError("audit: 3 linears run in float."), 1, "audit: 3 linears run in float."),
+        (BismoothError("art: not an artifact."), 2, "art: not an artifact."),
+        (
+            ModuleNotFoundError("No module named 'onnx_graphsurgeon'", name="onnx_graphsurgeon"),
+            2,
+            "The module 'onnx_graphsurgeon' is not installed. Run: pip install \"bismooth[compile]\"",
+        ),
+        (
+            ModuleNotFoundError("No module named 'tensorrt_rtx.x'", name="tensorrt_rtx.x"),
+            2,
+            "The module 'tensorrt_rtx' is not installed. Run: pip install \"bismooth[tensorrt-rtx]\"",
+        ),
+        (PermissionError(13, "Permission denied", "/art"), 2, "/art: Permission denied."),
+        (OSError(28, "No space left on device"), 2, "No space left on device."),
+        (KeyboardInterrupt(), 130, "Interrupted. What was finished before is intact; run the same command again."),
+        (
+            ValueError("two\nlines"),
+            70,
+            "Internal error, please report it: ValueError: two lines (rerun with BISMOOTH_TRACEBACK=1 for a traceback)",
+        ),
+        (
+            ModuleNotFoundError("No module named 'zzz'", name="zzz"),
+            70,
+            "Internal error, please report it: ModuleNotFoundError: No module named 'zzz' (rerun with",
+        ),
+    ],
+)
+def test_a_failed_stage_is_one_line_and_its_status(
+    error: BaseException, status: int, message: str, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.outcome = error
+    assert run("inspect art") == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(f"error: {re.escape(message)}.*\n", captured.err)
+
+    assert run("inspect art --json") == status
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)["error"]
+    assert document["status"] == status
+    assert document["message"].startswith(message)
+    assert captured.err == ""
+
+
+def test_a_traceback_is_shown_on_request(
+    stages: Stages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.outcome = ValueError("broken")
+    monkeypatch.setenv("BISMOOTH_TRACEBACK", "1")
+    assert run("inspect art") == 70
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_missed_gates_are_shown_and_give_status_1(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.outcome = {"kl": 0.5, "failures": ["reference: kl is 0.5. Expected at most 0.02."]}
+    assert run("verify art --data a.txt") == 1
+    assert "missed  reference: kl is 0.5. Expected at most 0.02." in capsys.readouterr().out
+    assert run("verify art --data a.txt --json") == 1
+    assert json.loads(capsys.readouterr().out) == stages.outcome
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("recipes") == 0
+    assert "w8a8-per-channel" in capsys.readouterr().out
+    assert run("recipes w8a8-static --json") == 0
+    assert json.loads(capsys.readouterr().out) == Recipe.load("w8a8-static").to_dict()
+    assert run("recipes w8a8-static") == 0
+    copy = tmp_path / "w8a8-static.yaml"
+    copy.write_text(capsys.readouterr().out)
+    assert Recipe.load(copy).to_dict() == Recipe.load("w8a8-static").to_dict()
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("") == 0
+    overview = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n  {command} " in overview
+        assert run(f"{command} --help") == 0
+        assert "--json" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"bismooth {bismooth.__version__}\n"
+
+
+@pytest.mark.skipif(find_spec("bismooth.tools.stages") is None, reason="no stages to call")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_base_installation_fails_in_one_line(command: str) -> None:
+    heavy = ["gguf", "onnx", "onnx_graphsurgeon", "onnx_ir", "onnxruntime", "onnxscript", "safetensors", "torch"]
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy}));"
+        f"from bismooth.tools.cli import main; sys.exit(main({USAGE[command].split()}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: .+\n", done.stderr)

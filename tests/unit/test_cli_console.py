@@ -1,0 +1,108 @@
+"""What is shown: tables, JSON, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextvars import copy_context
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bismooth.tools import console
+
+
+@dataclass(frozen=True)
+class Document:
+    keys: Mapping[str, Any]
+
+    def to_json(self) -> Mapping[str, Any]:
+        return self.keys
+
+
+def shown(**keys: Any) -> str:
+    text = StringIO()
+    Console(width=80, file=text).print(console.render(Document(keys)))
+    return text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("engine_bytes", 189_234_567, "engine bytes  189.2 MB"),
+        ("wall_seconds", 12.34, "wall seconds  12.3 s"),
+        ("int8_mac_share", 0.98765, "int8 mac share  98.77%"),
+        ("linears", 12_345, "linears  12,345"),
+        ("kl", 0.0001234567, "kl  0.00012346"),
+        ("kl", math.nan, "kl  nan"),
+        ("gpu", None, "gpu  –"),
+        ("passed", True, "passed  yes"),
+        ("passed", False, "passed  no"),
+        ("capabilities", [86, 89], "capabilities  86, 89"),
+        ("warnings", [], "warnings  none"),
+        ("options", {}, "options  none"),
+        ("path", Path("a/[b]"), "path  a/[b]"),
+    ],
+)
+def test_values_are_written_for_people(key: str, value: object, text: str) -> None:
+    assert " ".join(shown(**{key: value}).split()) == " ".join(text.split())
+
+
+def test_groups_and_lists_become_titled_tables() -> None:
+    text = shown(
+        model="tiny",
+        hops={"folded": {"error": 1e-6}},
+        linears=[{"name": "q_proj", "share": 0.5}, {"name": "k_proj", "note": "float"}],
+        failures=["folded: missed"],
+    )
+    lines = [" ".join(line.replace("│", "|").split()) for line in text.splitlines()]
+    assert lines[:3] == ["model tiny", "hops folded", "error 1e-06"]
+    assert "| q_proj | 50.00% | – |" in lines
+    assert "| k_proj | – | float |" in lines
+    assert lines[-1] == "missed folded: missed"
+
+
+def test_json_holds_what_json_cannot_say_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(Document({"kl": math.nan, "worst": [-math.inf, 1.5], "at": {"path": Path("a")}}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"kl": "nan", "worst": ["-inf", 1.5], "at": {"path": "a"}}
+
+
+def test_errors_are_not_wrapped_nor_read_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "[red]" + 200 * "x"
+    console.show_error(message)
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_progress_is_silent_unless_a_command_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress() as report:
+        report("trace", 1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def progress_of_two_steps() -> None:
+    console.show_progress(True)
+    with console.progress() as report:
+        report("trace", 1, 2)
+        report("trace", 2, 2)
+        report("link [weights]", 1, 1)
+
+
+def test_progress_in_a_file_is_a_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
+    copy_context().run(progress_of_two_steps)
+    assert capsys.readouterr() == ("", "trace\nlink [weights]\n")
+
+
+def test_progress_on_a_terminal_is_a_bar_per_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    copy_context().run(progress_of_two_steps)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for text in ("trace", "2/2", "link [weights]", "1/1"):
+        assert text in captured.err

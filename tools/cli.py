@@ -1,0 +1,315 @@
+"""The command line: reads the arguments, calls one stage, shows its result.
+
+Exit status: 0 done and the gates pass, 1 a gate failed, 2 bad input or a missing extra, 70 a defect, 130 interrupted.
+NOTE: `bismooth --help` needs the base dependencies alone. So the stages are imported by the command that runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ..passes.gates import Hop
+from ..passes.recipe import DEFAULT, Recipe
+from ..passes.recipe_file import BUILTIN
+from ..passes.spec import ComputeType
+from . import cli_options as o
+from . import console
+from .cli_errors import GATE, INTERRUPTED, report
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+app = typer.Typer(
+    help="From a language model to a verified TensorRT INT8 engine.",
+    epilog="Values may follow each other where an option shows '...'; then write SOURCE or ART before it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        # in a copy of the context, so that what a command switches on ends with it
+        status = copy_context().run(app, args=arguments, prog_name="bismooth", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # how typer passes KeyboardInterrupt on
+            raise KeyboardInterrupt
+    except (Exception, KeyboardInterrupt) as error:
+        known = [str(command.name) for command in app.registered_commands]
+        return report(error, next((word for word in arguments[:1] if word in known), None), "--json" in arguments)
+    return status
+
+
+def command(function: Function) -> Function:
+    """Register a command under its function's name."""
+    return app.command(function.__name__.rstrip("_"), cls=o.Command)(function)
+
+
+def finish(result: console.Result, as_json: bool) -> None:
+    """Show what a stage returned; missed gates end the command."""
+    console.show(result, as_json)
+    if console.failures(result):
+        raise typer.Exit(GATE)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"bismooth {version('bismooth')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def bismooth(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@command
+def export(
+    source: o.Source,
+    output: o.Output,
+    dtype: o.ComputeOption = ComputeType.FLOAT16,
+    opset: o.Opset = 23,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Turn a model into an ONNX artifact that shares its weights."""
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.export(source, output, dtype=dtype, opset=opset, trust_remote_code=trust_remote_code, force=force)
+    finish(result, as_json)
+
+
+@command
+def calibrate(
+    artifact: o.Artifact,
+    data: o.Data,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to run.")] = 8,
+    length: o.Length = 512,
+    rows: o.Rows = 256,
+    seed: o.Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Windows per run.")] = 1,
+    histograms: Annotated[bool, typer.Option(help="Keep histograms too, for per-tensor activations.")] = True,
+    output: o.OptionalOutput = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Collect statistics of activations by running text."""
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.calibrate(
+        artifact,
+        tuple(data),
+        windows=windows,
+        length=length,
+        rows=rows,
+        seed=seed,
+        batch_size=batch_size,
+        histograms=histograms,
+        output=output,
+    )
+    finish(result, as_json)
+
+
+@command
+def quantize(
+    artifact: o.Artifact,
+    output: o.Output,
+    recipe: o.RecipeOption = DEFAULT,
+    data: Annotated[str | None, typer.Option(metavar="none", help="'none': without calibration.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Statistics to use instead of the artifact's.")
+    ] = None,
+    alpha: o.Alpha = None,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Smooth and quantize an artifact by a recipe."""
+    if data not in (None, "none"):
+        raise typer.BadParameter(
+            f"Expected 'none', got {data!r}. Text goes to 'bismooth calibrate'.", param_hint="--data"
+        )
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.quantize(
+        artifact, recipe, output, data_free=data == "none", statistics=statistics, alpha=alpha, force=force
+    )
+    finish(result, as_json)
+
+
+@command
+def build(
+    artifact: o.Artifact,
+    engine: o.Engine,
+    capability: o.Capabilities = [],
+    output: o.OptionalOutput = None,
+    batch: o.Batch = None,
+    sequence: o.Sequence = None,
+    allow_float: o.AllowFloat = False,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Build an engine and audit which linears run as INT8."""
+    capabilities = o.parse_capabilities(capability)
+    batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.build(
+        artifact,
+        engine,
+        capabilities=capabilities,
+        output=output,
+        batch=batches,
+        sequence=sequences,
+        allow_float=allow_float,
+        force=force,
+    )
+    finish(result, as_json)
+
+
+@command
+def verify(
+    artifact: o.Artifact,
+    data: o.Data,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to compare on.")] = 16,
+    length: o.Length = 512,
+    hop: Annotated[
+        list[Hop], typer.Option("--hop", metavar="NAME...", help=f"Hops to judge, of {', '.join(Hop)}.")
+    ] = [],
+    gate: o.GateOptions = [],
+    output: o.OptionalOutput = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Judge every hop from the source to the engine by its gates."""
+    thresholds = o.parse_gates(gate)
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.verify(
+        artifact,
+        tuple(data),
+        windows=windows,
+        length=length,
+        hops=tuple(hop),
+        thresholds=thresholds,
+        output=output,
+    )
+    finish(result, as_json)
+
+
+@command
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="ART|ENGINE|FILE.onnx", help="Artifact, engine or any Q/DQ graph.")],
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show what a file holds and what is wrong with it.
+
+    In a Q/DQ graph: whatever TensorRT rejects, misreads or runs in float.
+    """
+    from . import stages
+
+    console.show_progress(not quiet)
+    finish(stages.inspect(path), as_json)
+
+
+@command
+def compile_(
+    source: o.Source,
+    engine: o.Engines,
+    data: o.DataOrNone,
+    output: o.Output,
+    recipe: o.RecipeOption = DEFAULT,
+    verify_data: Annotated[
+        list[str], typer.Option(metavar="FILE...", help="Text to verify on, instead of more of --data.")
+    ] = [],
+    calibrate_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to calibrate on.")] = 8,
+    verify_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to verify on.")] = 16,
+    length: o.Length = 512,
+    rows: o.Rows = 256,
+    seed: o.Seed = 0,
+    alpha: o.Alpha = None,
+    opset: o.Opset = 23,
+    capability: o.Capabilities = [],
+    batch: o.Batch = None,
+    sequence: o.Sequence = None,
+    gate: o.GateOptions = [],
+    allow_float: o.AllowFloat = False,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run every stage: from a model to verified engines."""
+    text, thresholds, capabilities = o.parse_data(data), o.parse_gates(gate), o.parse_capabilities(capability)
+    batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
+    from . import stages
+
+    console.show_progress(not quiet)
+    result = stages.compile(
+        source,
+        recipe,
+        tuple(engine),
+        text,
+        output,
+        verify_data=tuple(verify_data),
+        calibrate_windows=calibrate_windows,
+        verify_windows=verify_windows,
+        length=length,
+        rows=rows,
+        seed=seed,
+        alpha=alpha,
+        opset=opset,
+        capabilities=capabilities,
+        batch=batches,
+        sequence=sequences,
+        thresholds=thresholds,
+        allow_float=allow_float,
+        trust_remote_code=trust_remote_code,
+        force=force,
+    )
+    finish(result, as_json)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The built-in recipes."""
+
+    recipes: tuple[Recipe, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in self.recipes]}
+
+
+@command
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="The recipe to show in full.")] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """List the built-in recipes, or show one in full."""
+    if name is None:
+        finish(Listing(tuple(map(Recipe.load, BUILTIN))), as_json)
+    elif as_json:
+        console.show_json(Recipe.load(name).to_dict())
+    else:
+        sys.stdout.write(Recipe.load(name).to_yaml())

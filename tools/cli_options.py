@@ -1,0 +1,176 @@
+"""The options that commands share, and the reading of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from ..export.errors import BismoothError
+from ..passes.gates import Gates
+from ..passes.spec import ComputeType
+
+TEXT = "Text files, FILE.jsonl:FIELD, hf:DATASET or 'random'"
+
+
+class EngineName(StrEnum):
+    """The engines there are."""
+
+    TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
+    ONNXRUNTIME = "onnxruntime"
+    NULL = "null"
+
+
+_ENGINES = ", ".join(EngineName)
+
+Artifact = Annotated[Path, typer.Argument(metavar="ART", help="Artifact folder.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id, GGUF file, or ONNX file.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="ART", help="Artifact folder to make.")]
+OptionalOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write, instead of into the artifact.")
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="See 'bismooth recipes'.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="A", help="Smooth with this alpha everywhere, instead of searching one per site."
+    ),
+]
+Data = Annotated[list[str], typer.Option("--data", metavar="FILE...", help=f"{TEXT}.")]
+DataOrNone = Annotated[
+    list[str], typer.Option("--data", metavar="FILE...", help=f"{TEXT}; 'none': smooth by the weights alone.")
+]
+Engine = Annotated[EngineName, typer.Option("--engine", metavar="NAME", help=f"{_ENGINES}.")]
+Engines = Annotated[list[EngineName], typer.Option("--engine", metavar="NAME...", help=f"Any of {_ENGINES}.")]
+Capabilities = Annotated[
+    list[str],
+    typer.Option("--capability", metavar="SM...", help="Compute capabilities (86, 8.6 or sm86) to build for."),
+]
+Batch = Annotated[
+    str | None, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes that the engine accepts; one number fixes it.")
+]
+Sequence = Annotated[
+    str | None,
+    typer.Option(metavar="MIN:OPT:MAX", help="Sequence lengths that the engine accepts; one number fixes it."),
+]
+AllowFloat = Annotated[
+    bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
+]
+GateOptions = Annotated[
+    list[str],
+    typer.Option("--gate", metavar="NAME=LIMIT...", help="Change a gate of the recipe; NAME=none drops it."),
+]
+Length = Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per window.")]
+Rows = Annotated[int, typer.Option(min=1, metavar="N", help="Token rows kept per site, for the alpha search.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the token rows.")]
+Opset = Annotated[
+    int, typer.Option(metavar="N", help="ONNX opset; 20 decomposes norms and attention, for TensorRT 10.")
+]
+ComputeOption = Annotated[
+    ComputeType,
+    typer.Option("--dtype", metavar="TYPE", help=f"Float type of the deployed graph: {', '.join(ComputeType)}."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for models you trust."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+class Command(TyperCommand):
+    """A command whose repeatable options take several values at once: ``--data a b`` is ``--data a --data b``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {
+            name
+            for option in self.params
+            if isinstance(option, TyperOption) and option.multiple
+            for name in option.opts
+        }
+        return super().parse_args(ctx, list(spread(args, several)))
+
+
+def spread(args: Iterable[str], several: set[str]) -> Iterator[str]:
+    """``args`` with the option's name repeated before every further value of an option in ``several``."""
+    option: str | None = None
+    values = 0
+    for arg in args:
+        if arg.startswith("-"):
+            option, values = (arg, 0) if arg in several else (None, 0)
+        elif option is not None:
+            values += 1
+            if values > 1:
+                yield option
+        yield arg
+
+
+def parse_data(data: list[str]) -> tuple[str, ...]:
+    """The sources of text; nothing for ``none``.
+
+    Raises:
+        BismoothError: ``none`` stands beside other sources.
+    """
+    if "none" in data and len(data) > 1:
+        raise BismoothError(f"--data: Expected 'none' alone, got {' '.join(data)}.")
+    return () if data == ["none"] else tuple(data)
+
+
+def parse_capabilities(texts: list[str]) -> tuple[int, ...]:
+    """Compute capabilities as numbers, 86 for SM86, each once and in order.
+
+    Raises:
+        BismoothError: a text is no capability.
+    """
+    return tuple(sorted({_capability(text) for text in texts}))
+
+
+def _capability(text: str) -> int:
+    digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "", 1)
+    if not digits.isdecimal() or len(digits) not in (2, 3):
+        raise BismoothError(f"--capability: Expected a compute capability such as 86, 8.6 or sm86, got {text!r}.")
+    return int(digits)
+
+
+def parse_sizes(option: str, text: str | None) -> tuple[int, int, int] | None:
+    """Minimum, optimum and maximum of a dimension.
+
+    Raises:
+        BismoothError: no sizes, or not in that order.
+    """
+    if text is None:
+        return None
+    numbers = [int(part) for part in text.split(":") if part.isdecimal()]
+    if (
+        len(numbers) != len(text.split(":"))
+        or len(numbers) not in (1, 3)
+        or numbers[0] < 1
+        or numbers != sorted(numbers)
+    ):
+        raise BismoothError(f"{option}: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got {text!r}.")
+    return numbers[0], numbers[len(numbers) // 2], numbers[-1]
+
+
+def parse_gates(texts: list[str]) -> dict[str, float | None]:
+    """Limits by gate; ``None`` drops a gate.
+
+    Raises:
+        BismoothError: there is no such gate, or the limit is no number.
+    """
+    limits: dict[str, float | None] = {}
+    for text in texts:
+        name, _, limit = text.partition("=")
+        try:
+            limits[name] = None if limit == "none" else float(limit)
+        except ValueError:
+            raise BismoothError(f"--gate: Expected NAME=LIMIT with a number or 'none', got {text!r}.") from None
+    Gates().replaced(limits)
+    return limits

@@ -1,0 +1,174 @@
+"""What the commands show: results on stdout (tables, or JSON alone), progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+Report = Callable[[str, int, int], None]
+"""Called with the step's name, how many of its units are done, and how many there are."""
+
+_SHOW_PROGRESS: ContextVar[bool] = ContextVar("show_progress", default=False)
+
+
+class Result(Protocol):
+    """What a stage returns.
+
+    ``to_json`` gives plain data. Its keys are what people read; the suffixes ``_bytes``, ``_seconds`` and ``_share``
+    are units. The key ``failures``, where there is one, lists the gates that were missed, a sentence each.
+    """
+
+    def to_json(self) -> Mapping[str, Any]: ...
+
+
+def show(result: Result, as_json: bool) -> None:
+    """Write ``result`` to stdout."""
+    if as_json:
+        show_json(result.to_json())
+    else:
+        Console().print(render(result))
+
+
+def show_json(document: Mapping[str, Any]) -> None:
+    """Write ``document`` to stdout as JSON; NaN and infinities, which JSON lacks, become text."""
+    sys.stdout.write(json.dumps(_finite(document), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def show_error(message: str) -> None:
+    """Write one message to stderr, unwrapped, so that paths and commands in it can be copied."""
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def failures(result: Result) -> Sequence[str]:
+    """The gates that ``result`` missed."""
+    return result.to_json().get("failures", ())
+
+
+def render(result: Result) -> RenderableType:
+    """``result`` as tables: single values first, then a table per list or group of values, then missed gates."""
+    document = {key: value for key, value in result.to_json().items() if key != "failures"}
+    missed = (Text.assemble(("missed  ", "bold red"), sentence) for sentence in failures(result))
+    return Group(*_blocks(document, None), *missed)
+
+
+def _blocks(document: Mapping[str, Any], title: str | None) -> Iterator[RenderableType]:
+    nested = {key: value for key, value in document.items() if _is_table(value)}
+    if single := {key: value for key, value in document.items() if key not in nested}:
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for key, value in single.items():
+            table.add_row(_label(key), Text(_formatted(key, value)))
+        yield table
+    for key, value in nested.items():
+        path = _label(f"{title} {key}" if title else key)
+        if isinstance(value, Mapping):
+            yield from _blocks(cast(Mapping[str, Any], value), path)
+        else:
+            yield _rows(cast(Sequence[Mapping[str, Any]], value), path)
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for key in columns:
+        numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
+        table.add_column(_label(key), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text(_formatted(key, row.get(key))) for key in columns))
+    return table
+
+
+def _is_table(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(cast(Mapping[str, Any], value))
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in cast(Sequence[Any], value))
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _formatted(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return _formatted_number(key, value)
+    if isinstance(value, list | tuple):
+        return ", ".join(_formatted(key, item) for item in cast(Sequence[Any], value)) or "none"
+    return str(value) if value != {} else "none"
+
+
+def _formatted_number(key: str, value: float) -> str:
+    unit = key.rpartition("_")[2]
+    if unit == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    if unit == "seconds":
+        return f"{value:.1f} s"
+    if unit == "share":
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in cast(Sequence[Any], value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_progress(on: bool) -> None:
+    """Whether :func:`progress` shows anything. Off until a command switches it on: a library is silent."""
+    _SHOW_PROGRESS.set(on)
+
+
+@contextmanager
+def progress() -> Generator[Report]:
+    """A function to report progress with: bars on a terminal's stderr, one line per step where stderr is a file."""
+    console = Console(stderr=True)
+    if not _SHOW_PROGRESS.get():
+        yield lambda _step, _done, _total: None
+    elif not console.is_terminal:
+        yield _lines(console)
+    else:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console) as bars:
+            yield _bars(bars)
+
+
+def _lines(console: Console) -> Report:
+    seen: set[str] = set()
+
+    def report(step: str, _done: int, _total: int) -> None:
+        if step not in seen:
+            seen.add(step)
+            console.print(Text(step), soft_wrap=True)
+
+    return report
+
+
+def _bars(bars: Progress) -> Report:
+    tasks: dict[str, Any] = {}
+
+    def report(step: str, done: int, total: int) -> None:
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done, total=total)
+
+    return report
