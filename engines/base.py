@@ -1,0 +1,171 @@
+"""What every engine builder takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..export.errors import BismoothError
+from .audit import Audit
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The sizes one dynamic dimension may have: from ``minimum`` to ``maximum``, and fastest at ``optimum``."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise BismoothError(
+                "profile: expected 1 <= minimum <= optimum <= maximum, "
+                f"got {self.minimum}, {self.optimum}, {self.maximum}."
+            )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes an engine accepts, by symbolic name of the dimension: ``batch``, ``sequence`` and any ``others``."""
+
+    batch: Span = Span(1, 1, 4)
+    sequence: Span = Span(1, 128, 512)
+    others: Mapping[str, Span] = field(default_factory=dict[str, Span])
+
+    def spans(self) -> dict[str, Span]:
+        return {"batch": self.batch, "sequence": self.sequence, **self.others}
+
+    def shapes(self, tensor: str, dimensions: tuple[int | str | None, ...]) -> tuple[Shape, Shape, Shape]:
+        """Minimum, optimum and maximum shape of the input ``tensor``, whose dimensions are sizes or symbolic names.
+
+        Raises:
+            BismoothError: a dynamic dimension has no name, or one that this profile does not cover.
+        """
+        spans = [self._span(tensor, axis, dimension) for axis, dimension in enumerate(dimensions)]
+        return tuple(s.minimum for s in spans), tuple(s.optimum for s in spans), tuple(s.maximum for s in spans)
+
+    def _span(self, tensor: str, axis: int, dimension: int | str | None) -> Span:
+        if isinstance(dimension, int):
+            return Span(dimension, dimension, dimension)
+        spans = self.spans()
+        if dimension not in spans:
+            raise BismoothError(
+                f"profile: no sizes for dimension {axis} of input '{tensor}', named {dimension!r}. "
+                f"Expected one of: {', '.join(spans)}. "
+                "Name the dimension in the ONNX file, or add its sizes to the profile."
+            )
+        return spans[dimension]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One engine to build. Engines are always strongly typed: precision is what the ONNX graph says.
+
+    Attributes:
+        onnx: the graph; its external data lies in the same folder.
+        engine: the file to write, with :func:`audit_path` beside it. Both are replaced only when the build succeeds.
+        capabilities: compute capabilities (``86`` for SM86) of an ahead-of-time build; empty for the host's own GPU.
+        meant_int8: linears (module paths, ``model.layers.0.self_attn.q_proj``) that the recipe computes in INT8.
+        allow_float: accept an engine in which some of ``meant_int8`` run in float; otherwise a :class:`GateError`.
+        optimization_level: TensorRT's ``builder_optimization_level``, 0 to 5; ``None`` leaves its default.
+        timing_cache: a file of kernel timings to start from and to update (engines built on a GPU).
+        log: where to keep the builder's whole verbose log; ``None`` drops it.
+        source: what the engine was made of (source hash, recipe, …), recorded with it.
+    """
+
+    onnx: Path
+    engine: Path
+    capabilities: tuple[int, ...] = ()
+    profile: Profile = Profile()
+    meant_int8: frozenset[str] = frozenset()
+    allow_float: bool = False
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    log: Path | None = None
+    source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What an engine file is: stored beside it, so that it can be checked before it is loaded.
+
+    Attributes:
+        shapes: input name → minimum, optimum and maximum shape.
+        sha256: of the engine file.
+    """
+
+    runtime: str
+    version: str
+    capabilities: tuple[int, ...]
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+    bytes: int
+    sha256: str
+    source: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runtime": self.runtime,
+            "version": self.version,
+            "capabilities": list(self.capabilities),
+            "shapes": {name: [list(shape) for shape in shapes] for name, shapes in self.shapes.items()},
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "source": dict(self.source),
+        }
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished build.
+
+    Attributes:
+        seconds: wall time.
+        peak_rss: peak resident memory of the builder in bytes; ``None`` where the system does not tell.
+    """
+
+    engine: Path
+    audit_file: Path
+    record: EngineRecord
+    audit: Audit
+    seconds: float
+    peak_rss: int | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a build is: the innermost phase, with ``done`` of ``total`` steps."""
+
+    name: str
+    done: int
+    total: int
+
+
+PhaseCallback = Callable[[Phase], None]
+
+
+class EngineBuilder(Protocol):
+    """Builds engines for one runtime."""
+
+    @property
+    def name(self) -> str:
+        """What users call the runtime: ``tensorrt-rtx``."""
+        ...
+
+    def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
+        """Build, audit and store one engine; a build that fails writes nothing.
+
+        Raises:
+            BismoothError: the graph, the request or the machine does not permit the build.
+            GateError: a linear that was meant to be INT8 is not, and ``request.allow_float`` is false.
+        """
+        ...
+
+
+def audit_path(engine: Path) -> Path:
+    """The JSON file with an engine's record and audit: ``model.engine`` → ``model.audit.json``."""
+    return engine.with_name(f"{engine.stem}.audit.json")
