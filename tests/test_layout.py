@@ -25,7 +25,7 @@ FOLDERS = ("export", "passes", "engines", "calibrators", "tools")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PACKAGE_DIR: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 MODULES = sorted(module for folder in FOLDERS for module in (ROOT / folder).rglob("*.py"))
-DATA = sorted([*(ROOT / "passes").rglob("*.yaml"), *(ROOT / "passes").rglob("*.json")])
+DATA = sorted(file for folder in FOLDERS for kind in ("json", "yaml") for file in (ROOT / folder).rglob(f"*.{kind}"))
 
 ENGINES = ["onnxruntime", "tensorrt", "tensorrt_rtx"]
 GRAPHS = ["gguf", "onnx", "onnx_graphsurgeon", "onnx_ir", "onnxscript", "safetensors"]
@@ -33,7 +33,7 @@ HEAVY = ["numpy", "tokenizers", "torch", "transformers", *GRAPHS, *ENGINES]
 
 
 def test_every_package_on_disk_is_packaged() -> None:
-    on_disk = {f"bismooth.{'.'.join(module.parent.relative_to(ROOT).parts)}" for module in MODULES} | {"bismooth"}
+    on_disk = {f"bismooth.{'.'.join(file.parent.relative_to(ROOT).parts)}" for file in [*MODULES, *DATA]} | {"bismooth"}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
 
 
@@ -140,4 +140,4 @@ def test_the_public_names_load_when_used() -> None:
     assert bismooth.BismoothError is import_module("bismooth.export.errors").BismoothError
     assert bismooth.__version__ == PROJECT["project"]["version"]
     with pytest.raises(AttributeError, match="module 'bismooth' has no attribute 'exprot'"):
-        bismooth.exprot  # noqa: B018  # pyright: ignore
+        bismooth.exprot  # noqa: B018

@@ -94,6 +94,19 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^bismooth (.+)$", README, re.MULTILINE))
+def test_the_commands_of_the_readme_are_understood(line: str, stages: Stages) -> None:
+    assert run(line) == 0
+    assert stages.name == line.split()[0]
+
+
+def test_the_readme_shows_every_stage() -> None:
+    assert not [command for command in COMMANDS if f"\nbismooth {command} " not in README]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_stage_can_be_json_and_quiet(command: str, stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"{USAGE[command]} --json --quiet") == 0

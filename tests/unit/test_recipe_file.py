@@ -10,7 +10,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.gates import Gates
 from bismooth.passes.recipe import Recipe
-from bismooth.passes.recipe_file import SCHEMA
+from bismooth.passes.recipe_file import BUILTIN, SCHEMA
 from bismooth.passes.spec import ComputeType, IntegerType, RangeMethod, SiteKind
 
 WRONG = {
@@ -128,3 +128,27 @@ def test_an_unknown_gate_names_the_nearest() -> None:
     ):
         with pytest.raises(BismoothError, match=r"^gates: There is no gate 'top_1'\. Did you mean 'top1'\?$"):
             attempt()
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
+
+
+def test_the_documentation_names_every_key_and_gate() -> None:
+    definitions = SCHEMA["$defs"].values()
+    words = [*SCHEMA["properties"], *SCHEMA["properties"]["gates"]["properties"], *BUILTIN, *SiteKind, *RangeMethod]
+    words += [key for definition in definitions for key in definition.get("properties", ())]
+    assert not [word for word in words if not re.search(rf"`{word}[`:]", DOCS)]
+
+
+def test_the_documentation_states_hop_and_bound_of_every_gate() -> None:
+    for name in Gates().to_dict():
+        side = "below" if Gates().replaced({name: 0.5}).missed(name, 0.4) else "above"
+        assert f"| `{name}` | {Gates.hop(name)} | {side} the limit |" in DOCS
+
+
+@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL))
+def test_the_examples_of_the_documentation_are_recipes(example: str, tmp_path: Path) -> None:
+    file = tmp_path / "example.yaml"
+    file.write_text(example)
+    linears = [f"model.layers.{block}.mlp.{name}" for block in range(4) for name in ("up_proj", "down_proj")]
+    assert Recipe.load(file).resolve([*linears, "lm_head"], ["lm_head"])
