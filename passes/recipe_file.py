@@ -133,7 +133,13 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number and refuses what would be taken silently: a key given twice, NaN, infinity."""
+    """YAML that reads 1e-4 as a number and refuses keys given twice, NaN, infinity, and aliases (a file can explode)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = cast(yaml.Event, self.peek_event())  # pyright: ignore[reportUnknownMemberType]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         pairs = cast(list[tuple[yaml.Node, yaml.Node]], node.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -134,10 +135,10 @@ def parse_capabilities(texts: list[str]) -> tuple[int, ...]:
 
 
 def _capability(text: str) -> int:
-    digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "", 1)
-    if not digits.isdecimal() or len(digits) not in (2, 3):
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text, re.ASCII | re.IGNORECASE)
+    if not match:
         raise BismoothError(f"--capability: Expected a compute capability such as 86, 8.6 or sm86, got {text!r}.")
-    return int(digits)
+    return int("".join(match.groups()))
 
 
 def parse_sizes(option: str, text: str | None) -> tuple[int, int, int] | None:
@@ -148,15 +149,11 @@ def parse_sizes(option: str, text: str | None) -> tuple[int, int, int] | None:
     """
     if text is None:
         return None
-    numbers = [int(part) for part in text.split(":") if part.isdecimal()]
-    if (
-        len(numbers) != len(text.split(":"))
-        or len(numbers) not in (1, 3)
-        or numbers[0] < 1
-        or numbers != sorted(numbers)
-    ):
+    match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text, re.ASCII)
+    sizes = [int(size) for size in match.groups() if size] if match else [0]
+    if sizes[0] < 1 or sizes != sorted(sizes):
         raise BismoothError(f"{option}: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got {text!r}.")
-    return numbers[0], numbers[len(numbers) // 2], numbers[-1]
+    return sizes[0], sizes[len(sizes) // 2], sizes[-1]
 
 
 def parse_gates(texts: list[str]) -> dict[str, float | None]:
@@ -167,10 +164,10 @@ def parse_gates(texts: list[str]) -> dict[str, float | None]:
     """
     limits: dict[str, float | None] = {}
     for text in texts:
-        name, _, limit = text.partition("=")
-        try:
-            limits[name] = None if limit == "none" else float(limit)
-        except ValueError:
-            raise BismoothError(f"--gate: Expected NAME=LIMIT with a number or 'none', got {text!r}.") from None
+        match = re.fullmatch(r"(\w+)=(none|\d*\.?\d+(?:e-?\d+)?)", text, re.ASCII)
+        if not match:
+            raise BismoothError(f"--gate: Expected NAME=LIMIT with a number or 'none', got {text!r}.")
+        name, limit = match.groups()
+        limits[name] = None if limit == "none" else float(limit)
     Gates().replaced(limits)
     return limits

@@ -85,9 +85,9 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == (Path("ART2"), "tensorrt-rtx")
     assert stages.named["capabilities"] == (86, 89, 120)
     assert (stages.named["batch"], stages.named["sequence"]) == ((1, 1, 1), (1, 128, 512))
-    assert run("verify ART2 --data a.txt --windows 3 --hop folded int8 --gate kl=0.5 top1=none") == 0
+    assert run("verify ART2 --data a.txt --windows 3 --hop folded int8 --gate kl=1e-4 kl_p99=.5 top1=none") == 0
     assert stages.named["hops"] == ("folded", "int8")
-    assert stages.named["thresholds"] == {"kl": 0.5, "top1": None}
+    assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}
     assert run("inspect FILE.onnx") == 0
     assert stages.positional == (Path("FILE.onnx"),)
     assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
@@ -97,7 +97,7 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("line", re.findall(r"^bismooth (.+)$", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(rf"^bismooth ((?:{'|'.join(COMMANDS)}) .+)$", README, re.MULTILINE))
 def test_the_commands_of_the_readme_are_understood(line: str, stages: Stages) -> None:
     assert run(line) == 0
     assert stages.name == line.split()[0]
@@ -159,6 +159,8 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
         ("build art --engine null --sequence 1:2", "--sequence: Expected MIN:OPT:MAX"),
         ("build art --engine null --sequence 1:x:3", "--sequence: Expected MIN:OPT:MAX"),
         ("verify art --data a --gate top_1=1", "gates: There is no gate 'top_1'. Did you mean 'top1'?"),
+        ("verify art --data a --gate kl=nan", "--gate: Expected NAME=LIMIT with a number or 'none', got 'kl=nan'."),
+        ("verify art --data a --gate kl=-1", "--gate: Expected NAME=LIMIT"),
         ("verify art --data a --gate kl", "--gate: Expected NAME=LIMIT with a number or 'none', got 'kl'."),
         ("recipes w8a9", "recipe: 'w8a9' is no file and no built-in recipe. Did you mean 'w8a8'?"),
     ],
