@@ -55,6 +55,8 @@ class Flow:
         biases: Constants added on the way, to be divided like the producer.
         pinned: Channels that cannot be scaled, with reasons.
         free: bool [C]; the channels that can be scaled: not pinned, and some linear reads them.
+        nodes: The nodes that scaled values reach, the linears included.
+        scaled: The values with an element that is scaled, ``start`` included.
     """
 
     size: int
@@ -62,6 +64,8 @@ class Flow:
     biases: tuple[ConstantUse, ...]
     pinned: tuple[Pinned, ...]
     free: Mask
+    nodes: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
 
 
 class _State(NamedTuple):
@@ -195,7 +199,8 @@ def _result(size: int, walk: _Walk, pinned: list[Pinned]) -> Flow:
     for consumer in walk.consumers:
         free[consumer.labels[consumer.labels != NONE]] = True
     biases = tuple(bias for bias in walk.biases if (bias.labels != NONE).any())
-    return Flow(size, tuple(walk.consumers), biases, tuple(pinned), free)
+    nodes, scaled = frozenset(walk.queued), frozenset(walk.values)
+    return Flow(size, tuple(walk.consumers), biases, tuple(pinned), free, nodes, scaled)
 
 
 def _transfer(visit: Visit) -> list[Labels | None]:

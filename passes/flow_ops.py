@@ -5,6 +5,7 @@ channel that scales the element, or ``NONE``. A rule must be right for *every* s
 An operation without a rule, or a rule that raises ``OpaqueError``, does not commute with a scale per channel.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -109,8 +110,8 @@ class Visit:
         first = labels.take([0], axis)
         varies = labels != first
         if varies.any():
-            self.pinned.append((labels[varies], f"{self.node.op} mixes channels of axis {axis}"))
-            self.pinned.append((np.broadcast_to(first, labels.shape)[varies], f"{self.node.op} mixes channels"))
+            reason = f"{self.node.op} mixes channels of axis {axis}"
+            self.pinned += [(side[varies], reason) for side in (labels, np.broadcast_to(first, labels.shape))]
             first = np.where(varies.any(axis=axis, keepdims=True), NONE, first).astype(np.int32)
         return first
 
@@ -129,16 +130,28 @@ def keeps_order(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> bool:
     The dimensions between two symbolic ones may be regrouped; a symbolic dimension itself must stay where it is,
     unless nothing but symbolic dimensions and ones stands before it.
     """
-    left, right = list(before), list(after)
+    left, right = list(before), _renamed(before, after)
     while True:
         if _pop_sizes(left) != _pop_sizes(right):
             return False
         if not left and not right:
             return True
-        if not left or not right or left[-1] != right[-1] or left[-1] is None:
+        if not left or not right or left[-1] != right[-1]:
             return all(dim == 1 or not isinstance(dim, int) for dim in (*left, *right))
         left.pop()
         right.pop()
+
+
+def _renamed(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> list[Dim]:
+    """The dimensions after a reshape, one that is only known from the number of elements by its name before."""
+    given, found = (Counter(dim for dim in dims if not isinstance(dim, int)) for dims in (before, after))
+    if given[None] > 1 or found[None] > 1:
+        return [f"unknown {place}" if dim is None else dim for place, dim in enumerate(after)]
+    lost, new = list((given - found).elements()), list((found - given).elements())
+    if len(lost) == len(new) == 1 and np.prod(label_shape(before)) == np.prod(label_shape(after)):
+        place = after.index(new[0])
+        return [*after[:place], lost[0], *after[place + 1 :]]
+    return list(after)
 
 
 def _pop_sizes(dims: list[Dim]) -> int:

@@ -16,7 +16,6 @@ import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from ..export.errors import BismoothError
 from ..passes._gs import (
     Array,
-    Dim,
     Graph,
     Tensor,
     dtype_of,
@@ -29,8 +28,7 @@ from ..passes._gs import (
 )
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index, replace_input
-from ..passes.linears import Linear
-from ..passes.segment import cut
+from ..passes.segment import Sizes, cut
 from ..passes.sites import Site
 
 _ort: Any = onnxruntime
@@ -38,13 +36,10 @@ _ort: Any = onnxruntime
 TOLERANCE = 1e-5
 """Largest relative error max|a - b| / max|a| of a correct fold in float32."""
 
-BATCH, LENGTH = 2, 7
-
 
 def check_folds(
     graph: Graph,
     sites: Sequence[Site],
-    linears: Sequence[Linear],
     factors: Factors,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
@@ -55,7 +50,6 @@ def check_folds(
     Args:
         graph: The float graph before folding.
         sites: The sites of ``find_sites``.
-        linears: The linears of ``find_linears``.
         factors: Per site name the divisor of its channels.
         progress: Called with the name of each site that is done.
 
@@ -66,22 +60,20 @@ def check_folds(
     errors: dict[str, float] = {}
     for site in sites:
         if site.name in factors:
-            errors[site.name] = _check(graph, index, site, linears, factors, sessions)
+            errors[site.name] = _check(graph, index, site, factors, sessions)
             if progress is not None:
                 progress(site.name)
     return errors
 
 
-def _check(
-    graph: Graph, index: Index, site: Site, linears: Sequence[Linear], factors: Factors, sessions: "_Sessions"
-) -> float:
-    segment = cut(graph, index, site, linears)
+def _check(graph: Graph, index: Index, site: Site, factors: Factors, sessions: "_Sessions") -> float:
+    sizes, constants = Sizes.of(graph), dict[str, Array]()
+    segment = cut(graph, index, site, sizes)
     folded = segment.graph.copy()
     fold_graph(folded, weight_edits([site], factors))
-    dims, constants = _symbols(graph), dict[str, Array]()
     try:
-        expected = sessions.run(_program(segment.graph, dims, constants))
-        got = sessions.run(_program(folded, dims, constants))
+        expected = sessions.run(_program(segment.graph, sizes, constants))
+        got = sessions.run(_program(folded, sizes, constants))
     except Exception as error:
         raise BismoothError(
             f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
@@ -106,13 +98,13 @@ class _Program:
     feeds: dict[str, Array]
 
 
-def _program(graph: Graph, dims: dict[str, int], constants: dict[str, Array]) -> _Program:
+def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array]) -> _Program:
     """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
     random, names = np.random.default_rng(0), _Names()
     feeds: dict[str, Array] = {}
     inputs: list[Tensor] = []
     for tensor in graph.inputs:
-        feeds[names.of(tensor)] = _data(tensor, dims, random)
+        feeds[names.of(tensor)] = _data(tensor, sizes, random)
         inputs.append(tensor)
     for place, node in enumerate(graph.nodes):
         node.name = f"n{place}"
@@ -176,35 +168,13 @@ def _ort_value(values: Array) -> Any:
     return _ort.OrtValue.ortvalue_from_numpy(values)
 
 
-def _symbols(graph: Graph) -> dict[str, int]:
-    """Sizes for the symbolic dimensions of the graph's inputs."""
-    sizes: dict[str, int] = {}
-    for tensor in graph.inputs:
-        for axis, dim in enumerate(shape_of(tensor) or ()):
-            if isinstance(dim, str):
-                sizes.setdefault(dim, BATCH if axis == 0 else LENGTH)
-    return sizes
-
-
-def _data(tensor: Tensor, dims: dict[str, int], random: np.random.Generator) -> Array:
+def _data(tensor: Tensor, sizes: Sizes, random: np.random.Generator) -> Array:
     """Normal floats, True, or ones."""
-    shape = [_size(dim, axis, dims) for axis, dim in enumerate(shape_of(tensor) or ())]
+    shape = sizes.shape(shape_of(tensor) or ())
     dtype = dtype_of(tensor) or np.dtype(np.float32)
     if not _is_float(tensor):
         return np.ones(shape, dtype)
     return random.standard_normal(shape, np.float32).astype(dtype)
-
-
-def _size(dim: Dim, axis: int, dims: dict[str, int]) -> int:
-    """The size of a dimension; one that the inputs do not name is taken for a batch in front, else for a length."""
-    if isinstance(dim, int):
-        return dim
-    product = 1
-    for factor in (dim or "").replace(" ", "").split("*"):
-        if not factor.isdecimal() and factor not in dims:
-            return BATCH if axis == 0 else LENGTH
-        product *= int(factor) if factor.isdecimal() else dims[factor]
-    return product
 
 
 def _is_float(tensor: Tensor) -> bool:

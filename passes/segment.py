@@ -1,14 +1,52 @@
 """Cut the part of a graph that a fold changes: from a site's producer to the linears that read its channels."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..passes._gs import Graph, Node, Tensor, copy_node, copy_tensor, dtype_of, is_constant, make_graph
+from ..passes._gs import Dim, Graph, Node, Tensor, copy_node, copy_tensor, dtype_of, is_constant, make_graph, shape_of
 from ..passes.graph import Index
-from ..passes.linears import Linear
 from ..passes.sites import Site
+
+BATCH, LENGTH = 2, 7
+"""Sizes of symbolic dimensions: those in front of a graph input, and the others."""
+
+SMALL_PART = 1 << 16
+"""Elements of the constants of a node that a segment may include only to learn the shape of an input."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers for the symbolic dimensions of a graph."""
+
+    names: dict[str, int]
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Sizes":
+        """Numbers for the symbolic dimensions of the graph's inputs."""
+        names: dict[str, int] = {}
+        for tensor in graph.inputs:
+            for axis, dim in enumerate(shape_of(tensor) or ()):
+                if isinstance(dim, str):
+                    names.setdefault(dim, BATCH if axis == 0 else LENGTH)
+        return cls(names)
+
+    def known(self, dim: Dim) -> int | None:
+        """The size of a dimension that is a number, a name, or a product of these."""
+        if isinstance(dim, int):
+            return dim
+        product = 1
+        for factor in (dim or "").replace(" ", "").split("*"):
+            if not factor.isdecimal() and factor not in self.names:
+                return None
+            product *= int(factor) if factor.isdecimal() else self.names[factor]
+        return product
+
+    def shape(self, dims: tuple[Dim, ...]) -> list[int]:
+        """Sizes for all dimensions; one of unknown name is taken for a batch in front, else for a length."""
+        sizes = [self.known(dim) for dim in dims]
+        return [(LENGTH if axis else BATCH) if size is None else size for axis, size in enumerate(sizes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,25 +55,23 @@ class Segment:
 
     Attributes:
         graph: Its inputs are activations; the constants are those of the whole graph, not read.
-        outputs: Names of the values to compare: the linears' products, and whatever else leaves the segment.
+        outputs: Names of the values to compare: whatever a scaled value makes that is not scaled any more.
     """
 
     graph: Graph
     outputs: tuple[str, ...]
 
 
-def cut(graph: Graph, index: Index, site: Site, linears: Sequence[Linear]) -> Segment:
-    """The segment of a site.
+def cut(graph: Graph, index: Index, site: Site, sizes: Sizes) -> Segment:
+    """The segment of a site: its producer and every node that scaled values reach.
 
     Activations that enter from outside become inputs. Integers (shapes, positions) are computed as in the whole
-    graph, down to its inputs, so that the segment works for every batch and length. Every value of the segment that
-    is read outside is an output, so that a comparison also shows that no scaled channel leaks.
+    graph, down to its inputs, so that the segment works for every batch and length. All ways out of the segment are
+    outputs, so a comparison also shows that no scaled channel leaks.
     """
-    reads = {consumer.linear for consumer in site.consumers}
-    ends = {linear.node for linear in linears if linear.name in reads}
-    core = _between(index, site.producer.node, ends)
-    members, boundary = _close(index, core)
-    outputs = _leaving(index, core, ends)
+    core = {site.producer.node, *site.nodes}
+    members, boundary = _close(index, core, sizes)
+    outputs = _leaving(index, core, site.scaled)
     copies = _Copies(index)
     nodes = [copies.node(name) for name in sorted(members, key=index.order.__getitem__)]
     inputs = [copies.tensor(index.values[name]) for name in boundary]
@@ -62,67 +98,40 @@ class _Copies:
         return copy_node(node, [self.tensor(t) for t in node.inputs], [self.tensor(t) for t in node.outputs])
 
 
-def _between(index: Index, start: str, ends: Collection[str]) -> set[str]:
-    """The nodes on the ways from one node to others, all of these included."""
-    last = max(index.order[end] for end in ends)
-    after = _reach(
-        [start],
-        lambda name: [] if name in ends else [user.name for user in _readers(index, name) if index.owns(user)],
-        lambda name: index.order[name] <= last,
-    )
-    return _reach(ends, lambda name: [maker.name for maker in _makers(index, name)], lambda name: name in after)
-
-
-def _reach(starts: Iterable[str], step: Callable[[str], Iterable[str]], admits: Callable[[str], bool]) -> set[str]:
-    found = set(starts)
-    pending = list(found)
-    while pending:
-        for name in step(pending.pop()):
-            if name not in found and admits(name):
-                found.add(name)
-                pending.append(name)
-    return found
-
-
-def _readers(index: Index, name: str) -> list[Node]:
-    return [user for tensor in index.nodes[name].outputs for user in tensor.outputs]
-
-
-def _makers(index: Index, name: str) -> list[Node]:
-    return [maker for tensor in index.nodes[name].inputs for maker in tensor.inputs]
-
-
-def _close(index: Index, core: set[str]) -> tuple[set[str], list[str]]:
-    """Add the nodes that compute constants and integers; the names of the values that have to be given."""
-    members, boundary = set(core), dict[str, None]()
+def _close(index: Index, core: Collection[str], sizes: Sizes) -> tuple[set[str], list[str]]:
+    """Add the nodes that compute constants, integers and odd shapes; the names of the values to be given."""
+    members, boundary = set(core), set[str]()
     pending = list(core)
     while pending:
         for tensor in index.nodes[pending.pop()].inputs:
-            if tensor.is_empty() or is_constant(tensor):
-                continue
-            maker = index.producer(tensor.name)
-            if maker is not None and maker.name in members:
-                continue
-            if maker is not None and (tensor.name in index.constants or _is_integer(tensor)):
+            maker = None if tensor.is_empty() or is_constant(tensor) else index.producer(tensor.name)
+            if maker is not None and maker.name not in members and _is_included(tensor, maker, index, sizes):
                 members.add(maker.name)
                 pending.append(maker.name)
-            else:
-                boundary[tensor.name] = None
+            elif not (tensor.is_empty() or is_constant(tensor)):
+                boundary.add(tensor.name)
     produced = {tensor.name for name in members for tensor in index.nodes[name].outputs}
-    return members, sorted(boundary.keys() - produced)
+    return members, sorted(boundary - produced)
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    dtype = dtype_of(tensor)
-    return dtype is not None and np.issubdtype(dtype, np.integer)
+def _is_included(tensor: Tensor, maker: Node, index: Index, sizes: Sizes) -> bool:
+    dtype, shape = dtype_of(tensor), shape_of(tensor)
+    if tensor.name in index.constants or (dtype is not None and np.issubdtype(dtype, np.integer)):
+        return True
+    is_known = shape is not None and all(sizes.known(dim) is not None for dim in shape)
+    return not is_known and index.owns(maker) and all(_is_small(constant) for constant in maker.inputs)
 
 
-def _leaving(index: Index, core: set[str], ends: Collection[str]) -> list[str]:
-    """The values that are read outside of the core: what the fold must not change."""
-    names: list[str] = []
-    for name in sorted(core, key=index.order.__getitem__):
-        for tensor in index.nodes[name].outputs:
-            outside = [user for user in tensor.outputs if user.name not in core and user.op not in ("Shape", "Size")]
-            if not tensor.is_empty() and (name in ends or outside or tensor.name in index.outputs):
-                names.append(tensor.name)
-    return names
+def _is_small(tensor: Tensor) -> bool:
+    shape = shape_of(tensor) if is_constant(tensor) else ()
+    return int(np.prod([dim for dim in shape or () if isinstance(dim, int)])) <= SMALL_PART
+
+
+def _leaving(index: Index, core: Collection[str], scaled: Collection[str]) -> list[str]:
+    """The values that are computed from scaled ones and must not be changed by the fold."""
+    return [
+        tensor.name
+        for name in sorted(core, key=index.order.__getitem__)
+        for tensor in index.nodes[name].outputs
+        if tensor.name not in scaled and not tensor.is_empty() and (tensor.outputs or tensor.name in index.outputs)
+    ]

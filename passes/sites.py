@@ -46,6 +46,8 @@ class Site:
         consumers: Per linear, which channel arrives at which input column; pinned channels count as ``NONE``.
         free: bool [C]; the factor of the other channels must be 1.
         pinned: Why channels are not free.
+        nodes: The nodes between the producer and the consumers, the consumers included: all that scaled values reach.
+        scaled: The values with scaled elements.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Site:
     consumers: tuple[Absorption, ...]
     free: Mask
     pinned: tuple[Pinned, ...]
+    nodes: frozenset[str]
+    scaled: frozenset[str]
 
     @property
     def size(self) -> int:
@@ -134,6 +138,8 @@ def _judge(
         consumers=flow.consumers,
         free=flow.free,
         pinned=flow.pinned,
+        nodes=flow.nodes,
+        scaled=flow.scaled,
     )
 
 

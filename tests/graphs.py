@@ -31,6 +31,8 @@ class Builder:
 
     opset: int = 23
     seed: int = 0
+    unknown: str | None = None
+    """The name to record for dimensions that shape inference cannot name; the exporter knows all names."""
     nodes: list[onnx.NodeProto] = field(default_factory=list[onnx.NodeProto])
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list[onnx.ValueInfoProto])
     outputs: list[str] = field(default_factory=list[str])
@@ -107,11 +109,16 @@ class Builder:
             self.nodes,
             "test",
             self.inputs,
-            [helper.make_empty_tensor_value_info(name) for name in self.outputs],
+            [onnx.ValueInfoProto(name=name) for name in self.outputs],
             [numpy_helper.from_array(values, name) for name, values in self.initializers.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        if self.unknown:
+            for info in (*model.graph.value_info, *model.graph.output):
+                for dim in info.type.tensor_type.shape.dim:
+                    if dim.dim_param.startswith("unk__") or not dim.WhichOneof("value"):
+                        dim.dim_param = self.unknown
         cast(Any, onnx.checker).check_model(model, full_check=True)
         return model
 
@@ -177,7 +184,7 @@ class DecoderShape:
 def decoder(shape: DecoderShape | None = None, *, tied: bool = True) -> Builder:
     """A decoder as the exporter writes it: RMSNorm, rotary embedding, native grouped-query Attention, SiLU gate."""
     s = shape or DecoderShape()
-    b = Builder()
+    b = Builder(unknown="sequence")
     ids = b.input("input_ids", *TOKENS, dtype=TensorProto.INT64)
     b.input("attention_mask", *TOKENS, dtype=TensorProto.INT64)
     embedding = b.matrix("lm_head.weight" if tied else "model.embed_tokens.weight", s.vocab, s.hidden)
