@@ -26,6 +26,7 @@ from .tensorrt_runtime import Runtime, check_capabilities
 
 _ShapeTriple = tuple[Shape, Shape, Shape]
 _SOURCE_POSITION = re.compile(r"^\w+\.cpp:\d+: ")
+_ASSERTION = re.compile(r"(In node -1 with name:  and operator:  \(\w+\): \w+: )?Assertion failed: .*?: (?=[A-Z])")
 _REPETITION = "ModelImporter.cpp"
 _GPU_COMPLAINT = "catchCudaError"
 _PHASE_INTERVAL_S = 0.1
@@ -147,9 +148,9 @@ def _describe(error: Any) -> str:
 
 
 def _clean(message: str) -> str:
-    """The message without source positions and complaints about the missing GPU."""
+    """The message without source code and complaints about the missing GPU."""
     lines = [line for line in message.splitlines() if _GPU_COMPLAINT not in line]
-    return " ".join(_SOURCE_POSITION.sub("", line).strip() for line in lines)
+    return " ".join(_ASSERTION.sub("", _SOURCE_POSITION.sub("", line)).strip() for line in lines)
 
 
 def _reasons(errors: list[str]) -> str:

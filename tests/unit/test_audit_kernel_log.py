@@ -15,8 +15,8 @@ TEN = """Layers:
 Name: fc/MatMul_myl0_1, LayerType: gemm, Inputs: [ { Name: x, Location: Device, Dimensions: [4,128,256], \
 Format/Datatype: Int8 }, { Name: w, Dimensions: [256,64], Format/Datatype: Int8 }, { Name: alpha, Dimensions: [1], \
 Format/Datatype: Float }], Outputs: [ { Name: y, Dimensions: [4,128,64], \
-Format/Datatype: Row major linear FP16 format }], ParameterType: Gemm, Bias: {"Type": "Half", "Count": 0}, TacticName: i8i8, TacticValue: 0x1, StreamId: 0, \
-Metadata: [ONNX Layer: fc/MatMul]
+Format/Datatype: Row major linear FP16 format }], ParameterType: Gemm, Bias: {"Type": "Half", "Count": 0}, \
+TacticName: i8i8, TacticValue: 0x1, StreamId: 0, Metadata: [ONNX Layer: fc/MatMul]
 Name: done, LayerType: NoOp, Inputs: [], Outputs: [], TacticName: , StreamId: 0, Metadata:
 """
 

@@ -1,0 +1,80 @@
+"""The null engine: the interface of the others, with an audit read off the graph."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bismooth.engines.base import BuildRequest, EngineBuilder, Phase, Profile, Span, audit_path
+from bismooth.engines.null import NullBuilder
+from bismooth.engines.progress import build_bar
+from bismooth.engines.publish import file_sha256
+from bismooth.engines.tensorrt import TensorRTBuilder
+from bismooth.export.errors import BismoothError, GateError
+from tests.quantized import K, N, float_linear, make, per_token, save
+
+
+def test_builders_share_an_interface() -> None:
+    builders: list[EngineBuilder] = [NullBuilder(), TensorRTBuilder()]
+    assert [builder.name for builder in builders] == ["null", "tensorrt-rtx"]
+
+
+def test_engine_and_audit(tmp_path: Path) -> None:
+    graph, phases = save(per_token("q_proj", "k_proj"), tmp_path), list[Phase]()
+    request = BuildRequest(
+        graph, tmp_path / "m.engine", (86,), meant_int8=frozenset({"q_proj"}), source={"recipe": "w8a8"}
+    )
+    result = NullBuilder().build(request, phases.append)
+    content = json.loads(request.engine.read_text())
+    assert content == {
+        "format": "bismooth-null-engine",
+        "onnx": file_sha256(graph),
+        "shapes": {"x": [[1, 1, K], [1, 128, K], [4, 512, K]]},
+    }
+    assert [(linear.int8, linear.meant_int8, linear.macs) for linear in result.audit.linears] == [
+        (True, True, K * N),
+        (True, False, K * N),
+    ]
+    assert result.audit_file == audit_path(request.engine)
+    stored = json.loads(result.audit_file.read_text())
+    assert stored["engine"] == result.record.to_json()
+    assert stored["engine"]["sha256"] == file_sha256(request.engine)
+    assert stored["audit"] == json.loads(json.dumps(result.audit.to_json()))
+    assert phases == [Phase("Building engine", 1, 1)]
+
+
+def test_gate(tmp_path: Path) -> None:
+    request = BuildRequest(save(float_linear(), tmp_path), tmp_path / "m.engine", meant_int8=frozenset({"fc"}))
+    with pytest.raises(GateError, match=r"model\.onnx: 1 of the 1 linears .*fc/MatMul \(gemm: Float x Float"):
+        NullBuilder().build(request)
+    assert not request.engine.exists()
+
+
+def test_attention_is_counted(tmp_path: Path) -> None:
+    model = make("(float[batch, 2, sequence, 8] x) => (float[batch, 2, sequence, 8] y) { y = Attention(x, x, x) }")
+    result = NullBuilder().build(BuildRequest(save(model, tmp_path), tmp_path / "m.engine"))
+    assert result.audit.fused_attention == 1
+
+
+def test_profile_must_cover_the_inputs(tmp_path: Path) -> None:
+    model = make("(float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }")
+    request = BuildRequest(save(model, tmp_path), tmp_path / "m.engine")
+    with pytest.raises(BismoothError, match="no sizes for dimension 0 of input 'x', named 'rows'"):
+        NullBuilder().build(request)
+    sizes = Profile(others={"rows": Span(1, 2, 3)})
+    result = NullBuilder().build(BuildRequest(request.onnx, request.engine, profile=sizes))
+    assert result.record.shapes == {"x": ((1, 8), (2, 8), (3, 8))}
+
+
+def test_progress_bar_shows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    output = io.StringIO()
+    with build_bar("SM86", Console(file=output, force_terminal=True, width=100)) as show:
+        show(Phase("Cloning network graph", 2, 4))
+        show(Phase("Compiling", 0, 1))
+    assert "SM86" in output.getvalue()
+    assert "Compiling" in output.getvalue()
