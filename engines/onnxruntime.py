@@ -165,8 +165,10 @@ class Session:
                 f"Expected: {', '.join(f'{p.name} {p.dtype} {list(p.shape)}' for p in self.inputs)}."
             ) from error
 
-    def token_feeds(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Feeds for token ids [B, S] without padding, for every input that language models have.
+    def token_feeds(
+        self, ids: NDArray[np.int64], others: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Feeds for token ids [B, S] without padding, for every input that language models have, and ``others``.
 
         Raises:
             BismoothError: the graph has an input that token ids do not determine.
@@ -177,6 +179,7 @@ class Session:
             "attention_mask": np.ones_like(ids),
             "position_ids": positions,
             "token_type_ids": np.zeros_like(ids),
+            **(others or {}),
         }
         unknown = [port.name for port in self.inputs if port.name not in known or port.dtype is None]
         if unknown:
@@ -232,6 +235,8 @@ def _session_options(
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions; do not print them as well
     options.intra_op_num_threads = threads or 0
+    # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
+    options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
     entries = dict(mode)
     if isinstance(model, InMemoryGraph):
         entries["session.model_external_initializers_file_folder_path"] = str(model.folder)

@@ -346,6 +346,7 @@ class FakeRuntime(SimpleNamespace):
 
         super().__init__(
             get_available_providers=lambda: ["CUDAExecutionProvider"],
+            ExecutionOrder=SimpleNamespace(PRIORITY_BASED=1),
             SessionOptions=lambda: SimpleNamespace(add_session_config_entry=ignore),
             InferenceSession=answer,
         )

@@ -1,0 +1,175 @@
+"""Calibrate: run the float graph over token windows and write the statistics of its activations."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from ..engines.onnxruntime import InMemoryGraph, Session
+from ..engines.subgraph import load_graph
+from ..export.errors import BismoothError
+from .data import hash_ids
+from .histogram import BINS
+from .observe import ROWS, TOKENS, Taps, instrument
+from .replacing import replacing
+from .statistics import Moments, Provenance, Statistics
+from .writer import StatisticsWriter
+
+_Result = Mapping[str, NDArray[Any]]
+
+
+@dataclass
+class _Totals:
+    """What has been seen of one value: running maxima and sums, of fixed size."""
+
+    value: str
+    taps: Taps
+    absmax: NDArray[np.float32]
+    counts: NDArray[np.int64] | None
+    elements: int = 0
+    sum2: float = 0.0
+    sum4: float = 0.0
+
+    @staticmethod
+    def like(value: str, result: _Result) -> _Totals:
+        """Zeros in the shapes of ``result``."""
+        taps = Taps.of(value)
+        counts = np.zeros(BINS, np.int64) if taps.histogram in result else None
+        return _Totals(value, taps, np.zeros_like(result[taps.absmax]), counts)
+
+    def add(self, result: _Result) -> None:
+        absmax, sum2 = result[self.taps.absmax], float(result[self.taps.sum2])
+        if not np.isfinite(sum2):
+            kind = "NaN" if np.isnan(sum2) else f"magnitudes up to {absmax.max():.3g}"
+            raise BismoothError(
+                f"value {self.value}: holds {kind} on this text. Expected finite activations below 1e19. "
+                "Check the weights with 'bismooth inspect', or leave the value out."
+            )
+        np.maximum(self.absmax, absmax, out=self.absmax)
+        if self.counts is not None:
+            self.counts += result[self.taps.histogram]
+        self.elements += int(np.prod(result[self.taps.size]))
+        self.sum2 += sum2
+        self.sum4 += float(result[self.taps.sum4])
+
+
+def calibrate(
+    artifact: Path,
+    values: Sequence[str],
+    windows: NDArray[np.int64],
+    output: Path,
+    *,
+    graph: str = "model.onnx",
+    batch_size: int = 1,
+    rows: int = 256,
+    seed: int = 0,
+    histograms: bool = True,
+    threads: int | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Statistics of the activations ``values`` over ``windows``, written to ``output``.
+
+    The artifact folder is not written to, and memory grows neither with the number of windows nor with ``rows``. The
+    same windows and batch size give the same bytes; another batch size changes sums and rows by rounding only, and
+    moves single counts between neighbouring bins.
+
+    Args:
+        artifact: folder with the float graph and its weights.
+        values: names of float activations, channels last.
+        windows: token ids [N, L].
+        output: statistics file to write.
+        graph: file name of the graph.
+        batch_size: windows per run.
+        rows: token rows to keep of each value, drawn from all windows; all of them if there are fewer.
+        seed: chooses the rows.
+        histograms: count magnitudes, for per-tensor ranges. Costs about half the time of the model itself.
+        threads: threads per operator; one per core by default.
+        progress: show a progress bar where stderr is a terminal.
+
+    Raises:
+        BismoothError: a value is unknown or not float, an activation is not finite, the graph cannot be run, or
+        ``output`` cannot
+            be written.
+    """
+    if not values or windows.ndim != 2 or not windows.size or min(batch_size, rows) < 1:
+        raise BismoothError(
+            f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
+            f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
+        )
+    path = artifact / graph
+    model = load_graph(path)
+    provenance = Provenance(
+        graph_sha256=_hash_file(path),
+        tokenizer_sha256=_hash_file(artifact / "tokenizer.json"),
+        data_sha256=hash_ids(windows),
+        windows=windows.shape[0],
+        length=windows.shape[1],
+        seed=seed,
+    )
+    chosen = sample_rows(windows.size, rows, seed)
+    values = list(dict.fromkeys(values))
+    instrument(model, values, histograms=histograms)
+    observed = InMemoryGraph(str(path), model.SerializeToString(), artifact)
+    with Session(observed, mode="plain", threads=threads) as session, replacing(output) as temporary:
+        batches = _runs(session, windows, batch_size, chosen)
+        total = -(-len(windows) // batch_size)
+        if progress and sys.stderr.isatty():
+            batches = iter(track(batches, "calibrate", total, console=Console(stderr=True), transient=True))
+        _collect(temporary, batches, values, provenance, chosen)
+    return Statistics.load(output)
+
+
+def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
+    """``count`` different numbers below ``tokens``, ascending; all of them if there are fewer."""
+    chosen = np.random.default_rng(seed).choice(tokens, size=min(count, tokens), replace=False)
+    return np.sort(chosen).astype(np.int64)
+
+
+def _runs(
+    session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    length = windows.shape[1]
+    for start in range(0, len(windows), batch_size):
+        ids = windows[start : start + batch_size]
+        first, last = np.searchsorted(chosen, [start * length, start * length + ids.size])
+        others = {ROWS: chosen[first:last] - start * length, TOKENS: np.array([ids.size], np.int64)}
+        yield session.run(session.token_feeds(ids, others))
+
+
+def _collect(
+    path: Path,
+    batches: Iterator[dict[str, NDArray[Any]]],
+    values: Sequence[str],
+    provenance: Provenance,
+    chosen: NDArray[np.int64],
+) -> None:
+    first = next(batches)
+    totals = [_Totals.like(value, first) for value in values]
+    channels = {total.value: len(total.absmax) for total in totals}
+    with path.open("wb") as file:
+        writer = StatisticsWriter(file, provenance, channels, chosen, histograms=totals[0].counts is not None)
+        written = 0
+        for result in chain([first], batches):
+            for total in totals:
+                total.add(result)
+                writer.rows(total.value, written, result[total.taps.rows])
+            written += len(result[totals[0].taps.rows])
+        for total in totals:
+            writer.absmax(total.value, total.absmax)
+            writer.moments(total.value, Moments(total.elements, total.sum2, total.sum4))
+            if total.counts is not None:
+                writer.histogram(total.value, total.counts)
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

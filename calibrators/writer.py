@@ -1,0 +1,82 @@
+"""Write a statistics file while the model runs: rows go to disk as they come, so memory does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..export.safetensors_file import dtype_name
+from .histogram import BINS
+from .statistics import FORMAT, ROW_NUMBERS, VERSION, Moments, Provenance
+
+
+class StatisticsWriter:
+    """An open statistics file, laid out in full: each tensor may be written at any time, rows a few at a time."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        provenance: Provenance,
+        channels: Mapping[str, int],
+        row_numbers: NDArray[np.int64],
+        *,
+        histograms: bool,
+    ) -> None:
+        layout = _layout(channels, len(row_numbers), histograms)
+        self._file = file
+        self._channels = dict(channels)
+        self._offsets: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **_strings(provenance)}}
+        end = 0
+        for name, dtype, shape in layout:
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [end, end + size]}
+            self._offsets[name] = end
+            end += size
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._base = 8 + len(raw)
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(self._base + end)
+        self._put(ROW_NUMBERS, row_numbers)
+
+    def rows(self, name: str, start: int, rows: NDArray[np.float32]) -> None:
+        """Rows [r, K] of a value, to be numbers ``start`` … ``start + r - 1`` of its sample."""
+        self._put(f"{name}/rows", rows, 4 * start * self._channels[name])
+
+    def absmax(self, name: str, absmax: NDArray[np.float32]) -> None:
+        self._put(f"{name}/absmax", absmax)
+
+    def moments(self, name: str, moments: Moments) -> None:
+        self._put(f"{name}/moments", np.array([moments.count, moments.sum2, moments.sum4], np.float64))
+
+    def histogram(self, name: str, counts: NDArray[np.int64]) -> None:
+        self._put(f"{name}/histogram", counts)
+
+    def _put(self, key: str, array: NDArray[Any], skip: int = 0) -> None:
+        self._file.seek(self._base + self._offsets[key] + skip)
+        self._file.write(np.ascontiguousarray(array).tobytes())
+
+
+def _layout(
+    channels: Mapping[str, int], rows: int, histograms: bool
+) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    yield ROW_NUMBERS, np.dtype(np.int64), (rows,)
+    for name in channels:
+        yield f"{name}/moments", np.dtype(np.float64), (3,)
+    for name in channels if histograms else ():
+        yield f"{name}/histogram", np.dtype(np.int64), (BINS,)
+    for name, count in channels.items():
+        yield f"{name}/absmax", np.dtype(np.float32), (count,)
+    for name, count in channels.items():
+        yield f"{name}/rows", np.dtype(np.float32), (rows, count)
+
+
+def _strings(provenance: Provenance) -> dict[str, str]:
+    return {name: str(value) for name, value in asdict(provenance).items()}
