@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from ..export.errors import BismoothError
-from .nearest import did_you_mean
+from .nearest import nearest
 
 
 class Hop(StrEnum):
@@ -97,5 +97,5 @@ _METADATA: dict[str, Mapping[str, Any]] = {gate.name: gate.metadata for gate in 
 
 def _metadata(name: str) -> Mapping[str, Any]:
     if name not in _METADATA:
-        raise BismoothError(f"gates: There is no gate {name!r}.{did_you_mean(name, _METADATA)}")
+        raise BismoothError(f"gates: There is no gate {name!r}.{nearest(name, _METADATA)}")
     return _METADATA[name]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from ..export.errors import BismoothError
 from . import recipe_file
 from .gates import Gates
-from .nearest import did_you_mean
+from .nearest import nearest
 from .recipe_file import Document
 from .settings import Settings
 from .spec import ComputeType, LinearSpec
@@ -70,14 +69,14 @@ class Recipe:
         return Recipe.from_dict(recipe_file.read(file), name=name, where=str(file))
 
     @staticmethod
-    def from_dict(document: Mapping[str, Any], *, name: str, where: str | None = None) -> Recipe:
+    def from_dict(document: object, *, name: str, where: str | None = None) -> Recipe:
         """The recipe that ``document`` (as in a file) describes; ``where`` starts the error messages.
 
         Raises:
             BismoothError: as for :meth:`load`.
         """
         where = where or f"recipe {name}"
-        own = recipe_file.validate(dict(document), where)
+        own = recipe_file.validate(document, where)
         parent = _parent(own, where)
         settings = parent.settings.overridden(Settings.from_dict(own, parent.settings, where))
         rules = (_rule(entry, settings, f"{where}: layers[{i}]") for i, entry in enumerate(own.get("layers", ())))
@@ -157,7 +156,7 @@ def _parent(own: Document, where: str) -> Recipe:
             raise BismoothError(f"{where}: Expected every key with 'extends: null', got no {', '.join(missing)}.")
         return Recipe("", "", ComputeType(own["compute_dtype"]), Settings(), (), Gates())
     if parent not in recipe_file.BUILTIN:
-        hint = did_you_mean(parent, recipe_file.BUILTIN)
+        hint = nearest(parent, recipe_file.BUILTIN)
         raise BismoothError(f"{where}: extends: Expected a built-in recipe, got {parent!r}.{hint}")
     return Recipe.load(parent)
 

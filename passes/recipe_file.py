@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 
 from ..export.errors import BismoothError
-from .nearest import did_you_mean
+from .nearest import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -42,22 +42,21 @@ def find(source: str | Path) -> tuple[str, Traversable]:
     path = Path(source)
     if not path.is_file():
         raise BismoothError(
-            f"recipe: {str(source)!r} is no file and no built-in recipe.{did_you_mean(str(source), BUILTIN)}"
+            f"recipe: {str(source)!r} is no file and no built-in recipe.{nearest(str(source), BUILTIN)}"
         )
     return path.stem, path
 
 
-def read(file: Traversable) -> Document:
-    """The recipe in ``file``, valid by the schema, as plain data.
+def read(file: Traversable) -> object:
+    """What ``file`` holds, not yet validated.
 
     Raises:
-        BismoothError: it cannot be read, is no YAML or breaks the schema.
+        BismoothError: it cannot be read or is no YAML.
     """
     try:
-        document = yaml.load(file.read_text("utf-8"), _Loader)
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError, OSError) as error:
-        raise BismoothError(f"{file}: The recipe cannot be read as YAML: {_one_line(error)}") from error
-    return validate(document, str(file))
+        return yaml.load(file.read_text("utf-8"), _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, OSError) as error:  # ValueError: no UTF-8, or no such date
+        raise BismoothError(f"{file}: The recipe cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def validate(document: object, where: str) -> Document:
@@ -92,13 +91,13 @@ def _message(error: ValidationError) -> str:
     if error.validator == "additionalProperties":
         known = cast(Mapping[str, Any], error.schema)["properties"]
         key = next(key for key in got if key not in known)
-        return f"{where}: Unknown key {key!r}.{did_you_mean(str(key), known)}"
+        return f"{where}: Unknown key {key!r}.{nearest(str(key), known)}"
     if error.validator == "required":
         missing = [key for key in rule if key not in got]
         return f"{where}: Expected the key {missing[0]!r}, got {'only ' if got else 'none'}{', '.join(got)}."
     if error.validator == "enum":
         hint = did_you_mean(got, rule) if isinstance(got, str) else ""
-        return f"{where}: Expected {' or '.join(map(str, rule))}, got {_shown(got)}.{hint if 'Did' in hint else ''}"
+        return f"{where}: Expected {' or '.join(rule)}, got {_shown(got)}.{hint}"
     expected = {
         "type": lambda: " or ".join(_TYPES[name] for name in ([rule] if isinstance(rule, str) else rule)),
         "minimum": lambda: f"{rule} or more",
@@ -128,12 +127,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number and refuses keys given twice, NaN, infinity, and aliases (a file can explode)."""
+    """YAML that reads 1e-4 as a number and refuses keys given twice, NaN, infinity, and aliases (files can explode)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = cast(yaml.Event, self.peek_event())  # pyright: ignore[reportUnknownMemberType]

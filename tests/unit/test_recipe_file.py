@@ -63,6 +63,7 @@ WRONG = {
     "gates: {kl: .nan}": "The recipe cannot be read as YAML: .nan is not a finite number",
     "gates: {kl: .inf}": "The recipe cannot be read as YAML: .inf is not a finite number",
     "gates: {kl: 1, kl: 2}": "The recipe cannot be read as YAML: the key 'kl' is given twice",
+    "description: 2020-13-45": "The recipe cannot be read as YAML: month must be in 1..12",
     "layers: [&a [1], *a]": "The recipe cannot be read as YAML: aliases are not allowed in",
     5000 * "[": "The recipe cannot be read as YAML: maximum recursion depth exceeded",
 }
