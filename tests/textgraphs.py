@@ -21,8 +21,8 @@ _checker: Any = onnx.checker
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, VOCAB = 48, 4, 2, 12, 64, 50
 
 
-def make(text: str, opset: int = 23, /, **initializers: Array) -> onnx.ModelProto:
-    """A model from text such as ``"(float[n, 8] x) => (float[n, 8] y) { y = Relu(x) }"``, with inferred types.
+def parse(text: str, opset: int = 23, /, **initializers: Array) -> onnx.ModelProto:
+    """A model from text such as ``"(float[n, 8] x) => (float[n, 8] y) { y = Relu(x) }"``, right or wrong.
 
     A node is named after its first output and its operator: ``y/Relu``.
     """
@@ -31,6 +31,12 @@ def make(text: str, opset: int = 23, /, **initializers: Array) -> onnx.ModelProt
     model.graph.initializer.extend(tensors)
     for node in model.graph.node:
         node.name = node.name or f"{node.output[0]}/{node.op_type}"
+    return model
+
+
+def make(text: str, opset: int = 23, /, **initializers: Array) -> onnx.ModelProto:
+    """A valid model from text, with inferred types."""
+    model = parse(text, opset, **initializers)
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
