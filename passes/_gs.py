@@ -5,6 +5,7 @@ NOTE: nothing else in the package imports onnx-graphsurgeon. A weight that lives
 the graph writes the reference, never the bytes.
 """
 
+import math
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_graphsurgeon  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
@@ -77,11 +79,13 @@ class FileValues(_LazyValues):
 
     def load(self) -> Array:
         """Read the bytes: one array of the tensor's own type (``ml_dtypes`` for bfloat16)."""
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
         place = external_location(self.proto, self.folder)
-        count = int(np.prod(list(self.proto.dims), dtype=np.int64))
-        values = np.fromfile(place.file, dtype=dtype, count=count, offset=place.offset)
-        return cast(Array, values.reshape(tuple(self.proto.dims)))
+        data = np.fromfile(place.file, dtype=np.uint8, count=place.size, offset=place.offset)
+        if self.proto.data_type in _PACKED_BITS:
+            packed = onnx.TensorProto(dims=self.proto.dims, data_type=self.proto.data_type, raw_data=data.tobytes())
+            return onnx.numpy_helper.to_array(packed)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        return cast(Array, data.view(dtype).reshape(tuple(self.proto.dims)))
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ class ExternalLocation:
 
     file: Path
     offset: int
+    size: int
+
+
+_PACKED_BITS = {
+    onnx.TensorProto.UINT4: 4,
+    onnx.TensorProto.INT4: 4,
+    onnx.TensorProto.FLOAT4E2M1: 4,
+}
+"""Types of which several elements share a byte."""
 
 
 def external_location(tensor: onnx.TensorProto, folder: Path) -> ExternalLocation:
@@ -111,17 +124,23 @@ def external_location(tensor: onnx.TensorProto, folder: Path) -> ExternalLocatio
             f"{tensor.name}: its data file is missing. Expected {PurePosixPath(location)} in {folder}, got nothing. "
             "Copy the weight files along with the model."
         )
-    offset = int(entries.get("offset", "0"))
-    size = int(np.prod(list(tensor.dims), dtype=np.int64))
-    size *= onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    length = int(entries.get("length", str(size)))
-    if length != size or offset < 0 or offset + size > file.stat().st_size:
+    size = _byte_size(tensor)
+    offset, length = (entries.get(key, default) for key, default in (("offset", "0"), ("length", str(size))))
+    available = file.stat().st_size - int(offset) if offset.isdecimal() else -1
+    if length != str(size) or available < size:
         raise BismoothError(
             f"{tensor.name}: its data does not fit. Expected {size} bytes for shape {list(tensor.dims)}, got {length} "
             f"at offset {offset} of {location} ({file.stat().st_size} bytes). The file is truncated or not this "
             "model's: export again."
         )
-    return ExternalLocation(file, offset)
+    return ExternalLocation(file, int(offset), size)
+
+
+def _byte_size(tensor: onnx.TensorProto) -> int:
+    bits = _PACKED_BITS.get(tensor.data_type)
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-bits * math.prod(tensor.dims) // 8)
 
 
 def import_model(model: onnx.ModelProto) -> Graph:
@@ -173,6 +192,20 @@ def make_variable(name: str, dtype: np.dtype[Any] | None, shape: Sequence[Dim] |
 def make_constant(name: str, values: Array) -> Tensor:
     """A constant that is stored inside the model file."""
     return cast(Tensor, _gs.Constant(name, values=np.ascontiguousarray(values).reshape(values.shape)))
+
+
+def make_external(name: str, dtype: np.dtype[Any], shape: Sequence[int], file: Path, offset: int) -> Tensor:
+    """A constant whose bytes are in ``file`` from byte ``offset`` on; the file may be written later."""
+    length = int(np.prod(list(shape), dtype=np.int64)) * dtype.itemsize
+    proto = onnx.TensorProto(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(dtype),
+        dims=list(shape),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", file.name), ("offset", str(offset)), ("length", str(length))):
+        proto.external_data.add(key=key, value=value)
+    return cast(Tensor, _gs.Constant(name, values=FileValues(proto, file.parent)))
 
 
 def copy_tensor(tensor: Tensor) -> Tensor:

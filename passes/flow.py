@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..passes._gs import Node
-from ..passes.flow_ops import NONE, ConstantUse, Labels, Mask, OpaqueError, Visit, label_shape, rule_of
+from ..passes.flow_labels import NONE, ConstantUse, Labels, Mask, OpaqueError, Visit, label_shape
+from ..passes.flow_ops import rule_of
 from ..passes.graph import Index
 from ..passes.linears import Linear
 
@@ -186,12 +187,19 @@ def _record(pins: Iterable[_Pin], is_pinned: Mask, pinned: list[Pinned]) -> bool
     """Add the newly pinned channels; whether there were any."""
     before = len(pinned)
     for pin in pins:
-        channels = np.unique(pin.labels[pin.labels != NONE])
+        channels = channels_in(pin.labels, is_pinned.size)
         channels = channels[~is_pinned[channels]]
         if channels.size:
             is_pinned[channels] = True
             pinned.append(Pinned(channels, pin.reason, pin.node))
     return len(pinned) > before
+
+
+def channels_in(labels: Labels, size: int) -> Labels:
+    """The distinct channels among labels, in ascending order (``np.unique`` takes ten times as long)."""
+    occurs = np.zeros(size, np.bool_)
+    occurs[labels[labels != NONE]] = True
+    return occurs.nonzero()[0].astype(np.int32)
 
 
 def _result(size: int, walk: _Walk, pinned: list[Pinned]) -> Flow:

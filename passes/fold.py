@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..passes._gs import Array, Graph, Node, Tensor, dtype_of, make_constant, make_node, make_variable
-from ..passes.flow_ops import NONE, Labels
-from ..passes.graph import Index, new_constant, replace_input
+from ..passes.flow_labels import NONE, Labels
+from ..passes.graph import Index, new_constant
 from ..passes.linears import WEIGHT_OPERAND, Layout, Linear, find_linears
 from ..passes.sites import Site
 
@@ -117,7 +117,7 @@ def fold_constants(graph: Graph, edits: Mapping[str, Edit]) -> None:
         for node in index.users(name):
             for place, tensor in enumerate(node.inputs):
                 if tensor is old:
-                    replace_input(node, place, new)
+                    node.inputs[place] = new
     graph.cleanup()
 
 
@@ -133,7 +133,7 @@ def _view_weight(node: Node, linear: Linear, edit: Edit) -> list[Node]:
         if factor is not None:
             operand = node.inputs[WEIGHT_OPERAND]
             nodes.append(_scaled(operand, f"{linear.name}/fold_{what}", factor, axis, shape))
-            replace_input(node, WEIGHT_OPERAND, nodes[-1].outputs[0])
+            node.inputs[WEIGHT_OPERAND] = nodes[-1].outputs[0]
     return nodes
 
 

@@ -27,7 +27,7 @@ from ..passes._gs import (
     shape_of,
 )
 from ..passes.fold import Factors, fold_graph, weight_edits
-from ..passes.graph import Index, replace_input
+from ..passes.graph import Index
 from ..passes.segment import Sizes, cut
 from ..passes.sites import Site
 
@@ -71,9 +71,9 @@ def _check(graph: Graph, index: Index, site: Site, factors: Factors, sessions: "
     segment = cut(graph, index, site, sizes)
     folded = segment.graph.copy()
     fold_graph(folded, weight_edits([site], factors))
+    programs = [_program(graph, sizes, constants) for graph in (segment.graph, folded)]
     try:
-        expected = sessions.run(_program(segment.graph, sizes, constants))
-        got = sessions.run(_program(folded, sizes, constants))
+        expected, got = (sessions.run(program) for program in programs)
     except Exception as error:
         raise BismoothError(
             f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
@@ -101,26 +101,24 @@ class _Program:
 def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array]) -> _Program:
     """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
     random, names = np.random.default_rng(0), _Names()
-    feeds: dict[str, Array] = {}
-    inputs: list[Tensor] = []
-    for tensor in graph.inputs:
-        feeds[names.of(tensor)] = _data(tensor, sizes, random)
-        inputs.append(tensor)
+    feeds = {names.of(tensor): _data(tensor, sizes, random) for tensor in graph.inputs}
     for place, node in enumerate(graph.nodes):
         node.name = f"n{place}"
         for slot, tensor in enumerate(node.inputs):
             if is_constant(tensor) and _is_float(tensor):
-                values = constants[tensor.name] = constants[tensor.name] if tensor.name in constants else read(tensor)
-                inputs.append(make_variable("constant", values.dtype, values.shape))
-                feeds[names.of(inputs[-1])] = values
-                replace_input(node, slot, inputs[-1])
+                if tensor.name not in constants:
+                    constants[tensor.name] = read(tensor)
+                node.inputs[slot] = make_variable("fed", dtype_of(tensor), None)
+                feeds[names.of(node.inputs[slot])] = constants[tensor.name]
+                graph.inputs.append(node.inputs[slot])
         for tensor in (*node.inputs, *node.outputs):
             names.of(tensor)
             if not is_constant(tensor):
                 set_type(tensor, dtype_of(tensor), None)
-    for tensor in inputs:
-        set_type(tensor, dtype_of(tensor), feeds[tensor.name].shape)
-    graph.inputs[:] = inputs
+    for tensor in graph.inputs:
+        set_type(tensor, feeds[tensor.name].dtype, feeds[tensor.name].shape)
+    for tensor in graph.outputs:
+        set_type(tensor, dtype_of(tensor) or np.dtype(np.float32), None)
     return _Program(export_model(graph).SerializeToString(deterministic=True), feeds)
 
 

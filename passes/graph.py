@@ -125,11 +125,6 @@ class Index:
         return constants.evaluate(self.values[value]) if value in self.constants else None
 
 
-def replace_input(node: Node, place: int, tensor: Tensor) -> None:
-    """Let a node read another tensor at one of its inputs."""
-    node.inputs[place] = tensor
-
-
 def new_constant(name: str, values: Array, like: Tensor) -> Tensor:
     """A constant in the type of an existing value."""
     dtype = dtype_of(like)

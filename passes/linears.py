@@ -111,8 +111,9 @@ def find_head(linears: Sequence[Linear], graph: Graph) -> list[Linear]:
 
 
 def _linear(node: Node, index: Index, taken: set[str]) -> Linear | Skipped | None:
-    constant_operands = [place for place in (0, 1) if node.inputs[place].name in index.constants]
-    if len(constant_operands) != 1:
+    operands = node.inputs[:2]
+    constant_operands = [place for place, operand in enumerate(operands) if operand.name in index.constants]
+    if len(operands) < 2 or len(constant_operands) != 1:
         return None
     if constant_operands != [WEIGHT_OPERAND]:
         return Skipped(node.name, f"the constant {node.inputs[0].name} is the left operand")

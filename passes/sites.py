@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..passes._gs import Graph, Node
-from ..passes.flow import Absorption, Flow, Pinned, trace_with
-from ..passes.flow_ops import NONE, ConstantUse, Mask
+from ..passes.flow import Absorption, Flow, Pinned, channels_in, trace_with
+from ..passes.flow_labels import NONE, ConstantUse, Mask
 from ..passes.graph import Index
 from ..passes.linears import Linear, module_path, unique
 from ..passes.spec import SiteKind
@@ -148,7 +148,7 @@ def _without_claimed(flow: Flow, claims: Mapping[str, _Claim]) -> Flow:
     free, pinned = flow.free.copy(), list(flow.pinned)
     for consumer in flow.consumers:
         claim = claims[consumer.linear]
-        channels = np.unique(consumer.labels[claim.columns & (consumer.labels != NONE)])
+        channels = channels_in(consumer.labels[claim.columns], flow.size)
         if channels.size:
             free[channels] = False
             reason = f"the inputs of {consumer.linear} are already smoothed by {claim.site}"

@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from bismooth.passes._gs import set_type
 from bismooth.passes.flow import Flow, trace
-from bismooth.passes.flow_ops import keeps_order
+from bismooth.passes.flow_labels import keeps_order
 from bismooth.passes.graph import Index
 from bismooth.passes.linears import find_linears
 from tests.graphs import Builder, Size
@@ -288,6 +289,50 @@ def test_fixed_sizes_that_mix_positions_pin(tmp_path: Path) -> None:
     flow = traced(b, tmp_path)
     assert not flow.free.any()
     assert flow.pinned[0].reason == "positions of one channel come from different channels"
+
+
+def test_shape_that_is_not_recorded(tmp_path: Path) -> None:
+    b = Builder()
+    r = b.tokens("r", C)
+    b.outputs.append(b.linear(b.op("Add", b.op("Mul", b.tokens("x", C), b.op("Tanh", r)), r), "fc", 3, C))
+    graph = b.graph(tmp_path)
+    index = Index.of(graph)
+    tanh = index.nodes["graph/Tanh"].outputs[0]
+    set_type(tanh, None, None)
+    flow = trace("x", C, find_linears(graph), index)
+    assert reasons(flow) == [(everything(), f"the shape of {tanh.name} is not recorded", "graph/Mul")]
+
+
+def test_recorded_shapes_that_contradict_an_operation(tmp_path: Path) -> None:
+    wrong = {
+        "Relu": ((1, 1, 9), "Relu gives (1, 1, 8), recorded is (1, 1, 9)"),
+        "Tile": ((1, 1, 12), "Tile from (1, 1, 8) to (1, 1, 12) is not a repetition"),
+        "Split": ((1, 1, 3), "the parts [3, 4] of Split do not add up to 8"),
+    }
+    for op, (shape, reason) in wrong.items():
+        b = Builder()
+        x = b.tokens("x", C)
+        y = {
+            "Relu": lambda b=b, x=x: b.op("Relu", x),
+            "Tile": lambda b=b, x=x: b.op("Tile", x, b.ints(1, 1, 2)),
+            "Split": lambda b=b, x=x: b.ops("Split", x, count=2, axis=-1, num_outputs=2)[0],
+        }[op]()
+        b.outputs.append(b.op("Neg", y))
+        graph = b.graph(tmp_path)
+        index = Index.of(graph)
+        set_type(index.values[y], None, shape)
+        assert trace("x", C, find_linears(graph), index).pinned[0].reason == reason
+
+
+def test_product_of_a_vector(tmp_path: Path) -> None:
+    b = Builder()
+    b.outputs.append(b.op("MatMul", b.input("x", C), b.input("p", C, 3)))
+    assert traced(b, tmp_path).pinned[0].reason == "a product of a vector sums over the channels"
+
+
+def test_operation_that_is_malformed(tmp_path: Path) -> None:
+    flow = through(lambda b, x: b.op("Gather", x, b.constant("i", np.arange(1, C + 1)), axis=2), tmp_path)
+    assert flow.pinned[0].reason.startswith("Gather cannot be followed: index 8 is out of bounds")
 
 
 def test_concatenation_along_the_sequence(tmp_path: Path) -> None:

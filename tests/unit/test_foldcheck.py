@@ -158,6 +158,13 @@ def test_decoder_whose_dimensions_have_no_names(tmp_path: Path) -> None:
     assert max(check_folds(graph, sites, factors_for(sites)).values()) <= TOLERANCE
 
 
+def test_sizes_of_symbolic_dimensions(tmp_path: Path) -> None:
+    sizes = Sizes.of(prepared(decoder(), tmp_path)[0])
+    assert sizes.names == {"batch": 2, "sequence": 7}
+    assert [sizes.known(dim) for dim in (5, "sequence", "2*batch * sequence", "other", None)] == [5, 7, 28, None, None]
+    assert sizes.shape((None, "other", "batch", 3)) == [2, 7, 2, 3]
+
+
 def test_dimensions_without_a_name_are_guessed(tmp_path: Path) -> None:
     graph, sites = prepared(relu_mlp(), tmp_path)
     for value in Index.of(graph).values.values():

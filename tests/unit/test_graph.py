@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from bismooth.export.errors import BismoothError
 from bismooth.passes import _gs, graph
@@ -65,20 +67,23 @@ def test_external_weight_is_read_from_its_folder(tmp_path: Path, monkeypatch: py
     assert values.shape == (3, 4)
 
 
-def test_bfloat16_initializer_is_read_as_ml_dtypes(tmp_path: Path) -> None:
-    values = np.array([[1.5, -2.0], [0.25, 3.0]], ml_dtypes.bfloat16)
-    (tmp_path / "w.bin").write_bytes(b"head" + values.tobytes())
-    tensor = TensorProto(name="w", data_type=TensorProto.BFLOAT16, dims=[2, 2], data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", "w.bin"), ("offset", "4"), ("length", "8")):
-        tensor.external_data.add(key=key, value=value)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64, ml_dtypes.int4])
+def test_initializer_is_read_in_its_own_type(dtype: Any, tmp_path: Path) -> None:
+    values: NDArray[Any] = np.array([[1, -2, 3]], dtype)
+    stored = numpy_helper.from_array(values, "w")
+    (tmp_path / "w.bin").write_bytes(b"head" + stored.raw_data)
+    for key, value in (("location", "w.bin"), ("offset", "4"), ("length", str(len(stored.raw_data)))):
+        stored.external_data.add(key=key, value=value)
+    stored.ClearField("raw_data")
+    stored.data_location = TensorProto.EXTERNAL
     b = Builder()
-    b.constant("w", np.zeros((2, 2), np.float32))
-    b.outputs.append(b.op("MatMul", b.tokens("x", 2), b.op("Cast", "w", to=TensorProto.FLOAT)))
+    b.constant("w", np.zeros((1, 3), np.float32))
+    b.outputs.append(b.op("MatMul", b.tokens("x", 1), b.op("Cast", "w", to=TensorProto.FLOAT)))
     model = b.model()
-    model.graph.initializer[0].CopyFrom(tensor)
+    model.graph.initializer[0].CopyFrom(stored)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     constant = Index.of(graph.load(tmp_path / "model.onnx")).values["w"]
-    assert _gs.dtype_of(constant) == np.dtype(ml_dtypes.bfloat16)
+    assert _gs.dtype_of(constant) == np.dtype(dtype)
     assert np.array_equal(_gs.read(constant), values)
 
 
@@ -94,8 +99,11 @@ def resize(tensor: TensorProto) -> None:
     next(entry for entry in tensor.external_data if entry.key == "length").value = "40"
 
 
-def shift(tensor: TensorProto) -> None:
-    next(entry for entry in tensor.external_data if entry.key == "offset").value = "100000"
+def shift(offset: str) -> Callable[[TensorProto], None]:
+    def change(tensor: TensorProto) -> None:
+        next(entry for entry in tensor.external_data if entry.key == "offset").value = offset
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,9 @@ def shift(tensor: TensorProto) -> None:
         (relocate("/etc/passwd"), "is outside the model's folder. Expected a file in .*, got '/etc/passwd'"),
         (relocate("gone.bin"), "its data file is missing. Expected gone.bin"),
         (resize, r"Expected 48 bytes for shape \[3, 4\], got 40 at offset"),
-        (shift, "got 48 at offset 100000 of model.safetensors"),
+        (shift("100000"), "got 48 at offset 100000 of model.safetensors"),
+        (shift("-8"), "got 48 at offset -8 of model.safetensors"),
+        (shift("zero"), "got 48 at offset zero of model.safetensors"),
     ],
 )
 def test_external_data_that_lies_is_refused(

@@ -44,6 +44,13 @@ def test_sites_of_a_decoder(layers: int, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.timeout(20)
+def test_eighty_layers_take_seconds(tmp_path: Path) -> None:
+    shape = DecoderShape(layers=80, hidden=256, heads=16, kv_heads=2, head_size=16, ffn=64)
+    sites, _ = found(decoder(shape), tmp_path)
+    assert len(sites) == 320
+
+
 def test_values_of_grouped_query_attention_are_tied(tmp_path: Path) -> None:
     """2 key and value heads of 8 channels, 4 query heads: each channel feeds two columns of o_proj."""
     sites, _ = found(decoder(), tmp_path)
