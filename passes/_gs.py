@@ -97,7 +97,7 @@ class ExternalLocation:
     size: int
 
 
-_PACKED_BITS = {
+_PACKED_BITS: dict[int, int] = {
     onnx.TensorProto.UINT4: 4,
     onnx.TensorProto.INT4: 4,
     onnx.TensorProto.FLOAT4E2M1: 4,
