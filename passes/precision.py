@@ -1,6 +1,6 @@
 """From a graph that computes in float32 to one that computes in float16 or bfloat16, weights untouched.
 
-Each node gets a type from ``precision_policy``; a Cast stands where a value changes type, once per value. An
+Each node gets a type from ``precision_plan``; a Cast stands where a value changes type, once per value. An
 initializer that a 16-bit node reads gets a Cast too, so the weight file stays as it is; ``stored_casts`` lists these
 for whoever writes a new file, and ``store`` puts a 16-bit initializer in the place of one.
 """
@@ -26,7 +26,8 @@ from ._gs import (
     read,
     shape_of,
 )
-from .precision_policy import AGNOSTIC, MASK, Plan, Planner, float_limits, float_producers, is_float, is_inline
+from .precision_plan import Planner
+from .precision_policy import AGNOSTIC, MASK, float_limits, is_float, is_inline, is_mask
 
 _NARROW_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -71,9 +72,7 @@ class SetPrecision:
         narrow = _NARROW_TYPES[self.dtype]
         _require_float32(graph)
         _drop_idle_casts(graph)
-        plan = Planner(graph, narrow, self.keep).plan()
-        rewriter = _Rewriter(graph, plan, narrow)
-        rewriter.run()
+        _Rewriter(graph, Planner(graph, narrow, self.keep).plan(), narrow).run()
         graph.cleanup()
         return _report(graph, narrow)
 
@@ -160,7 +159,7 @@ def _require_float32(graph: Graph) -> None:
 @dataclass(slots=True)
 class _Rewriter:
     graph: Graph
-    plan: Plan
+    wide: frozenset[int]
     narrow: np.dtype[Any]
     _nodes: list[Node] = field(default_factory=list[Node])
     _wide_values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -172,7 +171,7 @@ class _Rewriter:
         outputs = {tensor.name for tensor in self.graph.outputs}
         self._names = {node.name for node in self.graph.nodes}
         for node in list(self.graph.nodes):
-            is_wide = self.plan.is_wide(node)
+            is_wide = id(node) in self.wide
             for place, tensor in enumerate(node.inputs):
                 if is_float(tensor):
                     node.inputs[place] = self._read(node, place, tensor, is_wide)
@@ -223,7 +222,7 @@ class _Rewriter:
             source = producer.inputs[0]  # an initializer in another type, or integers
             if dtype_of(source) == self.narrow:
                 return source
-        elif producer is not None and tensor.name not in self.plan.data and _has_mask(tensor):
+        elif producer is not None and is_mask(source):
             source = self._clamped(source)
         return self._cast(source, make_variable(name, self.narrow, shape_of(tensor)))
 
@@ -259,11 +258,6 @@ class _Rewriter:
 
 def _origin_name(tensor: Tensor) -> str:
     return tensor.inputs[0].name if tensor.inputs else tensor.name
-
-
-def _has_mask(tensor: Tensor) -> bool:
-    constants = (value for node in float_producers(tensor) for value in node.inputs if is_float(value))
-    return any(bool(np.any(np.abs(read(value)) >= MASK)) for value in constants if is_inline(value))
 
 
 def _is_generic(node: Node, side: Literal["inputs", "outputs"], place: int, opset: int) -> bool:

@@ -1,0 +1,325 @@
+"""Run a 16-bit graph on the CPU as 16-bit hardware would: every value is rounded to its type on its way to a reader.
+
+ONNX Runtime's CPU computes float16 graphs in float32 from one end to the other, so they never overflow there. Here each
+node computes in float32 and its result goes through ``Cast`` to the 16-bit type and back; the largest magnitude on
+every such edge is found in the same run and comes back as one vector.
+
+NOTE: what the simulation stands for. A MatMul adds up in float32 and rounds once, as tensor cores with float32
+accumulators do; one whose operands are both dequantized is an INT8 GEMM, whose exact sum is rounded once, and its
+operands are not rounded at all (sums stay exact up to 2^24 times the scales). Attention is taken apart, so the scores
+and the weighted sum are edges: a fused kernel keeps them in registers, an unfused one does not. What a node keeps
+inside (a norm's mean, the exponentials of a softmax) is float32, and values that are only moved are the same edge.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..engines.onnxruntime import InMemoryGraph, Session
+from ..export.errors import BismoothError
+from ..passes._gs import (
+    Graph,
+    Node,
+    Tensor,
+    dtype_of,
+    export_model,
+    external_proto,
+    is_constant,
+    make_constant,
+    make_node,
+    make_variable,
+    read,
+    shape_of,
+)
+from ..passes.decompose import lower, lower_attention
+from ..passes.graph import load
+from ..passes.lint import Finding, Severity
+from ..passes.precision_policy import Role, float_limits, role_of
+
+_FLOAT32 = np.dtype(np.float32)
+_NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_NEW = "halfsim/"
+"""Begins the names of what is added."""
+_PEAKS = f"{_NEW}peaks"
+_REDUCTIONS = ("ReduceMax", "ReduceMin", "ReduceL1")
+_EXACT = frozenset({"Abs", "Ceil", "Clip", "Floor", "Max", "Min", "Neg", "Relu", "Round", "Sign"})
+"""Operators whose result is one of their inputs, up to its sign, or a smaller whole number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A value that a 16-bit graph computes: its name, the node that computes it, and its type."""
+
+    value: str
+    node: str
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HalfRun:
+    """One run: logits [batch, sequence, vocabulary] float32, and per edge max|value| / largest number of its type.
+
+    The ratio is infinite where a value overflowed and NaN where one is not a number.
+    """
+
+    logits: NDArray[np.float32]
+    ratios: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The edges of a graph that was made to simulate, and those of them that are casts of stored weights."""
+
+    edges: tuple[Edge, ...]
+    stored: dict[str, Tensor]
+
+    def peaks_of_stored(self) -> dict[str, float]:
+        """max|W| after rounding, by edge; reads one tensor at a time."""
+        return {
+            edge.value: _peak(self.stored[edge.value], edge.dtype) for edge in self.edges if edge.value in self.stored
+        }
+
+
+class HalfSimulation:
+    """A 16-bit graph, loaded for simulation; a context manager that frees the memory on exit.
+
+    Args:
+        path: an ONNX file whose values are float16 or bfloat16; nothing is written, and weights stay in their files.
+        threads: threads per operator; one per core by default.
+
+    Raises:
+        BismoothError: the file cannot be loaded, or has no 16-bit value.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        graph = load(path)
+        simulation = simulate(graph)
+        self.edges = simulation.edges
+        if not self.edges:
+            raise BismoothError(
+                f"{path}: nothing to simulate. Expected a graph that computes in float16 or bfloat16, got one without "
+                "a 16-bit value. Give the deployment graph, model.float16.onnx."
+            )
+        self._stored = simulation.peaks_of_stored()
+        self._measured = [edge.value not in self._stored for edge in self.edges]
+        self._largest = np.array([float_limits(edge.dtype).largest for edge in self.edges])
+        self._output = graph.outputs[0].name
+        _measure(graph, [edge for edge in self.edges if edge.value not in self._stored])
+        model = InMemoryGraph(f"{path} (simulated)", _serialize(graph), path.parent)
+        self._session = Session(model, mode="reference", threads=threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+
+    def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> HalfRun:
+        """Run token ids [batch, sequence]; without a mask there is no padding.
+
+        Raises:
+            BismoothError: the graph has inputs that token ids do not determine, or cannot run on these.
+        """
+        feeds = self._session.token_feeds(input_ids)
+        if attention_mask is not None and "attention_mask" in feeds:
+            feeds["attention_mask"] = attention_mask
+        return self.feed(feeds)
+
+    def feed(self, feeds: dict[str, NDArray[Any]]) -> HalfRun:
+        """Run any inputs, by name.
+
+        Raises:
+            BismoothError: an input is missing or does not fit.
+        """
+        results = self._session.run(feeds, [self._output, _PEAKS])
+        top, bottom, total = results[_PEAKS].astype(np.float64).reshape(len(_REDUCTIONS), -1)
+        peaks = np.array([self._stored.get(edge.value, 0.0) for edge in self.edges])
+        with np.errstate(invalid="ignore"):
+            peaks[self._measured] = np.where(np.isnan(total), np.nan, np.maximum(top, -bottom))
+        return HalfRun(results[self._output], peaks / self._largest)
+
+    def findings(self, ratios: NDArray[np.float64], limit: float = 0.5) -> list[Finding]:
+        """The edges, worst first, that are not finite or above ``limit``; ``ratios`` of several runs by ``np.fmax``."""
+        bad = np.flatnonzero(~(ratios <= limit))
+        order = sorted(bad, key=lambda place: -np.nan_to_num(ratios[place], nan=np.inf, posinf=np.inf))
+        return [_finding(self.edges[place], float(ratios[place]), limit) for place in order]
+
+
+def simulate(graph: Graph) -> Simulation:
+    """Make a 16-bit graph compute in float32 with explicit rounding, in place; returns the edges that are rounded."""
+    lower(graph, {"Attention": lower_attention})
+    simulator = _Simulator(graph)
+    simulator.run()
+    return Simulation(tuple(simulator.edges), simulator.stored)
+
+
+def _peak(tensor: Tensor, dtype: np.dtype[Any]) -> float:
+    values = read(tensor)
+    with np.errstate(over="ignore"):
+        return float(np.maximum(values.max(), -values.min()).astype(dtype))
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return not tensor.is_empty() and dtype_of(tensor) in _NARROW_TYPES
+
+
+@dataclass(slots=True)
+class _Simulator:
+    graph: Graph
+    edges: list[Edge] = field(default_factory=list[Edge])
+    stored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    _nodes: list[Node] = field(default_factory=list[Node])
+    _values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def run(self) -> None:
+        """Rewrite every node; a node that reads or makes 16-bit values reads and makes float32 ones instead."""
+        exact = _integer_operands(self.graph)
+        for node in list(self.graph.nodes):
+            for place, tensor in enumerate(node.inputs):
+                if _is_narrow(tensor):
+                    node.inputs[place] = self._read(tensor)
+            _forget_type(node)
+            self._nodes.append(node)
+            for place, tensor in enumerate(node.outputs):
+                if _is_narrow(tensor):
+                    is_rounded = not (role_of(node) is Role.MOVE or node.op in _EXACT or tensor.name in exact)
+                    self._write(node, place, tensor, is_rounded)
+        self.graph.nodes[:] = self._nodes
+        for place, tensor in enumerate(self.graph.outputs):
+            self.graph.outputs[place] = self._values.get(tensor.name, tensor)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        if tensor.name not in self._values:
+            self._values[tensor.name] = self._constant(tensor) if is_constant(tensor) else self._input(tensor)
+        return self._values[tensor.name]
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        if external_proto(tensor) is None:
+            return make_constant(f"{_NEW}{tensor.name}.float32", read(tensor).astype(np.float32))
+        return self._input(tensor)
+
+    def _input(self, tensor: Tensor) -> Tensor:
+        """What is stored in 16 bits, in a file or by the caller, widened when it is read."""
+        return self._cast(tensor, f"{_NEW}{tensor.name}.float32", _FLOAT32)
+
+    def _write(self, node: Node, place: int, tensor: Tensor, is_rounded: bool) -> None:
+        dtype = dtype_of(tensor)
+        assert dtype is not None
+        if not is_rounded:
+            value = make_variable(tensor.name, _FLOAT32, shape_of(tensor))
+            node.outputs[place] = value
+        else:
+            exact = make_variable(f"{_NEW}{tensor.name}.exact", _FLOAT32, shape_of(tensor))
+            node.outputs[place] = exact
+            value = self._cast(self._cast(exact, f"{_NEW}{tensor.name}.{dtype}", dtype), tensor.name, _FLOAT32)
+            if not _is_clamped(node):
+                self.edges.append(Edge(tensor.name, node.name, dtype))
+            if node.op == "Cast" and is_constant(node.inputs[0]):
+                self.stored[tensor.name] = node.inputs[0]
+        self._values[tensor.name] = value
+
+    def _cast(self, source: Tensor, name: str, dtype: np.dtype[Any]) -> Tensor:
+        result = make_variable(name, dtype, shape_of(source))
+        to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        self._nodes.append(make_node("Cast", f"{_NEW}{name}/Cast", [source], [result], {"to": to}))
+        return result
+
+
+def _forget_type(node: Node) -> None:
+    """Let the attributes of a node no longer ask for a 16-bit type."""
+    if node.op == "DequantizeLinear":
+        node.attrs.pop("output_dtype", None)
+    if node.op == "Cast" and any(_is_narrow(tensor) for tensor in node.outputs):
+        node.attrs["to"] = int(onnx.TensorProto.FLOAT)
+    value: Tensor | None = node.attrs.get("value") if node.op == "ConstantOfShape" else None
+    if value is not None and _is_narrow(value):
+        node.attrs["value"] = make_constant("", read(value).astype(np.float32))
+
+
+def _integer_operands(graph: Graph) -> frozenset[str]:
+    """Dequantized values that only INT8 GEMMs read."""
+    dequantized: set[str] = set()
+    for node in graph.nodes:
+        moved = role_of(node) is Role.MOVE and node.inputs[0].name in dequantized
+        if node.op == "DequantizeLinear" or moved:
+            dequantized.update(tensor.name for tensor in node.outputs)
+    operands: set[str] = set()
+    for node in reversed(graph.nodes):
+        for tensor in node.outputs:
+            readers = tensor.outputs if tensor.name in dequantized else ()
+            if readers and all(_passes_exactly(reader, dequantized, operands) for reader in readers):
+                operands.add(tensor.name)
+    return frozenset(operands)
+
+
+def _passes_exactly(reader: Node, dequantized: set[str], operands: set[str]) -> bool:
+    if reader.op in ("MatMul", "Gemm", "Conv"):
+        return all(tensor.name in dequantized for tensor in reader.inputs[:2])
+    return role_of(reader) is Role.MOVE and all(tensor.name in operands for tensor in reader.outputs)
+
+
+def _is_clamped(node: Node) -> bool:
+    """Whether a node narrows a mask that was clamped to the lowest number of the type on purpose."""
+    producer = node.inputs[0].inputs[0] if node.op == "Cast" and node.inputs[0].inputs else None
+    return producer is not None and producer.op == "Max" and node.inputs[0].name.endswith(".clamped")
+
+
+def _measure(graph: Graph, edges: Sequence[Edge]) -> None:
+    """Add the output ``_PEAKS``: the maximum, the minimum and the sum of magnitudes of each edge, one after the other.
+
+    The sum is there for NaN, which a maximum may skip.
+    """
+    measured = {edge.value for edge in edges}
+    flat_shape = make_constant(f"{_NEW}flat", np.array([-1], np.int64))
+    parts: list[list[Tensor]] = [[] for _ in _REDUCTIONS]
+    nodes: list[Node] = []
+    for node in list(graph.nodes):
+        nodes.append(node)
+        for tensor in node.outputs:
+            if tensor.name in measured:
+                nodes.extend(_reductions(tensor, flat_shape, parts))
+    peaks = make_variable(_PEAKS, _FLOAT32, (len(_REDUCTIONS) * len(edges),))
+    nodes.append(make_node("Concat", _PEAKS, [tensor for part in parts for tensor in part], [peaks], {"axis": 0}))
+    graph.nodes[:] = nodes
+    graph.outputs.append(peaks)
+
+
+def _reductions(value: Tensor, flat_shape: Tensor, parts: list[list[Tensor]]) -> list[Node]:
+    flat = make_variable(f"{_NEW}{value.name}.flat", _FLOAT32, (None,))
+    nodes = [make_node("Reshape", f"{_NEW}{value.name}/flat", [value, flat_shape], [flat])]
+    for part, op in zip(parts, _REDUCTIONS, strict=True):
+        part.append(make_variable(f"{_NEW}{value.name}.{op}", _FLOAT32, (1,)))
+        nodes.append(make_node(op, f"{_NEW}{value.name}/{op}", [flat], [part[-1]], {"keepdims": 1}))
+    return nodes
+
+
+def _serialize(graph: Graph) -> bytes:
+    """The model, its weights declared as inputs with defaults: else ONNX Runtime folds their Casts into copies."""
+    model = export_model(graph)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    return model.SerializeToString()
+
+
+def _finding(edge: Edge, ratio: float, limit: float) -> Finding:
+    largest = float_limits(edge.dtype).largest
+    seen = f"{ratio * largest:.5g}" if np.isfinite(ratio) else ("not a number" if np.isnan(ratio) else "infinite")
+    return Finding(
+        "half-range",
+        Severity.ERROR,
+        edge.node,
+        f"value {edge.value} reached {seen} in {edge.dtype}. Expected at most {limit:g} of {largest:.5g}. "
+        "Keep the node in float32 (precision 'keep'), or compute in bfloat16.",
+    )
