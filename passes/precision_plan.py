@@ -17,8 +17,6 @@ class _Facts:
     """They depend on the model's data, not on positions and constants alone."""
     wide: set[str] = field(default_factory=set[str])
     """Computed in float32."""
-    closed: set[str] = field(default_factory=set[str])
-    """Computed in float32, but they do not widen what reads them."""
     dequantized: set[str] = field(default_factory=set[str])
     """Outputs of DequantizeLinear, moved or not."""
     accumulated: set[str] = field(default_factory=set[str])
@@ -68,7 +66,7 @@ class Planner:
             return True
         if role is Role.NARROW:
             return False
-        widening = any(tensor.name in facts.wide and tensor.name not in facts.closed for tensor in activations)
+        widening = any(tensor.name in facts.wide and tensor.name not in facts.accumulated for tensor in activations)
         return widening or _is_square(node) or self._is_rescale(node) or not self._constants_fit(node)
 
     def _record(self, node: Node, wide: bool, angle: bool) -> None:
@@ -84,21 +82,21 @@ class Planner:
         moves = role_of(node) is Role.MOVE
         if node.op == "DequantizeLinear" or (moves and inputs[0] in facts.dequantized):
             facts.dequantized.update(outputs)
-        if self._is_integer_gemm(node) or self._is_rescale(node) or (moves and inputs[0] in facts.accumulated):
+        if self._is_integer_gemm(node) or self._is_rescale(node):
             facts.accumulated.update(outputs)
-            facts.closed.update(outputs)
         if node.op == "ReduceMax" or self._is_row_scale(node):
             facts.row_scale.update(outputs)
 
     def _ask_consumers(self) -> None:
         """Let nodes that only float32 readers read compute in float32, and constants be moved in the readers' type.
 
-        A sum of two activations is left alone: it is a residual stream, whose readers begin with a norm.
+        A sum of two activations is left alone: it is a residual stream, whose readers begin with a norm. So are
+        activations that are only moved: half the bytes are moved before the Cast.
         """
         outputs = {tensor.name for tensor in self.graph.outputs}
         for node in reversed(self.graph.nodes):
             undecided = id(node) in self._undecided
-            if not undecided and (self._is_residual(node) or role_of(node) not in (Role.ELEMENTWISE, Role.MOVE)):
+            if not undecided and not self._may_widen(node):
                 continue
             readers = [reader for tensor in node.outputs for reader in tensor.outputs if reader.op not in AGNOSTIC]
             is_output = any(tensor.name in outputs for tensor in node.outputs)
@@ -106,9 +104,11 @@ class Planner:
             if any(wanted) if undecided else wanted and all(wanted):
                 self._wide.add(id(node))
 
-    def _is_residual(self, node: Node) -> bool:
+    def _may_widen(self, node: Node) -> bool:
+        if role_of(node) is not Role.ELEMENTWISE and node.op != "Where":
+            return False
         activations = [tensor for tensor in node.inputs if is_float(tensor) and tensor.name in self._facts.data]
-        return node.op in ("Add", "Sub", "Sum") and len(activations) > 1
+        return node.op not in ("Add", "Sub", "Sum") or len(activations) < 2
 
     def _is_integer_gemm(self, node: Node) -> bool:
         """A linear of two dequantized tensors: builders write its int32 sums as they are."""
@@ -123,8 +123,8 @@ class Planner:
             return False
         if node.op == "ReduceSum":
             return True
-        others = [tensor.name for tensor in node.inputs if tensor.name not in facts.accumulated]
-        return node.op == "Mul" and all(name in facts.row_scale or name not in facts.data for name in others)
+        others = [tensor for tensor in node.inputs if tensor.name not in facts.accumulated]
+        return node.op == "Mul" and all(tensor.name in facts.row_scale or _is_stored(tensor) for tensor in others)
 
     def _is_row_scale(self, node: Node) -> bool:
         names = [tensor.name for tensor in node.inputs if is_float(tensor) and tensor.name in self._facts.data]

@@ -209,6 +209,32 @@ def test_residual_sums_stay_narrow_before_norms(tmp_path: Path) -> None:
     assert types(half(text, tmp_path, w=values(8, 8), g=values(8)), "Add") == ["float16"]
 
 
+def test_a_float_input_does_not_widen_what_reads_it(tmp_path: Path) -> None:
+    text = """(float[n, 8] x) => (float[n, 8] y) {
+        a = MatMul(x, w)  r = Add(x, a)  n = RMSNormalization(r, g)  y = MatMul(n, w)
+    }"""
+    assert types(half(text, tmp_path, w=values(8, 8), g=values(8)), "Add") == ["float16"]
+
+
+def test_rotating_the_result_of_an_integer_gemm_is_no_rescale(tmp_path: Path) -> None:
+    text = """(float[n, 8] x) => (float[n, 8] y) {
+        q = QuantizeLinear(x, one, zero)  d = DequantizeLinear(q, one, zero)  wd = DequantizeLinear(wq, one, zero)
+        acc = MatMul(d, wd)  h = Mul(acc, r)  moved = Reshape(h, shape)  table = Cos(angles)
+        turned = Mul(moved, table)  y = MatMul(turned, w)
+    }"""
+    constants = {"one": np.array(1, np.float32), "zero": np.array(0, np.int8), "shape": np.array([0, 8])}
+    weights = {"wq": np.ones((8, 8), np.int8), "r": values(8), "w": values(8, 8), "angles": values(8)}
+    graph = half(text, tmp_path, **constants, **weights)
+    assert types(graph, "MatMul", "Mul", "Reshape") == ["float16", "float32", "float16", "float16", "float16"]
+
+
+def test_moved_activations_are_widened_after_the_move(tmp_path: Path) -> None:
+    text = """(float[2, n, 8] x) => (float[n, 2, 8] y) {
+        a = MatMul(x, w)  t = Transpose<perm = [1, 0, 2]>(a)  y = RMSNormalization(t, g)
+    }"""
+    assert types(half(text, tmp_path, w=values(8, 8), g=values(8)), "Transpose") == ["float16"]
+
+
 def test_kept_nodes_compute_in_float32(tmp_path: Path) -> None:
     text = "(float[n, 8] x) => (float[n, 8] y) { h = MatMul(x, w)  y = MatMul(h, w) }"
     graph = half(text, tmp_path, ("h/*",), w=values(8, 8))
