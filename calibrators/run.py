@@ -92,7 +92,7 @@ def calibrate(
         batch_size: windows per run.
         rows: token rows to keep of each value, drawn from all windows; all of them if there are fewer.
         seed: chooses the rows.
-        histograms: count magnitudes, for per-tensor ranges. Costs about half the time of the model itself.
+        histograms: count magnitudes, for per-tensor ranges. Costs about a third of the model's own time.
         threads: threads per operator; one per core by default.
         progress: show a progress bar where stderr is a terminal.
 
@@ -109,8 +109,8 @@ def calibrate(
     path = artifact / graph
     model = load_graph(path)
     provenance = Provenance(
-        graph_sha256=_hash_file(path),
-        tokenizer_sha256=_hash_file(artifact / "tokenizer.json"),
+        graph_sha256=hash_file(path),
+        tokenizer_sha256=hash_file(artifact / "tokenizer.json"),
         data_sha256=hash_ids(windows),
         windows=windows.shape[0],
         length=windows.shape[1],
@@ -171,5 +171,5 @@ def _collect(
                 writer.histogram(total.value, total.counts)
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,16 @@ def test_histograms_are_optional(artifact: Path, tmp_path: Path) -> None:
     assert not statistics.has_histograms
     with pytest.raises(BismoothError, match=r"s\.safetensors: has no histograms"):
         statistics.histogram("x")
+
+
+def test_progress_goes_to_a_terminal_only(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for terminal in (False, True):
+        stderr = StringIO()
+        monkeypatch.setattr(stderr, "isatty", lambda shown=terminal: shown)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        run(artifact, tmp_path / "s.safetensors", progress=True)
+        assert ("calibrate" in stderr.getvalue()) == terminal
 
 
 def test_repeated_values_count_once(artifact: Path, tmp_path: Path) -> None:

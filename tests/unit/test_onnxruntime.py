@@ -231,6 +231,15 @@ def test_graph_that_cannot_be_loaded(tmp_path: Path, edit: Edit, reason: str) ->
         Session(path)
 
 
+def test_graph_in_memory_may_not_leave_its_folder_either(tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (tmp_path / "outside.bin").write_bytes(bytes(4 * VOCAB * HIDDEN))
+    data = language_model(folder, relocate("../outside.bin")).read_bytes()
+    with pytest.raises(BismoothError, match=r"graph x: ONNX Runtime cannot load the graph: .*outside\.bin"):
+        Session(InMemoryGraph("graph x", data, folder))
+
+
 def test_weights_cut_off(tmp_path: Path) -> None:
     path = language_model(tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(10))
