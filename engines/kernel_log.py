@@ -8,7 +8,8 @@ At VERBOSE severity and profiling verbosity DETAILED, the builder of TensorRT-RT
       TacticName: …, StreamId: 0, Metadata: [ONNX Layer: q_proj/MatMul]␟[ONNX Layer: q_proj/DequantizeLinear]
 
 with one line per kernel and 0x1f (␟) between metadata entries. TensorRT 8.6 to 10 print the same lines without
-``Constants`` (they follow the activations in ``Inputs``) and with ``Format/Datatype`` for ``Datatype``.
+``Constants`` (they follow the activations in ``Inputs``), with ``Format/Datatype`` for ``Datatype``, and with 0x1e or
+nothing between metadata entries.
 
 NOTE: the format is not documented. Whatever does not parse is an error, never an engine with fewer kernels.
 """
@@ -23,7 +24,6 @@ from math import prod
 from ..export.errors import BismoothError
 
 HEADER = "Layers:"
-_ENTRY_SEPARATOR = "\x1f"
 _KERNEL = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>| .*? \})\]"
     r"(?:, Constants: \[(?P<constants>| .*? \})\])?, Outputs: \[(?P<outputs>| .*? \})\], (?:.*?, )?"
@@ -32,6 +32,7 @@ _KERNEL = re.compile(
 _TENSOR = re.compile(
     r"\{ Name: (.*?),(?: Location: \w+,)? Dimensions: \[([-\d,]*)\],.*?Datatype: ([^,}]+?)(?:,.*?)? \}"
 )
+_ENTRY_END = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*)\]")
 _DRIFT = "This TensorRT version may print it differently; please report it with the log."
 _TYPES = {"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8"}
@@ -128,10 +129,10 @@ def _tensor(name: str, dimensions: str, datatype: str) -> Tensor:
 
 
 def _read_nodes(line: str, metadata: str) -> tuple[str, ...]:
-    entries = [entry for entry in metadata.strip(" ").split(_ENTRY_SEPARATOR) if entry]
+    entries = [entry for entry in _ENTRY_END.split(metadata.strip(" ")) if entry]
     matches = [_ONNX_LAYER.fullmatch(entry) for entry in entries]
     if not all(matches):
-        raise _unreadable(line, "Expected metadata entries '[ONNX Layer: …]' separated by 0x1f")
+        raise _unreadable(line, "Expected metadata entries '[ONNX Layer: …]'")
     return tuple(match[1] for match in matches if match)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..export.errors import BismoothError
+from .external_data import check_external_data
 
 if TYPE_CHECKING:
     import onnx
@@ -56,10 +57,11 @@ class GraphSummary:
 
 
 def summarize(path: Path) -> GraphSummary:
-    """Read the graph in ``path``, leaving its weights on disk.
+    """Read the graph in ``path``, leaving its weights on disk, where they are checked to be.
 
     Raises:
-        BismoothError: no readable ONNX file, the package onnx is missing, or two products share a name.
+        BismoothError: no readable ONNX file, weights that are not where it says, two products of one name, or the
+            package onnx is missing.
     """
     try:
         from .subgraph import load_graph
@@ -68,7 +70,9 @@ def summarize(path: Path) -> GraphSummary:
             f"{path}: reading ONNX files needs the package '{error.name}'. "
             "Install it with: pip install 'bismooth[compile]'"
         ) from error
-    return _Graph(path, load_graph(path).graph).summary()
+    graph = load_graph(path).graph
+    check_external_data(path, graph)
+    return _Graph(path, graph).summary()
 
 
 @dataclass

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,24 +66,30 @@ def build_plan(trt: Any, runtime: Runtime, request: PlanRequest, on_phase: Phase
     known = _known_capabilities(trt) if runtime.ahead_of_time else ()
     capabilities = check_capabilities(runtime, request.capabilities, known)
     with Path(request.log).open("w", encoding="utf-8", errors="replace", newline="\n", buffering=1) as sink:
-        log = _make_logger(trt, sink)
-        builder = _create_builder(trt, runtime, log)
-        network = builder.create_network(_network_flags(trt, runtime))
-        parser = _parse(trt, runtime, network, log, request.onnx)
-        config, shapes = _configure(trt, builder, network, request, capabilities)
-        config.progress_monitor = _make_monitor(trt, on_phase)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BismoothError(
-                f"{request.onnx}: {_title(trt, runtime)} cannot build an engine: {_reasons(log.errors)}"
-            )
-        del parser  # it owns the weights, and must outlive the build
-        Path(request.plan).write_bytes(memoryview(plan))
-        if request.timing_cache:
-            _store_timing_cache(config, Path(request.timing_cache))
-        if not log.listed:
-            sink.write(_inspect(trt, runtime, log, plan))
+        shapes = _build(trt, runtime, replace(request, capabilities=capabilities), sink, on_phase)
     return PlanReport(trt.__version__, capabilities, shapes, peak_rss())
+
+
+def _build(
+    trt: Any, runtime: Runtime, request: PlanRequest, sink: TextIO, on_phase: PhaseCallback
+) -> dict[str, _ShapeTriple]:
+    """Build and write the engine; returns its input shapes. All objects of TensorRT, which may log, end here."""
+    log, monitor = _make_logger(trt, sink), _make_monitor(trt, on_phase)
+    builder = _create_builder(trt, runtime, log)
+    network = builder.create_network(_network_flags(trt, runtime))
+    parser = _parse(trt, runtime, network, log, request.onnx)
+    config, shapes = _configure(trt, builder, network, request)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    del parser  # it owns the weights, so it had to outlive the build
+    if plan is None:
+        raise BismoothError(f"{request.onnx}: {_title(trt, runtime)} cannot build an engine: {_reasons(log.errors)}")
+    Path(request.plan).write_bytes(memoryview(plan))
+    if request.timing_cache:
+        _store_timing_cache(config, Path(request.timing_cache))
+    if not log.listed:
+        sink.write(_inspect(trt, runtime, log, plan))
+    return shapes
 
 
 def peak_rss() -> int | None:
@@ -161,16 +167,14 @@ def _title(trt: Any, runtime: Runtime) -> str:
     return f"{runtime.title} {trt.__version__}"
 
 
-def _configure(
-    trt: Any, builder: Any, network: Any, request: PlanRequest, capabilities: tuple[int, ...]
-) -> tuple[Any, dict[str, _ShapeTriple]]:
+def _configure(trt: Any, builder: Any, network: Any, request: PlanRequest) -> tuple[Any, dict[str, _ShapeTriple]]:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request.optimization_level is not None:
         config.builder_optimization_level = request.optimization_level
-    if capabilities:
-        config.num_compute_capabilities = len(capabilities)
-        for index, capability in enumerate(capabilities):
+    if request.capabilities:
+        config.num_compute_capabilities = len(request.capabilities)
+        for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
     if request.timing_cache:
         _load_timing_cache(config, Path(request.timing_cache))
@@ -223,19 +227,21 @@ def _inspect(trt: Any, runtime: Runtime, log: Any, plan: Any) -> str:
 
 
 def _make_logger(trt: Any, sink: TextIO) -> Any:
-    """A logger that writes all to ``sink``, keeps ``errors``, and knows whether the kernels were ``listed``."""
+    """A logger for any thread: writes all to ``sink``, keeps ``errors``, knows whether the kernels were ``listed``."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self._lock = threading.Lock()
             self.errors: list[str] = []
             self.listed = False
 
         def log(self, severity: Any, message: str) -> None:
-            sink.write(f"{message}\n")
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
-            self.listed = self.listed or message.startswith(HEADER)
+            with self._lock:
+                sink.write(f"{message}\n")
+                if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                    self.errors.append(message)
+                self.listed = self.listed or message.startswith(HEADER)
 
     return Logger()
 

@@ -90,7 +90,8 @@ def _crash(request: PlanRequest, status: int, noise: IO[bytes]) -> BismoothError
     printed = noise.read().decode("utf-8", "replace").splitlines()
     log = Path(request.log)
     logged = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-    last = " | ".join(line.strip()[:200] for line in [*logged[-_TAIL_LINES:], *printed[-_TAIL_LINES:]] if line.strip())
+    lines = (line.strip().rstrip(".") for line in [*logged[-_TAIL_LINES:], *printed[-_TAIL_LINES:]])
+    last = " | ".join(line[:200] for line in lines if line)
     how = signal.Signals(-status).name if -status in set(signal.Signals) else f"exit status {status}"
     hint = "The system ended it, most likely for lack of memory. " if how == "SIGKILL" else ""
     return BismoothError(

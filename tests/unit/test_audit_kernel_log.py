@@ -59,6 +59,13 @@ def test_listing_of_tensorrt_10() -> None:
     assert gemm.outputs == (Tensor("y", (4, 128, 64), "Half"),)
 
 
+@pytest.mark.parametrize("separator", ["\x1e", "\x1f", ""])
+def test_metadata_entries(separator: str) -> None:
+    entries = separator.join(["[ONNX Layer: fc/MatMul]", "[ONNX Layer: a[0]/Add]"])
+    gemm, _ = read_kernels(TEN.replace("[ONNX Layer: fc/MatMul]", entries))
+    assert gemm.nodes == ("fc/MatMul", "a[0]/Add")
+
+
 def test_last_listing_counts() -> None:
     assert len(read_kernels(f"{recorded('float')}\nmore\n{TEN}")) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_engine_and_audit(tmp_path: Path) -> None:
     assert stored["engine"]["sha256"] == file_sha256(request.engine)
     assert stored["audit"] == json.loads(json.dumps(result.audit.to_json()))
     assert phases == [Phase("Building engine", 1, 1)]
+
+
+def test_documented_keys_are_those_written(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tensorrt.md").read_text("utf-8")
+    example = text[text.index('{\n     "format"') : text.index("Every build runs")]
+    result = NullBuilder().build(BuildRequest(save(float_linear(), tmp_path), tmp_path / "m.engine"))
+    content = json.loads(result.audit_file.read_text())
+    keys = {*content, *content["engine"], *content["audit"], *content["audit"]["linears"][0]}
+    assert set(re.findall(r'"([a-z0-9_]+)"', example)) == keys
 
 
 def test_gate(tmp_path: Path) -> None:
