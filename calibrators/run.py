@@ -79,9 +79,9 @@ def calibrate(
 ) -> Statistics:
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
-    The artifact folder is not written to, and memory grows neither with the number of windows nor with ``rows``. The
-    same windows and batch size give the same bytes; another batch size changes sums and rows by rounding only, and
-    moves single counts between neighbouring bins.
+    The artifact folder is not written to, and memory does not grow with the number of windows. The same windows and
+    batch size give the same bytes; another batch size changes sums and rows by rounding only, and moves single counts
+    between neighbouring bins.
 
     Args:
         artifact: folder with the float graph and its weights.
@@ -98,8 +98,7 @@ def calibrate(
 
     Raises:
         BismoothError: a value is unknown or not float, an activation is not finite, the graph cannot be run, or
-        ``output`` cannot
-            be written.
+            ``output`` cannot be written.
     """
     if not values or windows.ndim != 2 or not windows.size or min(batch_size, rows) < 1:
         raise BismoothError(
