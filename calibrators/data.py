@@ -82,7 +82,7 @@ def load_windows(
         seed: of random data; text is not shuffled.
 
     Raises:
-        BismoothError: a source cannot be read, all are empty, or they hold too little text.
+        BismoothError: a source cannot be read or is empty, or all together hold too little text.
     """
     names = tuple(str(source) for source in sources)
     if windows < 1 or length < 2:
