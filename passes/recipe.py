@@ -16,8 +16,8 @@ from . import recipe_file
 from .gates import Gates
 from .nearest import nearest
 from .recipe_file import Document
-from .settings import Settings
-from .spec import ComputeType, LinearSpec
+from .settings import UNSET, Settings
+from .spec import ComputeType, LinearSpec, RangeMethod, StaticActivation
 
 DEFAULT = "w8a8"
 """The recipe that others extend where they do not say which."""
@@ -109,6 +109,26 @@ class Recipe:
         """SHA-256 of what the recipe says; its name, description and gates do not change what is built."""
         said = {key: value for key, value in self.to_dict().items() if key not in ("description", "gates")}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration takes part: to choose α, or for static scales."""
+        return any(item.smoothing or isinstance(item.activations, StaticActivation) for item in self._all_settings)
+
+    @property
+    def needs_histograms(self) -> bool:
+        """Whether static ranges come from histograms, not from maxima."""
+        activations = [item.activations for item in self._all_settings]
+        return any(isinstance(a, StaticActivation) and a.method is not RangeMethod.MINMAX for a in activations)
+
+    @property
+    def _all_settings(self) -> list[Settings]:
+        """Those of the recipe and of its rules, with what was left unsaid as nothing."""
+        said = [self.settings, *(rule.settings for rule in self.layers)]
+        return [
+            replace(item, **{f: None for f in ("activations", "smoothing") if getattr(item, f) is UNSET})
+            for item in said
+        ]
 
     def with_alpha(self, alpha: float) -> Recipe:
         """This recipe with α fixed wherever it smooths."""

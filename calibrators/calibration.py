@@ -1,0 +1,41 @@
+"""What quantization asks of calibration statistics: channel maxima, token rows and static ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..passes.spec import RangeMethod, StaticActivation
+from .histogram import Histogram
+from .ranges import threshold
+from .statistics import Statistics
+
+Float = NDArray[np.float32]
+
+
+class StatisticsCalibration:
+    """Statistics in the form that the passes need."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+
+    def absmax(self, value: str) -> Float:
+        """max|x| per channel: [K]."""
+        return self._statistics.absmax(value)
+
+    def rows(self, value: str) -> Float:
+        """The sampled token rows: [R, K]."""
+        return self._statistics.rows(value)
+
+    def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
+        """The range ±limit of a value whose channels were divided by ``divisor`` [K].
+
+        ``minmax`` is exact. The other methods look at the histogram of all calibration tokens, or, where a divisor changed
+        the distribution, at the histogram of the sampled rows after division.
+        """
+        if activation.method is RangeMethod.MINMAX:
+            peaks = self._statistics.absmax(value)
+            return float((peaks if divisor is None else peaks / divisor).max())
+        if divisor is None:
+            return threshold(self._statistics.histogram(value), activation)
+        return threshold(Histogram.of(self._statistics.rows(value) / divisor), activation)

@@ -1,0 +1,136 @@
+"""What the stages return: frozen values with ``to_json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engines.base import BuildResult
+from ..passes.quantize import QuantizeResult
+from .verify import VerifyResult
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A float artifact: its folder, the model's class, its graphs, the bytes of its weights, and the time taken."""
+
+    artifact: Path
+    architecture: str | None
+    graphs: tuple[str, ...]
+    linears: int
+    weights_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "artifact": str(self.artifact),
+            "architecture": self.architecture,
+            "graphs": list(self.graphs),
+            "linears": self.linears,
+            "weights_bytes": self.weights_bytes,
+            "wall_seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """A statistics file, and what it was made from."""
+
+    statistics: Path
+    values: int
+    windows: int
+    length: int
+    data_sha256: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "statistics": str(self.statistics),
+            "values": self.values,
+            "windows": self.windows,
+            "length": self.length,
+            "data_sha256": self.data_sha256,
+            "wall_seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizeStageResult:
+    """A quantized artifact."""
+
+    artifact: Path
+    recipe: str
+    result: QuantizeResult
+    weights_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        result = self.result
+        return {
+            "artifact": str(self.artifact),
+            "recipe": self.recipe,
+            "quantized_linears": len(result.linears),
+            "float_linears": list(result.float_linears),
+            "sites_folded": sum(choice.channels > 0 for choice in result.choices),
+            "sites_found": len(result.choices),
+            "largest_fold_error": max(result.fold_errors.values(), default=0.0),
+            "weights_bytes": self.weights_bytes,
+            "wall_seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class BuildStageResult:
+    """An engine folder: its builder, what it is for, and the share of linear MACs that run as INT8 × INT8."""
+
+    folder: Path
+    result: BuildResult
+
+    def to_json(self) -> dict[str, Any]:
+        audit, record = self.result.audit, self.result.record
+        return {
+            "engine": str(self.folder),
+            "runtime": f"{record.runtime} {record.version}",
+            "capabilities": list(record.capabilities),
+            "engine_bytes": record.bytes,
+            "int8_linears": sum(linear.int8 for linear in audit.linears),
+            "linears": len(audit.linears),
+            "int8_gemms": audit.int8_gemms,
+            "kernels": audit.kernels,
+            "fused_attention": audit.fused_attention,
+            "int8_mac_share": audit.int8_share(with_head=False),
+            "int8_mac_with_head_share": audit.int8_share(with_head=True),
+            "wall_seconds": self.result.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """All stages of one run."""
+
+    exported: ExportResult
+    quantized: QuantizeStageResult
+    engines: tuple[BuildStageResult, ...]
+    verified: VerifyResult | None
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        quantized = self.quantized.to_json()
+        document: dict[str, Any] = {
+            "model": self.exported.architecture,
+            **{
+                key: quantized[key]
+                for key in ("artifact", "recipe", "quantized_linears", "sites_folded", "sites_found")
+            },
+            "engines": [engine.to_json() for engine in self.engines],
+        }
+        if self.verified is not None:
+            document |= self.verified.summary()
+            document["hops"] = [hop.to_row() for hop in self.verified.hops]
+            document["failures"] = list(self.verified.failures)
+        document["verdict"] = "not verified" if self.verified is None else self.verified.verdict
+        document["wall_seconds"] = self.seconds
+        document["peak_rss_bytes"] = self.peak_rss_bytes
+        return document
