@@ -25,6 +25,7 @@ from ._gs import (
     make_variable,
     shape_of,
 )
+from .precision_policy import is_standard
 
 OPSET = 20
 IR_VERSION = 9
@@ -120,7 +121,7 @@ def lower(graph: Graph, lowerings: dict[str, Lowering]) -> int:
     shared: dict[str, Tensor] = {}
     replaced = 0
     for node in list(graph.nodes):
-        lowering = None if node.domain else lowerings.get(node.op)
+        lowering = lowerings.get(node.op) if is_standard(node) else None
         if lowering is None:
             nodes.append(node)
             continue
@@ -182,16 +183,14 @@ LOWERINGS: dict[str, Lowering] = {
 
 
 def _attention_inputs(b: Builder) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    inputs = [None if tensor.is_empty() else tensor for tensor in b.node.inputs]
-    query, key, value, mask, *cache = [*inputs, *[None] * (4 - len(inputs))]
-    if any(tensor is not None for tensor in cache) or any(not tensor.is_empty() for tensor in b.node.outputs[1:]):
+    query, key, value = b.node.inputs[:3]
+    mask = next((tensor for tensor in b.node.inputs[3:4] if not tensor.is_empty()), None)
+    if any(not tensor.is_empty() for tensor in (*b.node.inputs[4:], *b.node.outputs[1:])):
         raise b.error(
             "attention over its own keys alone",
             "one with a cache or more outputs than Y",
             "Concatenate K and V outside of the node.",
         )
-    if query is None or key is None or value is None:
-        raise b.error("inputs Q, K and V", f"{len(inputs)} inputs", "Export the model again.")
     ranks = [len(shape_of(tensor) or ()) for tensor in (query, key, value)]
     if ranks != [4, 4, 4]:
         raise b.error(
@@ -259,7 +258,7 @@ def _positions(b: Builder, tensor: Tensor, axis: int) -> Tensor:
 
 def _make_expressible(node: Node, opset: int) -> None:
     """Drop attributes that only say their default; fail on what the older operator cannot do."""
-    if node.domain:
+    if not is_standard(node):
         return
     if any(name in node.attrs for name in _SUBGRAPHS):
         raise _inexpressible(node, "a graph without control flow", f"{node.op} with a subgraph")

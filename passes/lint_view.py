@@ -98,7 +98,7 @@ class View:
         self.folder = folder
         self.nodes: Sequence[onnx.NodeProto] = model.graph.node
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.opsets = {entry.domain.replace("ai.onnx", "", 1): entry.version for entry in model.opset_import}
+        self.opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
         self.producers: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
         for node in self.nodes:

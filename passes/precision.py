@@ -6,6 +6,7 @@ for whoever writes a new file, and ``store`` puts a 16-bit initializer in the pl
 """
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
@@ -27,7 +28,7 @@ from ._gs import (
     shape_of,
 )
 from .precision_plan import Planner
-from .precision_policy import AGNOSTIC, MASK, float_limits, is_float, is_inline, is_mask
+from .precision_policy import AGNOSTIC, CLAMPED, MASK, float_limits, is_float, is_inline, is_mask, is_standard
 
 _NARROW_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -67,10 +68,11 @@ class SetPrecision:
         """Rewrite the graph in place.
 
         Raises:
-            BismoothError: A need is not met, or a constant of a 16-bit node overflows.
+            BismoothError: A need is not met, a pattern matches no node, or a constant of a 16-bit node overflows.
         """
         narrow = _NARROW_TYPES[self.dtype]
         _require_float32(graph)
+        _require_matches(graph, self.keep)
         _drop_idle_casts(graph)
         _Rewriter(graph, Planner(graph, narrow, self.keep).plan(), narrow).run()
         graph.cleanup()
@@ -156,6 +158,15 @@ def _require_float32(graph: Graph) -> None:
                 )
 
 
+def _require_matches(graph: Graph, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(node.name, pattern) for node in graph.nodes):
+            raise BismoothError(
+                f"precision: the pattern {pattern!r} in 'keep' matches no node. Expected names such as "
+                f"{graph.nodes[0].name!r}, got none that match. List the nodes with 'bismooth inspect'."
+            )
+
+
 @dataclass(slots=True)
 class _Rewriter:
     graph: Graph
@@ -170,6 +181,7 @@ class _Rewriter:
         """Build the nodes anew, in order, with Casts before the first reader of a value in its other type."""
         outputs = {tensor.name for tensor in self.graph.outputs}
         self._names = {node.name for node in self.graph.nodes}
+        self._names.update(tensor.name for node in self.graph.nodes for tensor in (*node.inputs, *node.outputs))
         for node in list(self.graph.nodes):
             is_wide = id(node) in self.wide
             for place, tensor in enumerate(node.inputs):
@@ -198,7 +210,7 @@ class _Rewriter:
         if is_wide or not _is_generic(node, "outputs", place, self.graph.opset):
             self._wide_values[tensor.name] = tensor
             return
-        name = f"{tensor.name}.{self.narrow}" if is_output else tensor.name
+        name = self._unique(f"{tensor.name}.{self.narrow}") if is_output else tensor.name
         value = make_variable(name, self.narrow, shape_of(tensor))
         node.outputs[place] = value
         self._narrow_values[tensor.name] = value
@@ -210,12 +222,12 @@ class _Rewriter:
         if tensor.name not in self._narrow_values:
             return tensor  # a graph input or an initializer
         source = self._narrow_values[tensor.name]
-        return self._cast(source, make_variable(f"{tensor.name}.float32", np.dtype(np.float32), shape_of(tensor)))
+        name = self._unique(f"{tensor.name}.float32")
+        return self._cast(source, make_variable(name, np.dtype(np.float32), shape_of(tensor)))
 
     def _narrowed(self, tensor: Tensor, reader: Node) -> Tensor:
-        name = f"{tensor.name}.{self.narrow}"
         if is_inline(tensor):
-            return make_constant(name, self._converted(tensor, reader))
+            return make_constant(self._unique(f"{tensor.name}.{self.narrow}"), self._converted(tensor, reader))
         source = self._wide_values.get(tensor.name, tensor)
         producer = source.inputs[0] if source.inputs else None
         if producer is not None and producer.op == "Cast":
@@ -224,6 +236,7 @@ class _Rewriter:
                 return source
         elif producer is not None and is_mask(source):
             source = self._clamped(source)
+        name = self._unique(f"{tensor.name}.{self.narrow}")
         return self._cast(source, make_variable(name, self.narrow, shape_of(tensor)))
 
     def _converted(self, tensor: Tensor, reader: Node) -> Array:
@@ -234,8 +247,10 @@ class _Rewriter:
         return narrow(clamped, self.narrow, f"{reader.name}: {tensor.name}")
 
     def _clamped(self, tensor: Tensor) -> Tensor:
-        lowest = make_constant(f"{tensor.name}.lowest", np.array(-float_limits(self.narrow).largest, np.float32))
-        result = make_variable(f"{tensor.name}.clamped", np.dtype(np.float32), shape_of(tensor))
+        lowest = make_constant(
+            self._unique(f"{tensor.name}.lowest"), np.array(-float_limits(self.narrow).largest, np.float32)
+        )
+        result = make_variable(self._unique(f"{tensor.name}{CLAMPED}"), np.dtype(np.float32), shape_of(tensor))
         self._nodes.append(make_node("Max", self._unique(f"{_origin_name(tensor)}/Max"), [tensor, lowest], [result]))
         return result
 
@@ -262,7 +277,7 @@ def _origin_name(tensor: Tensor) -> str:
 
 def _is_generic(node: Node, side: Literal["inputs", "outputs"], place: int, opset: int) -> bool:
     """Whether an input or output may have any float type, unlike the scales of Resize, which are always float32."""
-    if node.domain or not onnx.defs.has(node.op):
+    if not is_standard(node) or not onnx.defs.has(node.op):
         return False
     schema = onnx.defs.get_schema(node.op, opset, "")
     formal = schema.inputs if side == "inputs" else schema.outputs

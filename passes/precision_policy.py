@@ -51,9 +51,18 @@ MASK = 1e30
 """A constant beyond this magnitude says "masked": it is clamped to the type's range, not an overflow."""
 
 
+CLAMPED = ".clamped"
+"""Ends the name of a mask that was clamped to the lowest number of the 16-bit type."""
+
+
+def is_standard(node: Node) -> bool:
+    """Whether a node's operator is one of ONNX's own."""
+    return node.domain in (None, "", "ai.onnx")
+
+
 def role_of(node: Node) -> Role:
     """The role of a node's operator; operators of other domains compute in float32."""
-    return Role.WIDE if node.domain not in (None, "", "ai.onnx") else ROLES.get(node.op, Role.WIDE)
+    return ROLES.get(node.op, Role.WIDE) if is_standard(node) else Role.WIDE
 
 
 def is_float(tensor: Tensor) -> bool:

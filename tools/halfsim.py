@@ -41,7 +41,7 @@ from ..passes._gs import (
 from ..passes.decompose import lower, lower_attention
 from ..passes.graph import load
 from ..passes.lint import Finding, Severity
-from ..passes.precision_policy import Role, float_limits, role_of
+from ..passes.precision_policy import CLAMPED, Role, float_limits, role_of
 
 _FLOAT32 = np.dtype(np.float32)
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -102,13 +102,13 @@ class HalfSimulation:
         graph = load(path)
         simulation = simulate(graph)
         self.edges = simulation.edges
-        if not self.edges:
-            raise BismoothError(
-                f"{path}: nothing to simulate. Expected a graph that computes in float16 or bfloat16, got one without "
-                "a 16-bit value. Give the deployment graph, model.float16.onnx."
-            )
         self._stored = simulation.peaks_of_stored()
         self._measured = [edge.value not in self._stored for edge in self.edges]
+        if not any(self._measured):
+            raise BismoothError(
+                f"{path}: nothing to simulate. Expected a graph that computes in float16 or bfloat16, got one without "
+                "a 16-bit activation. Give the deployment graph, model.float16.onnx."
+            )
         self._largest = np.array([float_limits(edge.dtype).largest for edge in self.edges])
         self._output = graph.outputs[0].name
         _measure(graph, [edge for edge in self.edges if edge.value not in self._stored])
@@ -148,7 +148,7 @@ class HalfSimulation:
         return HalfRun(results[self._output], peaks / self._largest)
 
     def findings(self, ratios: NDArray[np.float64], limit: float = 0.5) -> list[Finding]:
-        """The edges, worst first, that are not finite or above ``limit``; ``ratios`` of several runs by ``np.fmax``."""
+        """The edges that are not finite or above ``limit``, worst first; join runs by ``np.maximum``, it keeps NaN."""
         bad = np.flatnonzero(~(ratios <= limit))
         order = sorted(bad, key=lambda place: -np.nan_to_num(ratios[place], nan=np.inf, posinf=np.inf))
         return [_finding(self.edges[place], float(ratios[place]), limit) for place in order]
@@ -270,7 +270,7 @@ def _passes_exactly(reader: Node, dequantized: set[str], operands: set[str]) -> 
 def _is_clamped(node: Node) -> bool:
     """Whether a node narrows a mask that was clamped to the lowest number of the type on purpose."""
     producer = node.inputs[0].inputs[0] if node.op == "Cast" and node.inputs[0].inputs else None
-    return producer is not None and producer.op == "Max" and node.inputs[0].name.endswith(".clamped")
+    return producer is not None and producer.op == "Max" and node.inputs[0].name.endswith(CLAMPED)
 
 
 def _measure(graph: Graph, edges: Sequence[Edge]) -> None:

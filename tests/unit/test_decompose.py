@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bismooth.export.errors import BismoothError
-from bismooth.passes._gs import Graph
+from bismooth.passes._gs import Graph, make_variable
 from bismooth.passes.decompose import Decompose
 from bismooth.passes.precision import SetPrecision
 from tests.textgraphs import Array, check, make, open_graph, ops, run, tiny_llama, tokens, types
@@ -104,6 +104,15 @@ def test_rms_normalization_in_float16_squares_in_float32(tmp_path: Path) -> None
     assert types(graph, "Mul", "ReduceMean", "Add", "Sqrt", "Div") == ["float32"] * 5 + ["float16"]
     (got,) = run(check(graph), {"x": np.full((1, 8), 300, np.float16), "g": np.ones(8, np.float16)})
     assert got.tolist() == [[1.0] * 8]
+
+
+def test_rms_normalization_without_a_shape_is_refused(tmp_path: Path) -> None:
+    graph = open_graph(make("(float[n, 8] x, float[8] g) => (float[n, 8] y) { y = RMSNormalization(x, g) }"), tmp_path)
+    graph.nodes[0].inputs[0] = make_variable("x", np.dtype(np.float32), None)
+    with pytest.raises(
+        BismoothError, match=r"^decompose: node y/.* cannot be lowered.*Expected a recorded shape, got none"
+    ):
+        Decompose().apply(graph)
 
 
 def test_attributes_that_say_their_default_are_dropped(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bismooth.export.errors import BismoothError
 from bismooth.passes._gs import Graph, dtype_of, make_constant, make_variable, read
@@ -241,6 +243,38 @@ def test_kept_nodes_compute_in_float32(tmp_path: Path) -> None:
     assert types(graph, "MatMul") == ["float32", "float16"]
 
 
+def test_a_pattern_without_a_node_is_an_error(tmp_path: Path) -> None:
+    text = "(float[n, 8] x) => (float[n, 8] y) { y = MatMul(x, w) }"
+    with pytest.raises(BismoothError, match=r"^precision: the pattern 'z\*' in 'keep' matches no node\. .*'y/MatMul'"):
+        half(text, tmp_path, ("z*",), w=values(8, 8))
+
+
+def test_new_names_do_not_collide_with_old_ones(tmp_path: Path) -> None:
+    model = make(
+        "(float[n, 8] x) => (float[n, 8] y) { h = MatMul(x, w)  z = Add(h, w1)  y = Exp(z) }",
+        w=values(8, 8),
+        w1=values(8),
+    )
+    for node in model.graph.node:
+        node.output[:] = [{"h": "x.float16", "z": "x.float16.float32"}.get(name, name) for name in node.output]
+        node.input[:] = [{"h": "x.float16", "z": "x.float16.float32"}.get(name, name) for name in node.input]
+    del model.graph.value_info[:]
+    graph = open_graph(model, tmp_path)
+    SetPrecision("float16").apply(graph)
+    check(graph)
+    outputs = [tensor.name for node in graph.nodes for tensor in node.outputs]
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_the_long_name_of_the_standard_domain_is_known(tmp_path: Path) -> None:
+    model = make("(float[n, 8] x) => (float[n, 8] y) { h = MatMul(x, w)  y = Exp(h) }", w=values(8, 8))
+    model.graph.node[0].domain = "ai.onnx"
+    graph = open_graph(model, tmp_path)
+    SetPrecision("float16").apply(graph)
+    assert types(graph, "MatMul") == ["float16"]
+    assert [dtype_of(tensor) for tensor in graph.nodes[1].inputs] == [F2, F2]
+
+
 def test_images_keep_float32_inputs_and_the_scales_of_resize(tmp_path: Path) -> None:
     text = """(float[n, 3, 8, 8] image) => (float[n, 4, 16, 16] y) {
         c = Conv<pads = [1, 1, 1, 1]>(image, w, b)  a = Relu(c)  p = MaxPool<kernel_shape = [1, 1]>(a)
@@ -351,6 +385,15 @@ def test_a_stored_weight_must_have_the_type_of_the_cast(tmp_path: Path) -> None:
 def test_narrow_rounds_to_nearest_even() -> None:
     rounded = narrow(np.array([1 + 2**-11, 1 + 3 * 2**-11, 65519], np.float32), F2, "w")
     assert rounded.tolist() == [1, 1 + 2**-9, 65504]
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_narrow_is_numpy_or_an_error(value: float) -> None:
+    if abs(value) < 65520:
+        assert narrow(np.array([value], np.float32), F2, "w")[0] == np.float16(value)
+    else:
+        with pytest.raises(BismoothError, match="does not fit into float16"):
+            narrow(np.array([value], np.float32), F2, "w")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(65520, F2), (3.4e38, BF)])
