@@ -27,7 +27,7 @@ def lint(
     capabilities: Sequence[int] = (),
     folder: Path | None = None,
 ) -> list[Finding]:
-    """All findings about a model, errors first, in graph order.
+    """All findings about a model: errors first, then in the order of the rules and of the graph.
 
     Args:
         model: An ONNX file, a model or a graph.
