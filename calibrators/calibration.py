@@ -27,6 +27,10 @@ class StatisticsCalibration:
         """The sampled token rows: [R, K]."""
         return self._statistics.rows(value)
 
+    def outliers(self, value: str) -> Float:
+        """The token rows with the largest |x|: [16, K], zeros where there are fewer."""
+        return self._statistics.outliers(value)
+
     def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
         """The range ±limit of a value whose channels were divided by ``divisor`` [K].
 

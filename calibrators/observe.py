@@ -9,7 +9,7 @@ NOTE: sums run over one row in float32 and over rows in float64, so they hardly 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..engines.subgraph import cut
 from ..export.errors import BismoothError
 from .histogram import BINS, BINS_PER_OCTAVE, LOWEST
 
+#: How many of the rows with the largest |x| are kept of each value.
+OUTLIERS = 16
 #: Graph inputs: the numbers of the wanted token rows, int64 [r], and of all token rows of the batch, int64 [1].
 ROWS, TOKENS = "bismooth::rows", "bismooth::tokens"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -35,6 +37,7 @@ _CONSTANTS: dict[str, NDArray[Any] | np.generic] = {
     "bismooth::offset": np.float32(1 - LOWEST * BINS_PER_OCTAVE),
     "bismooth::first_bin": np.int32(0),
     "bismooth::last_bin": np.int32(BINS - 1),
+    "bismooth::outliers": np.array([OUTLIERS], np.int64),
     "bismooth::no_counts": np.zeros(BINS, np.int32),
 }
 
@@ -48,6 +51,8 @@ class Taps:
         sum2, sum4: float64 [], sums of x² and x⁴ over all elements.
         rows: float32 [r, K], the rows asked for through the input ``ROWS``.
         size: int64 [2], T and K.
+        outliers: float32 [o, K], the rows with the largest |x|, at most ``OUTLIERS``, largest first.
+        outlier_peaks: float32 [o], their max |x|.
         histogram: int32 [BINS], counts of |x|.
     """
 
@@ -56,11 +61,13 @@ class Taps:
     sum4: str
     rows: str
     size: str
+    outliers: str
+    outlier_peaks: str
     histogram: str
 
     @staticmethod
     def of(value: str) -> Taps:
-        return Taps(*(f"{value}::{kind}" for kind in ("absmax", "sum2", "sum4", "rows", "size", "histogram")))
+        return Taps(*(f"{value}::{field.name}" for field in fields(Taps)))
 
 
 def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: bool) -> None:
@@ -130,6 +137,16 @@ def _reductions(value: str) -> Iterator[onnx.NodeProto]:
     yield node("Mul", [ROWS, "::row_count"], "::scaled_rows")
     yield node("Div", ["::scaled_rows", TOKENS], "::chosen")
     yield node("Gather", ["::x", "::chosen"], "::rows", axis=0)
+    yield node("ReduceMax", ["::abs", "bismooth::last_axis"], "::row_peaks", keepdims=0)
+    yield node("Min", ["::row_count", "bismooth::outliers"], "::outlier_count")
+    yield helper.make_node(
+        "TopK",
+        [f"{value}::row_peaks", f"{value}::outlier_count"],
+        [f"{value}::outlier_peaks", f"{value}::outlier_rows"],
+        f"{value}::outlier_rows",
+        axis=0,
+    )
+    yield node("Gather", ["::x", "::outlier_rows"], "::outliers", axis=0)
 
 
 def _histogram(value: str) -> Iterator[onnx.NodeProto]:

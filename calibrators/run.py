@@ -20,7 +20,7 @@ from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
 from .data import hash_ids
 from .histogram import BINS
-from .observe import ROWS, TOKENS, Taps, instrument
+from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
 from .replacing import replacing
 from .statistics import Moments, Provenance, Statistics
 from .writer import StatisticsWriter
@@ -36,6 +36,8 @@ class _Totals:
     taps: Taps
     absmax: NDArray[np.float32]
     counts: NDArray[np.int64] | None
+    outliers: NDArray[np.float32]
+    outlier_peaks: NDArray[np.float32]
     elements: int = 0
     sum2: float = 0.0
     sum4: float = 0.0
@@ -45,7 +47,9 @@ class _Totals:
         """Zeros in the shapes of ``result``."""
         taps = Taps.of(value)
         counts = np.zeros(BINS, np.int64) if taps.histogram in result else None
-        return _Totals(value, taps, np.zeros_like(result[taps.absmax]), counts)
+        absmax = np.zeros_like(result[taps.absmax])
+        outliers = np.zeros((OUTLIERS, absmax.size), np.float32)
+        return _Totals(value, taps, absmax, counts, outliers, np.zeros(OUTLIERS, np.float32))
 
     def add(self, result: _Result) -> None:
         absmax, sum2 = result[self.taps.absmax], float(result[self.taps.sum2])
@@ -58,6 +62,10 @@ class _Totals:
         np.maximum(self.absmax, absmax, out=self.absmax)
         if self.counts is not None:
             self.counts += result[self.taps.histogram]
+        peaks = np.concatenate([self.outlier_peaks, result[self.taps.outlier_peaks]])
+        largest = np.argsort(-peaks, kind="stable")[:OUTLIERS]
+        self.outliers = np.concatenate([self.outliers, result[self.taps.outliers]])[largest]
+        self.outlier_peaks = peaks[largest]
         self.elements += int(np.prod(result[self.taps.size]))
         self.sum2 += sum2
         self.sum4 += float(result[self.taps.sum4])
@@ -165,6 +173,7 @@ def _collect(
             written += len(result[totals[0].taps.rows])
         for total in totals:
             writer.absmax(total.value, total.absmax)
+            writer.outliers(total.value, total.outliers)
             writer.moments(total.value, Moments(total.elements, total.sum2, total.sum4))
             if total.counts is not None:
                 writer.histogram(total.value, total.counts)

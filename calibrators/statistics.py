@@ -6,6 +6,7 @@ For each observed value (an activation with K channels, flattened to rows [T, K]
 ``NAME/moments``    float64 [3]      number of elements, Σ x², Σ x⁴
 ``NAME/histogram``  int64 [2562]     counts of \\|x\\| on the grid of :mod:`.histogram`; only if they were asked for
 ``NAME/absmax``     float32 [K]      max \\|x\\| of each channel
+``NAME/outliers``   float32 [16, K]  the rows with the largest \\|x\\|, largest first; zeros where there are fewer rows
 ``NAME/rows``       float32 [R, K]   rows of x at the token numbers ``row_numbers``, int64 [R]
 ==================  ===============  =================================================================================
 
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from ..export.errors import BismoothError
 from ..export.safetensors_file import TensorEntry, read_header, read_tensor
 from .histogram import BINS, Histogram
+from .observe import OUTLIERS
 from .replacing import replacing
 
 FORMAT = "bismooth-statistics"
@@ -100,6 +102,10 @@ class Statistics:
     def rows(self, name: str) -> NDArray[np.float32]:
         """The sampled rows, [R, K]."""
         return self._read(f"{name}/rows")
+
+    def outliers(self, name: str) -> NDArray[np.float32]:
+        """The rows with the largest |x|, [16, K], largest first; zeros where there are fewer rows."""
+        return self._read(f"{name}/outliers")
 
     def moments(self, name: str) -> Moments:
         return Moments(*(float(x) for x in self._read(f"{name}/moments")))
@@ -188,7 +194,12 @@ def _check_tensors(statistics: Statistics) -> None:
     row_count = entries[ROW_NUMBERS].shape if ROW_NUMBERS in entries else (-1,)
     for name in statistics.names:
         channels = entries[f"{name}/absmax"].shape
-        expected = {"moments": ("F64", (3,)), "absmax": ("F32", channels), "rows": ("F32", (*row_count, *channels))}
+        expected = {
+            "moments": ("F64", (3,)),
+            "absmax": ("F32", channels),
+            "outliers": ("F32", (OUTLIERS, *channels)),
+            "rows": ("F32", (*row_count, *channels)),
+        }
         if statistics.has_histograms:
             expected["histogram"] = ("I64", (BINS,))
         for kind, want in expected.items():

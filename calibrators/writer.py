@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..export.safetensors_file import dtype_name
 from .histogram import BINS
+from .observe import OUTLIERS
 from .statistics import FORMAT, ROW_NUMBERS, VERSION, Moments, Provenance
 
 
@@ -53,6 +54,9 @@ class StatisticsWriter:
     def absmax(self, name: str, absmax: NDArray[np.float32]) -> None:
         self._put(f"{name}/absmax", absmax)
 
+    def outliers(self, name: str, outliers: NDArray[np.float32]) -> None:
+        self._put(f"{name}/outliers", outliers)
+
     def moments(self, name: str, moments: Moments) -> None:
         self._put(f"{name}/moments", np.array([moments.count, moments.sum2, moments.sum4], np.float64))
 
@@ -74,6 +78,8 @@ def _layout(
         yield f"{name}/histogram", np.dtype(np.int64), (BINS,)
     for name, count in channels.items():
         yield f"{name}/absmax", np.dtype(np.float32), (count,)
+    for name, count in channels.items():
+        yield f"{name}/outliers", np.dtype(np.float32), (OUTLIERS, count)
     for name, count in channels.items():
         yield f"{name}/rows", np.dtype(np.float32), (rows, count)
 

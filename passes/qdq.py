@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..export.errors import BismoothError
-from ._gs import Graph, Node, Tensor, make_constant, make_node, make_variable, shape_of
+from ._gs import Graph, Node, Tensor, make_constant, make_node, make_variable, set_type, shape_of
 from .graph import Index
 from .linears import Linear
 from .spec import LinearSpec, PerGroup, StaticActivation
@@ -86,6 +86,31 @@ def _is_quantized(spec: LinearSpec | None) -> bool:
     return spec is not None and spec.weights is not None
 
 
+@dataclass(frozen=True)
+class UseUnsignedActivations:
+    """Quantize activations to UINT8 around 128 instead of INT8 around 0: the same numbers, another encoding.
+
+    ONNX Runtime's CPU kernels multiply unsigned activations; it re-encodes signed ones itself, but not those that several
+    linears share. TensorRT reads UINT8 otherwise, so this is for the CPU's graph alone.
+
+    Needs: the Q/DQ pairs that ``InsertQdq`` makes. Promises: every activation is quantized as uint8 with zero point 128.
+    """
+
+    name: ClassVar[str] = "unsigned activations"
+
+    def apply(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        zero = make_constant("quantize.zero_unsigned", np.array(128, np.uint8))
+        for node in graph.nodes:
+            if node.op != "QuantizeLinear":
+                continue
+            quantized = node.outputs[0]
+            set_type(quantized, np.dtype(np.uint8), shape_of(quantized))
+            node.inputs[2] = zero
+            for reader in list(quantized.outputs):
+                reader.inputs[2:] = [zero]
+
+
 @dataclass
 class _Quantizer:
     """A quantized activation: its dequantized value, and the run-time scale t if there is one."""
@@ -123,7 +148,7 @@ class _Lowering:
         weight = self._node(
             "DequantizeLinear",
             f"{base}/weight/DequantizeLinear",
-            [values, self._constant("s0", S0), self._constant("zero", 0, _INT8)],
+            [values, self._constant("s0", S0)],
             [linear.k, linear.n],
         )
         product = self._matmul(node, [quantizer.value, weight], shape)
@@ -136,11 +161,10 @@ class _Lowering:
         names = WeightNames.of(linear)
         values = self._settings.stored(names.values, _INT8, (linear.k, linear.n))
         scale = self._settings.stored(names.scale, _FLOAT, (linear.n,))
-        zeros = make_constant(f"{linear.name}.weight.zero", np.zeros(linear.n, np.int8))
         x = node.inputs[0]
         shape = [*(shape_of(x) or ())[:-1], linear.n]
         name = f"{linear.name}/weight/DequantizeLinear"
-        weight = self._node("DequantizeLinear", name, [values, scale, zeros], [linear.k, linear.n], {"axis": 1})
+        weight = self._node("DequantizeLinear", name, [values, scale], [linear.k, linear.n], {"axis": 1})
         self._finish(node, linear, self._matmul(node, [x, weight], shape), shape)
 
     def _matmul(self, node: Node, inputs: list[Tensor], shape: Sequence[Any]) -> Tensor:
@@ -197,7 +221,7 @@ class _Lowering:
         name = f"{base}/QuantizeLinear"
         quantized = make_variable(name, _INT8, shape)
         self._nodes.append(make_node("QuantizeLinear", name, [unit, one, zero], [quantized]))
-        return self._node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, one, zero], shape)
+        return self._node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, one], shape)
 
     def _node(
         self,

@@ -36,7 +36,7 @@ from .foldcheck import TOLERANCE, check_folds
 from .graph import Index, load, save
 from .linears import Linear, find_head, find_linears
 from .precision import SetPrecision, StoredCast, narrow, store, stored_casts
-from .qdq import InsertQdq, WeightNames, rescale
+from .qdq import InsertQdq, UseUnsignedActivations, WeightNames, rescale
 from .recipe import Recipe
 from .sites import Rejected, Site, find_sites
 from .smoothing import Activations, Choice, choose_factors
@@ -179,6 +179,7 @@ def quantize_graph(
     writer = _WeightFile(plan, casts, linears, specs, edits, ranges, reader, recipe.compute_dtype)
     quantized = writer.write(progress)
     writer.place(qdq)
+    records += run_passes(qdq, [UseUnsignedActivations()])
     save(qdq, folder / graphs["float32"])
     if narrowed is not None:
         for cast in casts:

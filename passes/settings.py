@@ -78,10 +78,10 @@ class Settings:
         return replace(self, **{name: value for name, value in said.items() if value is not UNSET})
 
     def with_alpha(self, alpha: float) -> Settings:
-        """These settings with α fixed, if they smooth."""
+        """These settings with α fixed and s left at the formula, if they smooth."""
         if not isinstance(self.smoothing, SmoothSpec):
             return self
-        return replace(self, smoothing=replace(self.smoothing, alphas=(alpha,)))
+        return replace(self, smoothing=replace(self.smoothing, alphas=(alpha,), refine_steps=0))
 
     def linear(self) -> LinearSpec:
         """The specification; float weights make the linear float, whatever was said of its activations.
@@ -143,8 +143,9 @@ def _plain_activations(spec: ActivationSpec) -> Plain:
 def _smoothing(plain: Plain, where: str) -> SmoothSpec:
     _require("alphas" in plain, where, "Expected 'alphas', since nothing before sets them.")
     kinds = frozenset(map(SiteKind, plain.get("kinds", SiteKind)))
-    return SmoothSpec(tuple(float(alpha) for alpha in plain["alphas"]), kinds)
+    return SmoothSpec(tuple(float(alpha) for alpha in plain["alphas"]), kinds, plain.get("refine_steps", 0))
 
 
 def _plain_smoothing(spec: SmoothSpec) -> Plain:
-    return {"alphas": list(spec.alphas), "kinds": [str(kind) for kind in SiteKind if kind in spec.kinds]}
+    kinds = [str(kind) for kind in SiteKind if kind in spec.kinds]
+    return {"alphas": list(spec.alphas), "kinds": kinds, "refine_steps": spec.refine_steps}

@@ -14,15 +14,20 @@ from numpy.typing import NDArray
 
 from .fold import Factor
 from .linears import Linear
+from .refine import Operand, Tokens, refine, sampled_rows
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec, StaticActivation
 from .walls import find_walls
-from .weights import fake_quantize_rows, fake_quantize_tensor, row_chunks, weight_scale
+from .weights import QMAX, fake_quantize_rows, fake_quantize_tensor, weight_scale
 
 Float = NDArray[np.float32]
 
-SAMPLED_OUTPUTS = 512
+SAMPLED_OUTPUTS = 256
 """Rows of a weight that the search looks at; the error of the others is alike."""
+
+OUTLIER_WEIGHT = 0.3
+"""Weight of the tokens with the largest activations, beside 1 for the sampled ones. They are few, and a plain sample misses
+them, but attention to them carries their error to all tokens."""
 
 _FLOOR = 1e-8
 
@@ -36,6 +41,10 @@ class Activations(Protocol):
 
     def rows(self, value: str) -> Float:
         """A sample of token rows: [R, K]."""
+        ...
+
+    def outliers(self, value: str) -> Float:
+        """The token rows with the largest |x|: [R', K]."""
         ...
 
 
@@ -64,11 +73,23 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class _Consumer:
-    """A quantized linear behind a site: its sampled weight rows, tokens, and which channel each input column reads."""
+    """A quantized linear behind a site.
+
+    Attributes:
+        weight: Sampled rows of W, or all of them without data.
+        column_power: ‖W[:,k]‖² of the whole weight.
+        row_share: How many rows of W each sampled row stands for.
+        tokens: Sampled tokens and outliers, [T, K] each; empty without data.
+        absmax: max|x| per input column, empty without data.
+        labels: Which channel of the site each input column reads, −1 for none.
+        spec: How the linear is quantized.
+    """
 
     weight: Float
-    x: Float | None
-    absmax: Float | None
+    column_power: Float
+    row_share: float
+    tokens: tuple[Float, ...]
+    absmax: Float
     labels: NDArray[np.int32]
     spec: LinearSpec
 
@@ -141,29 +162,42 @@ def _consumer(
 ) -> _Consumer:
     full = weight(linear)
     if activations is None:
-        return _Consumer(full, None, None, labels, spec)
+        return _Consumer(full, np.empty(0, np.float32), 1.0, (), np.empty(0, np.float32), labels, spec)
     step = max(1, full.shape[0] // SAMPLED_OUTPUTS)
-    return _Consumer(full[::step].copy(), activations.rows(linear.x), activations.absmax(linear.x), labels, spec)
+    rows = full[::step].copy()
+    return _Consumer(
+        rows,
+        np.einsum("nk,nk->k", full, full),
+        full.shape[0] / rows.shape[0],
+        (activations.rows(linear.x), activations.outliers(linear.x)),
+        activations.absmax(linear.x),
+        labels,
+        spec,
+    )
 
 
 def _search(site: Site, consumers: list[_Consumer], smoothing: SmoothSpec) -> tuple[Factor | None, Choice]:
-    peaks_x = _channel_max([(c.absmax, c.labels) for c in consumers if c.absmax is not None], site.size)
+    """The best of: no smoothing, each α of the grid, and the best α refined; by measured output error."""
+    peaks_x = _channel_max([(c.absmax, c.labels) for c in consumers], site.size)
     peaks_w = _channel_max([(np.abs(c.weight).max(axis=0), c.labels) for c in consumers], site.size)
-    references = [c.x @ c.weight.T for c in consumers if c.x is not None]
+    measure = _Measure(consumers)
     ones = np.ones(site.size)
-    unsmoothed = _output_error(consumers, references, ones)
-    best: tuple[float, float | None, Factor] = (unsmoothed, None, ones)
-    for alpha in smoothing.alphas:
-        factor = smoothing_factor(peaks_x, peaks_w, alpha, site.free)
-        error = _output_error(consumers, references, factor)
-        if error < best[0] or len(smoothing.alphas) == 1:
-            best = (error, alpha, factor)
-    error, alpha, factor = best
-    if alpha is None:
-        return None, Choice(site.name, site.kind, None, error, unsmoothed, 0, "no smoothing has the least output error")
-    reason = "fixed by the recipe" if len(smoothing.alphas) == 1 else "least output error"
+    unsmoothed = measure.error(ones)
+    fixed = len(smoothing.alphas) == 1
+    candidates = [(alpha, smoothing_factor(peaks_x, peaks_w, alpha, site.free)) for alpha in smoothing.alphas]
+    errors = [measure.error(factor) for _, factor in candidates]
+    best = int(np.argmin(errors))
+    (alpha, factor), error = candidates[best], errors[best]
+    reason = "fixed by the recipe" if fixed else "least output error on the grid"
+    if smoothing.refine_steps:
+        refined = within_bounds(refine(factor, measure.operands(), site.free, smoothing.refine_steps), site.free)
+        if (refined_error := measure.error(refined)) < error:
+            factor, error, reason = refined, refined_error, "least output error, refined"
+    if error >= unsmoothed and not fixed:
+        reason = "no smoothing has the least output error"
+        return None, Choice(site.name, site.kind, None, _relative(unsmoothed), _relative(unsmoothed), 0, reason)
     touched = int((factor != 1).sum())
-    return factor, Choice(site.name, site.kind, alpha, error, unsmoothed, touched, reason)
+    return factor, Choice(site.name, site.kind, alpha, _relative(error), _relative(unsmoothed), touched, reason)
 
 
 def _from_weights(site: Site, consumers: list[_Consumer]) -> tuple[Factor | None, Choice]:
@@ -177,16 +211,21 @@ def _from_weights(site: Site, consumers: list[_Consumer]) -> tuple[Factor | None
 def smoothing_factor(
     peaks_x: NDArray[np.float64], peaks_w: NDArray[np.float64], alpha: float, free: NDArray[np.bool_]
 ) -> Factor:
-    """s = max|X|^α / max|W|^(1 − α) per channel, float64 [C]; 1 on channels that are not free.
+    """s = max|X|^α / max|W|^(1 − α) per channel, float64 [C]; 1 on channels that are not free."""
+    s = np.maximum(peaks_x, _FLOOR) ** alpha / np.maximum(peaks_w, _FLOOR) ** (1 - alpha)
+    return within_bounds(s, free)
+
+
+def within_bounds(s: Factor, free: NDArray[np.bool_]) -> Factor:
+    """s as it may be folded: rounded to float32, within 2⁻²⁴ … 2²⁴, and 1 on channels that are not free.
 
     Where all channels are free, s is scaled to a geometric mean of 1: a common factor changes no quantization error, and
-    so the tensors keep their magnitude. s keeps at least 2⁻²⁴ and at most 2²⁴ of it.
+    so the tensors keep their magnitude. Gammas and scales are float32 in all graphs, so within these bounds the folded ones
+    stay normal numbers.
     """
-    s = np.maximum(peaks_x, _FLOOR) ** alpha / np.maximum(peaks_w, _FLOOR) ** (1 - alpha)
     if free.all():
-        s /= np.exp(np.log(s).mean())
-    s = np.clip(s, 2.0**-24, 2.0**24)
-    return np.where(free, s.astype(np.float32).astype(np.float64), 1.0)
+        s = s / np.exp(np.log(s).mean())
+    return np.where(free, np.clip(s, 2.0**-24, 2.0**24).astype(np.float32).astype(np.float64), 1.0)
 
 
 def _channel_max(parts: Sequence[tuple[Float, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
@@ -198,32 +237,65 @@ def _channel_max(parts: Sequence[tuple[Float, NDArray[np.int32]]], size: int) ->
     return result
 
 
-def _output_error(consumers: Sequence[_Consumer], references: Sequence[Float], s: Factor) -> float:
-    """Relative output error ‖Y − Ŷ‖ / ‖Y‖ with both sides quantized, geometric mean over the sampled tokens.
+class _Measure:
+    """The output error of the linears behind a site, measured on token rows with both sides quantized."""
 
-    The mean over logarithms keeps a few tokens with huge activations from deciding for all others.
-    """
-    lost = np.zeros(references[0].shape[0])
-    total = np.zeros(references[0].shape[0])
-    for consumer, reference in zip(consumers, references, strict=True):
-        assert consumer.x is not None
-        columns = consumer.spread(s)
-        x = _quantized(consumer.x / columns, consumer.spec)
-        for rows in row_chunks(consumer.weight.shape):
-            weight = consumer.weight[rows] * columns
+    def __init__(self, consumers: Sequence[_Consumer]) -> None:
+        self._consumers = consumers
+        self._outputs = [[tokens @ c.weight.T for tokens in c.tokens] for c in consumers]
+
+    def error(self, s: Factor) -> float:
+        """Mean of log(‖y − ŷ‖² / ‖y‖²) over the sampled tokens, plus the weighted mean over the outliers.
+
+        The logarithm keeps single tokens from deciding for all others.
+        """
+        groups = range(len(self._consumers[0].tokens))
+        lost = [np.zeros(len(self._consumers[0].tokens[group])) for group in groups]
+        total = [np.zeros(len(self._consumers[0].tokens[group])) for group in groups]
+        for consumer, outputs in zip(self._consumers, self._outputs, strict=True):
+            columns = consumer.spread(s)
+            weight = consumer.weight * columns
             scale = weight_scale(weight)[:, None]
-            weight = np.rint(weight / scale) * scale
-            difference = x @ weight.T - reference[:, rows]
-            lost += np.einsum("tn,tn->t", difference, difference)
-        total += np.einsum("tn,tn->t", reference, reference)
-    ratio = lost / np.maximum(total, np.finfo(np.float64).tiny)
+            weight /= scale
+            np.rint(weight, out=weight)
+            weight *= scale
+            for group, (tokens, output) in enumerate(zip(consumer.tokens, outputs, strict=True)):
+                difference = _quantized(tokens / columns, consumer, columns) @ weight.T - output
+                lost[group] += np.einsum("tn,tn->t", difference, difference)
+                total[group] += np.einsum("tn,tn->t", output, output)
+        return sum(weight * _mean_log(a, b) for weight, a, b in zip((1.0, OUTLIER_WEIGHT), lost, total, strict=True))
+
+    def operands(self) -> list[Operand]:
+        """What the refinement needs of the linears."""
+        return [self._operand(c, outputs) for c, outputs in zip(self._consumers, self._outputs, strict=True)]
+
+    @staticmethod
+    def _operand(consumer: _Consumer, outputs: Sequence[Float]) -> Operand:
+        power = [np.einsum("tn,tn->t", output, output) * consumer.row_share for output in outputs]
+        groups = [
+            Tokens(np.abs(tokens[p > 0]), p[p > 0], weight)
+            for tokens, p, weight in zip(consumer.tokens, power, (1.0, OUTLIER_WEIGHT), strict=True)
+            if (p > 0).any()
+        ]
+        rows, share = sampled_rows(consumer.weight)
+        static = isinstance(consumer.spec.activations, StaticActivation)
+        peaks = consumer.absmax if static else None
+        return Operand(consumer.labels, groups, consumer.column_power, rows, share * consumer.row_share, peaks)
+
+
+def _mean_log(lost: NDArray[np.float64], total: NDArray[np.float64]) -> float:
     seen = total > 0
-    return float(np.exp(0.5 * np.log(np.maximum(ratio[seen], 1e-30)).mean())) if seen.any() else 0.0
+    return float(np.log(np.maximum(lost[seen] / total[seen], 1e-30)).mean()) if seen.any() else 0.0
 
 
-def _quantized(x: Float, spec: LinearSpec) -> Float:
-    if spec.activations is None:
+def _relative(error: float) -> float:
+    """The measure as a relative error ‖y − ŷ‖ / ‖y‖."""
+    return float(np.exp(error / 2 / (1 + OUTLIER_WEIGHT)))
+
+
+def _quantized(x: Float, consumer: _Consumer, columns: Float) -> Float:
+    if consumer.spec.activations is None:
         return x
-    if isinstance(spec.activations, StaticActivation):
-        return fake_quantize_tensor(x, max(float(np.abs(x).max()), _FLOOR) / 127)
+    if isinstance(consumer.spec.activations, StaticActivation):
+        return fake_quantize_tensor(x, max(float((consumer.absmax / columns).max()), _FLOOR) / QMAX)
     return fake_quantize_rows(x)

@@ -1,0 +1,61 @@
+"""The refinement of smoothing factors: its gradient, and what it gains."""
+
+import numpy as np
+import pytest
+from bismooth.passes.refine import Operand, Tokens, expected_error, refine, sampled_rows
+
+
+def _operand(seed: int, *, static: bool = False, channels: int = 12) -> Operand:
+    random = np.random.default_rng(seed)
+    labels = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 3, -1], np.int32) % channels
+    labels[-1] = -1
+    x = random.normal(size=(20, labels.size)).astype(np.float32) * np.exp(random.normal(size=labels.size)).astype(
+        np.float32
+    )
+    w = random.normal(size=(9, labels.size)).astype(np.float32) * np.exp(random.normal(size=labels.size)).astype(
+        np.float32
+    )
+    power = ((x @ w.T) ** 2).sum(axis=1)
+    groups = [Tokens(np.abs(x[:16]), power[:16], 1.0), Tokens(np.abs(x[16:]), power[16:], 0.3)]
+    rows, share = sampled_rows(w)
+    return Operand(labels, groups, (w**2).sum(axis=0), rows, share, np.abs(x).max(axis=0) if static else None)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_steps_descend_along_the_numerical_gradient(static: bool) -> None:
+    operand, free = _operand(1, static=static), np.ones(12, np.bool_)
+    start = np.exp(np.random.default_rng(2).normal(size=12) * 0.3)
+    numerical = np.empty(12)
+    for channel in range(12):
+        up, down = start.copy(), start.copy()
+        up[channel] *= np.exp(1e-3)
+        down[channel] *= np.exp(-1e-3)
+        numerical[channel] = expected_error(up, [operand]) - expected_error(down, [operand])
+    # the first step of Adam is the sign of the gradient, at the full rate
+    moved = np.log(refine(start, [operand], free, 1) / start)
+    steep = np.abs(numerical) > 2e-5
+    assert steep.sum() >= 6
+    np.testing.assert_array_equal(np.sign(moved[steep]), -np.sign(numerical[steep]))
+
+
+def test_refinement_lowers_the_expected_error_and_leaves_pinned_channels_alone() -> None:
+    operands, free = [_operand(3), _operand(4)], np.ones(12, np.bool_)
+    free[5] = False
+    start = np.ones(12)
+    refined = refine(start, operands, free, 80)
+    assert refined[5] == 1.0
+    assert expected_error(refined, operands) < expected_error(start, operands) - 0.3
+
+
+def test_the_model_predicts_the_measured_error() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(64, 96)).astype(np.float32)
+    w = random.normal(size=(256, 96)).astype(np.float32)
+    t = np.abs(x).max(axis=1, keepdims=True) / 127
+    s = np.abs(w).max(axis=1, keepdims=True) / 127
+    y, quantized = x @ w.T, (np.rint(x / t) * t) @ (np.rint(w / s) * s).T
+    measured = np.log(((y - quantized) ** 2).sum(axis=1) / (y**2).sum(axis=1)).mean()
+    rows, share = sampled_rows(w)
+    tokens = Tokens(np.abs(x), (y**2).sum(axis=1), 1.0)
+    operand = Operand(np.arange(96, dtype=np.int32), [tokens], (w**2).sum(axis=0), rows, share, None)
+    assert expected_error(np.ones(96), [operand]) == pytest.approx(measured, abs=0.1)
