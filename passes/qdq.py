@@ -108,7 +108,7 @@ class UseUnsignedActivations:
             set_type(quantized, np.dtype(np.uint8), shape_of(quantized))
             node.inputs[2] = zero
             for reader in list(quantized.outputs):
-                reader.inputs[2:] = [zero]
+                reader.inputs.append(zero)  # InsertQdq leaves the zero point of a DequantizeLinear out
 
 
 @dataclass
