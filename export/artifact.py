@@ -1,24 +1,24 @@
 """The artifact folder: what every stage reads and writes.
 
-A folder with ONNX graphs, weight files and tokenizer beside ``bismooth.json``, the manifest, which lists every file with its size.
-A folder is made under a temporary name and put in place in one step, so a folder that loads is complete.
+A folder with ONNX graphs, weight files and tokenizer beside ``bismooth.json``, the manifest, which lists every file
+with its size. It is made under a temporary name and put in place in one step, so a folder that loads is complete.
 
-NOTE: weight files may be hard links of the user's own files. Nothing here opens a file of an artifact for writing in place.
+NOTE: weight files may be hard links of the user's own files. Nothing opens a file of an artifact for writing in place:
+new content goes to a new file, which is then renamed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast, get_args
 
+from . import folder as _folder
 from .errors import BismoothError
 
 MANIFEST = "bismooth.json"
@@ -28,17 +28,26 @@ Kind = Literal["float", "quantized", "engine"]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of the artifact. ``mtime_ns`` is kept for hard links only: an edit of the source would show there."""
+    """A file of the artifact.
+
+    Attributes:
+        size: bytes.
+        linked: whether it was a hard link of a file outside when the artifact was made.
+        mtime_ns: of links only: time of the last modification. An edit of the source shows here.
+        inode: of links only. A copy of the artifact has other inodes, and is no longer tied to the source.
+        sha256: of the content, where a stage has read it all.
+    """
 
     size: int
     linked: bool = False
     mtime_ns: int | None = None
+    inode: int | None = None
     sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The repeated region of the model: module prefix (``model.layers``) and the kind of each block, as numbers from 0."""
+    """The repeated region of the model: module prefix (``model.layers``) and each block's kind, as numbers from 0."""
 
     prefix: str
     kinds: tuple[int, ...]
@@ -50,9 +59,11 @@ class Manifest:
 
     Attributes:
         kind: what the folder holds.
-        source: where the model came from: ``path``, ``format``, ``fingerprint`` (SHA-256 over the weight files' headers), …
-        graphs: role → ONNX file. Roles: ``float32``, ``float16``, ``bfloat16`` (compute types), ``reference``, ``folded``.
-        files: every file of the folder but the manifest.
+        source: where the model came from: ``path``, ``format``, ``fingerprint`` (SHA-256 over the weight files'
+            headers), …
+        graphs: role → ONNX file. Roles: ``float32``, ``float16``, ``bfloat16`` (compute types), ``reference``,
+            ``folded``.
+        files: every file of the folder but the manifest, by its path in the folder.
         architecture: class name of the model, or ``None`` for an imported ONNX file.
         dims: sizes by name (``hidden_size``, ``vocab_size``, …).
         blocks: the repeated region, if there is one.
@@ -71,6 +82,7 @@ class Manifest:
     stages: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data for :func:`json.dumps`."""
         return {"format": "bismooth", "version": FORMAT_VERSION, **asdict(self)}
 
     @staticmethod
@@ -85,7 +97,13 @@ class Manifest:
         if (blocks := fields["blocks"]) is not None:
             fields["blocks"] = Blocks(blocks["prefix"], tuple(blocks["kinds"]))
         fields["stages"] = tuple(fields["stages"])
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        if manifest.kind not in get_args(Kind):
+            raise ValueError(f"it has kind {manifest.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        for name in (*manifest.files, *manifest.graphs.values()):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"it names a file outside of the folder: {name}")
+        return manifest
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Artifact:
     def graph(self, role: str) -> Path:
         """The ONNX file with that role; raises :class:`BismoothError` naming the roles there are."""
         if role not in self.manifest.graphs:
-            known = ", ".join(self.manifest.graphs)
+            known = ", ".join(self.manifest.graphs) or "none"
             raise BismoothError(f"{self.path}: the artifact has no {role} graph. It has: {known}.")
         return self.path / self.manifest.graphs[role]
 
@@ -107,14 +125,15 @@ class Artifact:
         """Read the manifest and check that the folder is what it says.
 
         Raises:
-            BismoothError: no manifest, an unreadable one, one of another kind than ``kinds``, or a file that is missing, has another
-                size, or (hard links) was modified since.
+            BismoothError: no manifest, an unreadable one, one of another kind than ``kinds``, or a file that is
+                missing, has another size, or (hard links) was modified since.
         """
+        _folder.recover(path)
         manifest_path = path / MANIFEST
-        _recover(path)
         if not manifest_path.is_file():
             raise BismoothError(
-                f"{path}: not a bismooth artifact: there is no {MANIFEST}. Expected a folder written by 'bismooth export' or 'bismooth quantize'."
+                f"{path}: not a bismooth artifact: there is no {MANIFEST}. "
+                "Expected a folder written by 'bismooth export' or 'bismooth quantize'."
             )
         try:
             manifest = Manifest.from_json(cast(dict[str, Any], json.loads(manifest_path.read_text("utf-8"))))
@@ -135,25 +154,33 @@ def _check_file(path: Path, record: FileRecord) -> None:
     status = path.stat()
     if status.st_size != record.size:
         raise BismoothError(
-            f"{path}: expected {record.size} bytes, got {status.st_size}. The file was changed; make the artifact again."
+            f"{path}: expected {record.size} bytes, got {status.st_size}. The file was changed. "
+            "Make the artifact again."
         )
-    if record.mtime_ns is not None and status.st_mtime_ns != record.mtime_ns:
+    same_file = record.inode is None or record.inode == status.st_ino
+    if record.mtime_ns is not None and same_file and status.st_mtime_ns != record.mtime_ns:
         raise BismoothError(
-            f"{path}: this file is a link to the source's weights, which were modified since. Run 'bismooth export' again."
+            f"{path}: this file is a link to the source's weights, which were modified since. "
+            "Run 'bismooth export' again."
         )
 
 
-def place_file(source: Path, target: Path) -> bool:
-    """Make ``source``'s bytes available as ``target``: a hard link where possible, else a copy. Returns whether it is a link."""
+def place_file(source: Path, target: Path, *, copy: bool = False) -> bool:
+    """Make the bytes of ``source`` (symbolic links resolved) available as the new file ``target``.
+
+    A hard link where the system permits it and ``copy`` is false, else a copy. Returns whether it is a link.
+    """
     real = source.resolve()
-    try:
-        os.link(real, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP):
-            raise
-        shutil.copyfile(real, target)
-        return False
-    return True
+    if target.exists():  # copying into an existing link would write to what it is a link of
+        raise FileExistsError(f"{target} already exists")
+    if not copy:
+        try:
+            os.link(real, target)
+            return True
+        except OSError:  # another file system, no permission, too many links: systems differ in the errors they give
+            pass
+    shutil.copyfile(real, target)
+    return False
 
 
 def scan_files(folder: Path, known: dict[str, FileRecord] | None = None) -> dict[str, FileRecord]:
@@ -162,8 +189,9 @@ def scan_files(folder: Path, known: dict[str, FileRecord] | None = None) -> dict
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             name, status = path.relative_to(folder).as_posix(), path.stat()
-            linked = status.st_nlink > 1
-            record = FileRecord(status.st_size, linked, status.st_mtime_ns if linked else None)
+            record = FileRecord(status.st_size)
+            if status.st_nlink > 1:
+                record = FileRecord(status.st_size, True, status.st_mtime_ns, status.st_ino)
             if known and name in known and known[name].size == record.size:
                 record = replace(record, sha256=known[name].sha256)
             records[name] = record
@@ -179,87 +207,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False) -> Generator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends without an error.
 
     Raises:
-        BismoothError: ``target`` exists and ``force`` is false, or is no artifact; the parent cannot be written; the disk is full.
+        BismoothError: ``target`` exists and ``force`` is false, or is no artifact; the parent cannot be written; the
+            disk is full.
     """
-    target = target.absolute()
-    _recover(target)
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        if not force:
-            raise BismoothError(
-                f"{target}: already exists. Choose another output folder, or pass --force to replace it."
-            )
-        if not (target / MANIFEST).is_file():
-            raise BismoothError(
-                f"{target}: exists and is not a bismooth artifact, so --force does not replace it. Choose another output folder."
-            )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
-        temporary.mkdir()
-    except OSError as error:
-        raise BismoothError(
-            f"{target.parent}: cannot write there ({error.strerror}). Choose a folder that can be written."
-        ) from error
-    try:
+    with _folder.new_folder(target, force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as temporary:
         yield temporary
-        _put_in_place(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BismoothError(
-                f"{target.parent}: the disk is full. Free some space and run the command again; nothing was changed."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-    elif not _exchange(temporary, target):
-        # Two renames: a crash between them is undone by _recover.
-        previous = target.parent / f".{target.name}.previous"
-        target.rename(previous)
-        temporary.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step (Linux ``renameat2`` with ``RENAME_EXCHANGE``); false where the system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_cwd, exchange = -100, 2
-    return renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0
-
-
-def _recover(target: Path) -> None:
-    """Undo a replacement that was cut off between its two renames."""
-    previous = target.parent / f".{target.name}.previous"
-    if previous.is_dir() and not target.exists():
-        with suppress(OSError):
-            previous.rename(target)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Delete temporary folders of processes that are no more."""
-    for path in target.parent.glob(f".{target.name}.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()

@@ -1,11 +1,12 @@
 """An attention function for transformers that traces to one ONNX ``Attention`` node (opset 23).
 
-K and V keep their own number of heads (grouped-query attention is native to the operator), and scale and soft cap are attributes.
+K and V keep their own number of heads (grouped-query attention is native to the operator), and scale and soft cap are
+attributes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +23,7 @@ def attention_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention on [batch, heads, sequence, head_dim]; returns [batch, sequence, heads, head_dim]."""
+    """Scaled dot-product attention: [batch, heads, sequence, head_dim] → [batch, sequence, heads, head_dim]."""
     output = torch.onnx.ops.attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, softcap=softcap or 0.0
     )
@@ -32,14 +33,14 @@ def attention_forward(
 def attention_mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> torch.Tensor:
     """The boolean mask of transformers [batch, 1, q, kv], in which every position may also attend to itself.
 
-    Real tokens attend to themselves anyway. A padding token on the left would otherwise attend to nothing, and the softmax of an
-    empty row is NaN in some runtimes, which then reaches real tokens as 0 · NaN.
+    Real tokens attend to themselves anyway. A padding token on the left would otherwise attend to nothing, and the
+    softmax of an empty row is NaN in some runtimes, which then reaches real tokens as 0 · NaN.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers import masking_utils
 
-    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "allow_torch_fix": False}
-    mask = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **options)
-    assert mask is not None
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    sdpa_mask = cast(Any, masking_utils).sdpa_mask
+    mask: torch.Tensor = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **options)
     queries = torch.arange(q_length, device=mask.device) + options.get("q_offset", 0)
     keys = torch.arange(kv_length, device=mask.device) + options.get("kv_offset", 0)
     return mask | (queries[:, None] == keys[None, :])
@@ -47,9 +48,9 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, **options: An
 
 def register() -> str:
     """Make both known to transformers; returns the name to set as ``attn_implementation``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    import transformers
+    from transformers import masking_utils
 
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    cast(Any, transformers).AttentionInterface.register(NAME, attention_forward)
+    cast(Any, masking_utils).AttentionMaskInterface.register(NAME, attention_mask)
     return NAME

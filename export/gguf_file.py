@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,76 +12,82 @@ from numpy.typing import NDArray
 
 from .errors import BismoothError
 from .safetensors_file import SafetensorsWriter
+from .source import WEIGHTS
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 def convert_gguf(path: Path, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Write ``config.json``, tokenizer and ``model.safetensors`` (FP32) of a GGUF file into ``folder``.
 
-    Holds one dequantized tensor at a time. Names, and the row order of Q and K where llama.cpp permutes them, are restored by the tables
-    of transformers.
+    Holds one dequantized tensor at a time. Names, and the row order of Q and K where llama.cpp permutes them, are
+    restored by the tables of transformers.
 
     Raises:
         BismoothError: the file is damaged or its architecture is unknown to transformers.
     """
+    import gguf
     import torch
-    from gguf import GGUFReader, dequantize
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers import modeling_gguf_pytorch_utils as tables
+    import transformers
 
-    gguf_options: dict[str, Any] = {"gguf_file": path.name}
-    try:
-        reader = cast(Any, GGUFReader(str(path)))
-        config = cast(Any, AutoConfig.from_pretrained(path.parent, **gguf_options))
-        config.architectures = config.architectures or [_causal_class_name(config)]
+    auto: Any = transformers
+    with _unreadable(path):
+        reader = cast(Any, gguf).GGUFReader(str(path))
+        config = auto.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = auto.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         with torch.device("meta"):
-            skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
-        tokenizer = cast(Any, AutoTokenizer).from_pretrained(path.parent, **gguf_options)
-    except Exception as error:  # gguf and transformers raise bare ValueErrors, KeyErrors, IndexErrors on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BismoothError(
-            f"{path}: this GGUF file cannot be read: {reason}. Expected a model that transformers knows."
-        ) from error
-    processor_class = tables.TENSOR_PROCESSORS.get(_architecture(reader), tables.TensorProcessor)
-    processor = cast(Any, processor_class)(config=config.to_dict())
-    names = cast(dict[str, str], tables.get_gguf_hf_weights_map(skeleton, processor))
+            skeleton = auto.AutoModelForCausalLM.from_config(config)
+        convert, names = _converter(reader, config, skeleton)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-
-    def convert(tensor: Any) -> tuple[str, NDArray[np.float32]] | None:
-        weights = dequantize(tensor.data, tensor.tensor_type)
-        result = processor.process(
-            weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
-        )
-        name = names.get(result.name)
-        return None if name is None else (name, np.ascontiguousarray(result.weights, np.float32))
-
-    known = [tensor for tensor in reader.tensors if names.get(tensor.name)]
-    declared = [(names[tensor.name], np.dtype(np.float32), shapes[names[tensor.name]]) for tensor in known]
-    with SafetensorsWriter(folder / "model.safetensors", declared) as writer:
-        for done, tensor in enumerate(known):
-            converted = convert(tensor)
-            if converted is None or converted[1].shape != shapes[converted[0]]:
+    tensors = [tensor for tensor in reader.tensors if tensor.name in names]
+    declared = [(names[tensor.name], _FLOAT32, shapes[names[tensor.name]]) for tensor in tensors]
+    with SafetensorsWriter(folder / WEIGHTS, declared, {"format": "pt"}) as writer:
+        for done, tensor in enumerate(tensors):
+            name = names[tensor.name]
+            with _unreadable(path):
+                values = convert(tensor)
+            if values.shape != shapes[name]:
                 raise BismoothError(
-                    f"{path}: tensor {tensor.name} does not fit the model's configuration. Is the file complete?"
+                    f"{path}: tensor {tensor.name} has shape {list(values.shape)}, but the model's configuration makes "
+                    f"it {list(shapes[name])}. Download or convert the file again."
                 )
-            writer.write(*converted)
+            writer.write(name, values)
             if progress:
-                progress("dequantize", done + 1, len(known))
-    config.quantization_config = None
-    del config.quantization_config
+                progress("dequantize", done + 1, len(tensors))
+    config.architectures = [type(skeleton).__name__]
     config.dtype = torch.float32
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _architecture(reader: Any) -> str:
-    field = reader.fields["general.architecture"]
-    return bytes(field.parts[field.data[0]]).decode()
+def _converter(reader: Any, config: Any, skeleton: Any) -> tuple[Callable[[Any], NDArray[np.float32]], dict[str, str]]:
+    """A function from a tensor of the file to its values in the model, and the tensors' names in the model."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils
+
+    tables: Any = modeling_gguf_pytorch_utils
+    architecture = reader.get_field("general.architecture").contents()
+    processor = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)(config=config.to_dict())
+    names: dict[str, str] = tables.get_gguf_hf_weights_map(skeleton, processor)
+
+    def convert(tensor: Any) -> NDArray[np.float32]:
+        weights = cast(Any, gguf).dequantize(tensor.data, tensor.tensor_type)
+        result = processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={})
+        return np.ascontiguousarray(result.weights, np.float32)
+
+    return convert, names
 
 
-def _causal_class_name(config: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = cast(dict[str, str], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).get(config.model_type)
-    if name is None:
-        raise ValueError(f"model type {config.model_type} has no causal language model class")
-    return name
+@contextmanager
+def _unreadable(path: Path) -> Generator[None]:
+    """gguf and transformers raise bare errors of many kinds on damaged and unknown files."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BismoothError(
+            f"{path}: this GGUF file cannot be read: {reason[0]} "
+            "Expected a whole file of a model that transformers knows."
+        ) from error

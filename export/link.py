@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from .errors import BismoothError
 from .safetensors_file import TensorEntry
+from .scopes import scopes_of, set_scopes
 from .source import Weights
 
 _IR_TYPES = {
@@ -18,45 +19,73 @@ _IR_TYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
 }
+_CHUNK = 1 << 24
 
 
 def stored_names(model: Any, weights: Weights) -> dict[str, str]:
     """Parameter name of a transformers model → the name of its tensor in the checkpoint.
 
-    Checkpoints spell names differently from the model (old names, with or without the base model's prefix); transformers keeps the rules.
-    Parameters that share storage (tied embeddings) share a tensor.
+    Checkpoints spell names differently from the model (old names, with or without the base model's prefix);
+    transformers keeps the rules. Parameters that share storage (tied embeddings) share a tensor.
 
     Raises:
-        BismoothError: transformers computes a parameter from several tensors, so that it has no bytes in the checkpoint.
+        BismoothError: transformers computes a parameter from several tensors, so that it has no bytes in the
+            checkpoint, or the checkpoint has two different tensors for one parameter.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names: dict[str, str] = {}
     for stored in weights.entries:
-        if stored in parameters:
-            names[stored] = stored
-            continue
-        name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
-        if converted is not None:
-            path = weights.entries[stored][0]
-            raise BismoothError(
-                f"{path}: tensor {stored} must be rearranged to become {name} of {type(model).__name__}; its bytes cannot be used as they "
-                "are. Load the model with transformers, save it with save_original_format=False and export that folder."
-            )
+        name = stored if stored in parameters else _renamed(stored, model, weights, parameters)
         names.setdefault(name, stored)
-    by_parameter = {id(parameters[name]): stored for name, stored in names.items() if name in parameters}
+    by_parameter: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in names:
+            stored = by_parameter.setdefault(id(parameter), names[name])
+            _check_equal(weights, stored, names[name])
     return {name: by_parameter[id(value)] for name, value in parameters.items() if id(value) in by_parameter}
+
+
+def _renamed(stored: str, model: Any, weights: Weights, parameters: Mapping[str, Any]) -> str:
+    from transformers import conversion_mapping, core_model_loading
+
+    loading: Any = core_model_loading
+    transforms: list[Any] = cast(Any, conversion_mapping).get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, loading.WeightConverter)]
+    name, converted = loading.rename_source_key(stored, renamings, converters, model.base_model_prefix, parameters)
+    if converted is not None:
+        raise BismoothError(
+            f"{weights.entries[stored][0]}: tensor {stored} must be rearranged to become {name} of "
+            f"{type(model).__name__}; its bytes cannot be used as they are. Load the model with transformers, save it "
+            "with save_original_format=False and export that folder."
+        )
+    return name
+
+
+def _check_equal(weights: Weights, first: str, second: str) -> None:
+    """Both tensors are one parameter of the model, so their bytes must be equal."""
+    if first == second:
+        return
+    (path, a), (other, b) = weights.entries[first], weights.entries[second]
+    equal = (a.dtype, a.shape) == (b.dtype, b.shape)
+    with path.open("rb") as left, other.open("rb") as right:
+        left.seek(a.offset)
+        right.seek(b.offset)
+        for start in range(0, a.length if equal else 0, _CHUNK):
+            size = min(_CHUNK, a.length - start)
+            equal = equal and left.read(size) == right.read(size)
+    if not equal:
+        raise BismoothError(
+            f"{path}: config.json ties {second} to {first}, but the checkpoint has different values for them. "
+            'If they are meant to be two tensors, set "tie_word_embeddings": false in config.json.'
+        )
 
 
 def link_weights(model: ir.Model, weights: Weights, names: Mapping[str, str]) -> None:
     """Give every initializer without data its place in the checkpoint's files, in place; weights stay outside.
 
-    An initializer takes its name in the checkpoint (``names``). Where the checkpoint's type is not FP32, a ``Cast`` to FP32 follows it.
+    An initializer takes its name in the checkpoint (``names``). Where the checkpoint's type is not FP32, a ``Cast``
+    to FP32 follows it.
 
     Raises:
         BismoothError: a tensor is missing, has another shape than the model's configuration says, or is not a float.
@@ -67,16 +96,17 @@ def link_weights(model: ir.Model, weights: Weights, names: Mapping[str, str]) ->
         if value.const_value is not None:
             continue
         if name not in names:
+            examples = ", ".join(sorted(weights.entries)[:3])
             raise BismoothError(
-                f"{weights.files[0].parent}: the checkpoint has no tensor {name}. It has {len(weights.entries)} tensors, "
-                f"for example {', '.join(sorted(weights.entries)[:3])}. Is the checkpoint complete, and of this architecture?"
+                f"{weights.files[0].parent}: the checkpoint has no tensor {name}. It has {len(weights.entries)} "
+                f"tensors, for example {examples}. Is the checkpoint complete, and of this architecture?"
             )
         stored = names[name]
         path, entry = weights.entries[stored]
         expected = tuple(int(cast(Any, size)) for size in cast(ir.Shape, value.shape))
         if entry.shape != expected:
             raise BismoothError(
-                f"{path}: tensor {stored} has shape {list(entry.shape)}, but config.json makes it {list(expected)}. "
+                f"{path}: tensor {stored} has shape {list(entry.shape)}, but the model's is {list(expected)}. "
                 "Weights and configuration belong to different models."
             )
         graph.initializers.pop(name)
@@ -85,27 +115,32 @@ def link_weights(model: ir.Model, weights: Weights, names: Mapping[str, str]) ->
             continue
         linked[stored] = _external(value, stored, path, entry)
         graph.initializers.add(linked[stored])
-    for stored, value in linked.items():
+    for value in linked.values():
         if value.dtype != ir.DataType.FLOAT:
-            _cast_to_float(graph, stored, value)
+            _cast_to_float(graph, value)
 
 
 def _external(value: ir.Value, name: str, path: Path, entry: TensorEntry) -> ir.Value:
     if entry.dtype not in _IR_TYPES:
-        raise BismoothError(f"{path}: tensor {name} has type {entry.dtype}. Expected a float type.")
+        raise BismoothError(
+            f"{path}: tensor {name} has type {entry.dtype}. Expected a float type: one of {', '.join(_IR_TYPES)}."
+        )
+    dtype, shape = _IR_TYPES[entry.dtype], ir.Shape(entry.shape)
     value.name = name
-    value.dtype = _IR_TYPES[entry.dtype]
+    value.dtype = dtype
     value.const_value = ir.ExternalTensor(
-        path.name, entry.offset, entry.length, value.dtype, shape=ir.Shape(entry.shape), name=name, base_dir=path.parent
+        path.name, entry.offset, entry.length, dtype, shape=shape, name=name, base_dir=path.parent
     )
     return value
 
 
-def _cast_to_float(graph: ir.Graph, name: str, value: ir.Value) -> None:
-    node = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
-    output = node.outputs[0]
-    output.name, output.dtype, output.shape = f"{name}/Cast", ir.DataType.FLOAT, value.shape
-    uses = [(user, index) for user, index in value.uses() if user is not node]
+def _cast_to_float(graph: ir.Graph, value: ir.Value) -> None:
+    """Put a Cast before the first user, in that node's module."""
+    uses = list(value.uses())
+    first = min((node for node, _ in uses), key=list(graph).index) if len(uses) > 1 else uses[0][0]
+    node = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, value.shape
+    set_scopes(node, scopes_of(first))
     for user, index in uses:
-        user.replace_input_with(index, output)
-    graph.insert_before(graph[0], node)
+        user.replace_input_with(index, node.outputs[0])
+    graph.insert_before(first, node)

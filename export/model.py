@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .artifact import Blocks, Manifest, place_file
 from .errors import BismoothError
-from .source import INDEX, GgufSource, HuggingFaceSource, OnnxSource, Source, Weights, read_weights, resolve_source
+from .source import (
+    INDEX,
+    SIDE_FILES,
+    WEIGHTS,
+    GgufSource,
+    HuggingFaceSource,
+    OnnxSource,
+    Weights,
+    read_weights,
+    resolve_source,
+)
 from .versions import tool_versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .skeleton import Skeleton
 
 GRAPH = "model.onnx"
 Progress = Callable[[str, int, int], None]
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+"""Called with a step's name, how many of its units are done, and how many there are."""
+Placing = Literal["link", "copy"]
+
 _DIMS = (
     "hidden_size",
     "intermediate_size",
@@ -35,12 +51,25 @@ def _no_progress(_step: str, _done: int, _total: int) -> None:
 
 
 def export_model(
-    source: str | Path, folder: Path, *, trust_remote_code: bool = False, progress: Progress = _no_progress
+    source: str | Path,
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    weights: Placing = "link",
+    progress: Progress = _no_progress,
 ) -> Manifest:
     """Write ``model.onnx`` (FP32 compute, opset 23), weight files and tokenizer of ``source`` into ``folder``.
 
-    Weights are not read: the graph's initializers point into the safetensors files of the source, which are hard-linked into the folder
-    (copied where links are not possible). Memory and time do not depend on the number of weights.
+    Weights are not read: the graph's initializers point into the safetensors files of the source. Memory and time do
+    not depend on the number of weights, unless files are copied.
+
+    Args:
+        source: a Hugging Face folder or hub id, a GGUF file, or an ONNX file.
+        folder: an existing empty folder.
+        trust_remote_code: run Python code that the model brings along.
+        weights: ``link`` makes the weight files in ``folder`` hard links of the source's where the system permits it;
+            ``copy`` always copies them: for tools that refuse links, and for sources that will be edited.
+        progress: told about the steps.
 
     Returns:
         The manifest, without ``files``; the caller writes it when the folder is complete.
@@ -48,11 +77,12 @@ def export_model(
     Raises:
         BismoothError: the source is missing, broken or of a kind that is not accepted.
     """
-    resolved: Source = resolve_source(source, trust_remote_code=trust_remote_code)
+    resolved = resolve_source(source, trust_remote_code=trust_remote_code)
+    copy = weights == "copy"
     if isinstance(resolved, OnnxSource):
         from .onnx_file import import_onnx
 
-        return import_onnx(resolved.path, folder)
+        return import_onnx(resolved.path, folder, copy=copy)
     origin: dict[str, Any] = {"path": str(Path(source).absolute() if Path(source).exists() else source)}
     if isinstance(resolved, GgufSource):
         from .gguf_file import convert_gguf
@@ -60,38 +90,40 @@ def export_model(
         convert_gguf(resolved.path, folder, progress)
         origin["format"] = "gguf"
         config = cast(dict[str, Any], json.loads((folder / "config.json").read_text("utf-8")))
-        resolved = HuggingFaceSource(folder, config, read_weights([folder / "model.safetensors"]))
+        resolved = HuggingFaceSource(folder, config, read_weights([folder / WEIGHTS]))
     else:
         origin["format"] = "huggingface"
-        _place_files(resolved, folder)
+        _place_files(resolved, folder, copy)
+        _complete_tokenizer(resolved.folder, folder, trust_remote_code)
         resolved = replace(resolved, weights=_moved(resolved.weights, folder))
     origin["fingerprint"] = resolved.weights.fingerprint()
-    manifest = _write_graph(resolved, folder, trust_remote_code, progress)
-    return replace(manifest, source=origin)
+    return replace(_write_graph(resolved, folder, trust_remote_code, progress), source=origin)
 
 
-def _place_files(source: HuggingFaceSource, folder: Path) -> None:
+def _place_files(source: HuggingFaceSource, folder: Path, copy: bool) -> None:
     for path in source.weights.files:
-        place_file(path, folder / path.name)
-    for pattern in _SIDE_FILES:
+        place_file(path, folder / path.name, copy=copy)
+    sharded = (source.folder / INDEX).is_file()
+    for pattern in (*SIDE_FILES, *([INDEX] if sharded else [])):
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
-    if not (source.folder / INDEX).is_file():
-        (folder / INDEX).unlink(missing_ok=True)
-    if not (folder / "tokenizer.json").is_file() and list(source.folder.glob("*vocab*")):
-        _convert_tokenizer(source.folder, folder)
 
 
-def _convert_tokenizer(source: Path, folder: Path) -> None:
-    """Write ``tokenizer.json`` from the vocabulary files of older tokenizers."""
-    from transformers import AutoTokenizer
+def _complete_tokenizer(source: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Write ``tokenizer.json`` from the vocabulary files of older tokenizers, if that is what there is."""
+    vocabulary = [path for pattern in ("vocab*", "*.model") for path in folder.glob(pattern)]
+    if (folder / "tokenizer.json").is_file() or not vocabulary:
+        return
+    import transformers
 
     try:
-        cast(Any, AutoTokenizer).from_pretrained(source).save_pretrained(folder)
+        tokenizer = cast(Any, transformers).AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raise bare exceptions of many kinds
         raise BismoothError(
-            f"{source}: the tokenizer cannot be converted to tokenizer.json ({error}). Save it with a current transformers."
+            f"{source}: the tokenizer cannot be converted to tokenizer.json ({error}). "
+            "Save it with a current transformers, or remove its files to export the model without it."
         ) from error
 
 
@@ -100,65 +132,70 @@ def _moved(weights: Weights, folder: Path) -> Weights:
 
 
 def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: bool, progress: Progress) -> Manifest:
-    import onnx_ir as ir
-    from transformers import AutoConfig
-
+    from ._onnx import save_ir
     from .link import link_weights, stored_names
     from .naming import name_constants, name_nodes
-    from .skeleton import build_skeleton, model_class
 
-    try:
-        config = cast(Any, AutoConfig).from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        progress("read the configuration", 1, 4)
-        skeleton = build_skeleton(config)
-    except BismoothError:
-        raise
-    except Exception as error:  # configuration classes validate with exceptions of their own
-        raise BismoothError(f"{source.folder / 'config.json'}: no model can be made from it: {error}.") from error
-    buffers = dict(skeleton.model.named_buffers())
-    model, blocks = _trace(config, skeleton.blocks, skeleton.short_config, skeleton.short_blocks, buffers, progress)
-    progress("link the weights", 3, 4)
+    progress("read the configuration", 0, 1)
+    config, skeleton = _skeleton(source.folder, trust_remote_code)
+    progress("read the configuration", 1, 1)
+    model = _trace(config, skeleton, trust_remote_code, progress)
+    progress("link the weights", 0, 1)
     link_weights(model, source.weights, stored_names(skeleton.model, source.weights))
     name_constants(model, set(source.weights.entries))
     name_nodes(model)
     model.producer_name = "bismooth"
-    ir.save(model, folder / GRAPH)
-    progress("link the weights", 4, 4)
-    dims = {name: int(value) for name in _DIMS if isinstance(value := getattr(config, name, None), int)}
+    save_ir(model, folder / GRAPH)
+    progress("link the weights", 1, 1)
     return Manifest(
         kind="float",
         source={},
         graphs={"float32": GRAPH},
-        architecture=model_class(config).__name__,
-        dims=dims,
-        blocks=blocks,
+        architecture=type(skeleton.model).__name__,
+        dims={name: value for name in _DIMS if type(value := getattr(config, name, None)) is int},
+        blocks=skeleton.blocks,
         tools=tool_versions(),
     )
 
 
-def _trace(
-    config: Any,
-    blocks: Blocks | None,
-    short_config: Any | None,
-    short_blocks: Sequence[int],
-    buffers: Mapping[str, Any],
-    progress: Progress,
-) -> tuple[Any, Blocks | None]:
-    """The simplified graph: traced from two blocks of each kind and repeated where that is possible, else traced whole."""
+def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[Any, Skeleton]:
+    """The configuration of transformers, and the model that it describes."""
+    import transformers
+
+    from .skeleton import build_skeleton
+
+    try:
+        config = cast(Any, transformers).AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config, build_skeleton(config, trust_remote_code=trust_remote_code)
+    except BismoothError:
+        raise
+    except Exception as error:  # configuration classes validate with exceptions of their own
+        raise BismoothError(f"{folder / 'config.json'}: no model can be made from it: {error}.") from error
+
+
+def _trace(config: Any, skeleton: Skeleton, trust_remote_code: bool, progress: Progress) -> ir.Model:
+    """The simplified graph: two blocks of each kind are traced and repeated; all, where that is not possible."""
     from .skeleton import model_class
     from .stamp import NotAlikeError, stamp
     from .trace import simplify, trace_transformer
 
-    cls = model_class(config)
-    progress("trace", 2, 4)
-    if blocks is not None and short_config is not None:
-        model = trace_transformer(cls, copy.deepcopy(short_config), buffers)
+    cls = model_class(config, trust_remote_code=trust_remote_code)
+    blocks = skeleton.blocks or Blocks("", ())
+    if skeleton.short_config is not None:
+        step = f"trace {len(skeleton.short_blocks)} of {len(blocks.kinds)} blocks"
+        progress(step, 0, 1)
+        model = trace_transformer(cls, skeleton.short_config, skeleton.short_buffers)
         simplify(model)
+        progress(step, 1, 1)
         try:
-            stamp(model, blocks, short_blocks)
-            return model, blocks
+            stamp(model, blocks, skeleton.short_blocks)
+            return model
         except NotAlikeError as difference:
-            progress(f"blocks are not copies ({difference}); trace all of them", 2, 4)
-    model = trace_transformer(cls, config, buffers)
+            step = f"trace the whole model: its blocks are no copies of each other ({difference})"
+    else:
+        step = "trace the whole model"
+    progress(step, 0, 1)
+    model = trace_transformer(cls, config, skeleton.buffers)
     simplify(model)
-    return model, blocks
+    progress(step, 1, 1)
+    return model

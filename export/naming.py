@@ -6,22 +6,20 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from .stamp import SCOPES, scopes_of
+from .scopes import scopes_of
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name every node after the module that it was traced in and its operator, and every value after its node, in place.
+    """Name every node after its module and operator, and every value after the node that makes it, in place.
 
-    Graph inputs, outputs and initializers keep their names. The exporter's tracing notes are dropped from the nodes.
+    Graph inputs, outputs and initializers keep their names. The exporter's tracing notes are dropped.
     """
     graph = model.graph
     keep = {id(value) for value in [*graph.inputs, *graph.outputs]}
     taken = {value.name for value in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
     counts: Counter[str] = Counter()
     for node in graph:
-        scopes = scopes_of(node)[:-1]
-        module = scopes[-1] if scopes and not scopes[-1].startswith("_empty") else "graph"
-        base = f"{module}/{node.op_type}"
+        base = f"{_module(node)}/{node.op_type}"
         name = base
         while name in taken:
             counts[base] += 1
@@ -34,11 +32,16 @@ def name_nodes(model: ir.Model) -> None:
             if id(value) not in keep:
                 value.name = name if len(node.outputs) == 1 else f"{name}:{index}"
             value.metadata_props.clear()
-    assert SCOPES not in {key for node in graph for key in node.metadata_props}
+
+
+def _module(node: ir.Node) -> str:
+    """The innermost module around the node; ``graph`` for what the model itself does."""
+    scopes = scopes_of(node)[:-1]
+    return scopes[-1] if scopes and not scopes[-1].startswith("_empty") else "graph"
 
 
 def name_constants(model: ir.Model, parameters: set[str]) -> None:
-    """Name initializers that are no parameters after their content (``const.int64[1]_3``), in place."""
+    """Name initializers that are no parameters after their type and shape (``const.int64[1]_3``), in place."""
     graph = model.graph
     counts: Counter[str] = Counter()
     for name, value in list(graph.initializers.items()):

@@ -1,14 +1,13 @@
 """Reading and writing safetensors files without holding their tensors.
 
-Layout of the format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the raw
-little-endian row-major bytes, without holes.
+Layout of the format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then
+the raw little-endian row-major bytes, without holes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,15 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -41,7 +45,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: ``offset`` and ``length`` in bytes from the start of the file."""
+    """Where one tensor lies: ``offset`` and ``length`` in bytes, the offset from the start of the file."""
 
     name: str
     dtype: str
@@ -54,8 +58,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, in file order, after checking that the header describes the file.
 
     Raises:
-        BismoothError: the file is truncated, its header is not JSON, a dtype is unknown, a shape disagrees with its bytes, or tensors
-            overlap or leave holes.
+        BismoothError: the file is truncated, its header is not JSON or names a tensor twice, a dtype is unknown, a
+            shape disagrees with its bytes, or tensors overlap or leave holes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -64,13 +68,37 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise _broken(path, f"its header claims {length} bytes and the file has {size}")
         raw = file.read(length)
     try:
-        header = cast(dict[str, Any], json.loads(raw))
+        header = cast(dict[str, Any], json.loads(raw, object_pairs_hook=_object))
         header.pop("__metadata__", None)
         entries = [_entry(name, value, 8 + length) for name, value in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(path, f"its header cannot be read ({error})") from error
+    _check_layout(path, entries, 8 + length, size)
+    return {entry.name: entry for entry in entries}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands there twice")
+    return result
+
+
+def _entry(name: str, value: dict[str, Any], base: int) -> TensorEntry:
+    dtype = value["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {dtype}, which is none of {', '.join(DTYPES)}")
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"tensor {name} has sizes that are no counts: {list(shape)}, {begin} to {end}")
+    return TensorEntry(name, dtype, shape, base + begin, end - begin)
+
+
+def _check_layout(path: Path, entries: list[TensorEntry], end: int, size: int) -> None:
+    """Sort the entries by place, and check that they fill the file from byte ``end`` to byte ``size``."""
     entries.sort(key=lambda entry: (entry.offset, entry.length))
-    end = 8 + length
     for entry in entries:
         expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
         if entry.length != expected:
@@ -82,18 +110,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         end = entry.offset + entry.length
     if end != size:
         raise _broken(path, f"its tensors end at byte {end} and the file has {size} bytes")
-    return {entry.name: entry for entry in entries}
-
-
-def _entry(name: str, value: dict[str, Any], base: int) -> TensorEntry:
-    dtype = str(value["dtype"])
-    if dtype not in DTYPES:
-        raise ValueError(f"tensor {name} has dtype {dtype}, which is none of {', '.join(DTYPES)}")
-    begin, end = (int(offset) for offset in value["data_offsets"])
-    shape = tuple(int(size) for size in value["shape"])
-    if min(shape, default=0) < 0 or not 0 <= begin <= end:
-        raise ValueError(f"tensor {name} has negative sizes")
-    return TensorEntry(name, dtype, shape, base + begin, end - begin)
 
 
 def _broken(path: Path, what: str) -> BismoothError:
@@ -101,7 +117,11 @@ def _broken(path: Path, what: str) -> BismoothError:
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> NDArray[Any]:
-    """One tensor, read from disk: shape ``entry.shape``, numpy dtype of ``entry.dtype``."""
+    """One tensor, read from disk: shape ``entry.shape``, numpy dtype of ``entry.dtype``.
+
+    Raises:
+        BismoothError: the file ends before the tensor does.
+    """
     data = np.fromfile(path, dtype=DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.offset)
     if data.size != math.prod(entry.shape):
         raise BismoothError(
@@ -111,33 +131,46 @@ def read_tensor(path: Path, entry: TensorEntry) -> NDArray[Any]:
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """The safetensors name of a numpy dtype."""
+    """The safetensors name of a numpy dtype; raises ``ValueError`` if the format does not have it."""
+    if dtype not in _NAMES:
+        raise ValueError(f"safetensors files have no dtype {dtype}")
     return _NAMES[dtype]
 
 
 class SafetensorsWriter:
     """Writes a safetensors file one tensor at a time; names, dtypes and shapes are declared first.
 
-    Tensors start at multiples of 64 bytes as long as their sizes allow it (sizes are not padded: the format permits no holes), so
-    declare big ones first. Used as a context manager; the file is complete only if every declared tensor was written.
+    The first tensor starts at a multiple of 64 bytes, and so does every later one whose predecessors' sizes are
+    multiples of 64 (the format permits no padding between tensors). Used as a context manager: the file is written
+    under a temporary name and appears, complete, when the block ends without an error.
+
+    Raises:
+        ValueError: a dtype that the format lacks, a name declared twice, a tensor that is not the one that was
+            declared, or (at the end) a declared tensor that was not written.
     """
 
-    def __init__(self, path: Path, declared: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        declared: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
-        self.entries: dict[str, TensorEntry] = {}
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, dtype, shape in declared:
+            if name in header:
+                raise ValueError(f"{path}: tensor {name} is declared twice")
             length = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + length]}
+            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [end, end + length]}
             end += length
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(len(raw) + 8) % _ALIGNMENT)
-        base = 8 + len(raw)
-        for name, value in header.items():
-            self.entries[name] = _entry(name, value, base)
+        header.pop("__metadata__", None)
+        self.entries = {name: _entry(name, value, 8 + len(raw)) for name, value in header.items()}
         self._pending = set(self.entries)
-        self._file: BinaryIO = path.open("wb")
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._file: BinaryIO = self._temporary.open("wb")
         self._file.write(len(raw).to_bytes(8, "little") + raw)
 
     def write(self, name: str, array: NDArray[Any]) -> None:
@@ -146,7 +179,7 @@ class SafetensorsWriter:
         if array.shape != entry.shape or array.dtype != DTYPES[entry.dtype]:
             raise ValueError(f"{name}: declared {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
         self._file.seek(entry.offset)
-        self._file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._pending.discard(name)
 
     def __enter__(self) -> Self:
@@ -155,10 +188,15 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None and self._pending:
-            raise ValueError(
-                f"{self.path}: {len(self._pending)} declared tensors were not written: {sorted(self._pending)[:3]}"
-            )
+        try:
+            self._file.close()
+            if kind is None:
+                self._finish()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._pending:
+            names = ", ".join(sorted(self._pending)[:3])
+            raise ValueError(f"{self.path}: {len(self._pending)} declared tensors were not written: {names}")
+        self._temporary.replace(self.path)

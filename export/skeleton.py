@@ -1,13 +1,13 @@
 """A transformers model without its weights, and a shorter one that stands for it.
 
-Blocks of a language model repeat. Tracing two of each distinct kind is enough to know all of them, if it is checked that they are alike:
-here by comparing modules (types, settings, parameter shapes), later by comparing what was traced.
+Blocks of a language model repeat. Tracing two of each distinct kind is enough to know all of them, if it is certain
+that they are alike: here by a record of what each block computes, later by comparing what was traced.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,8 +16,7 @@ import torch
 
 from .artifact import Blocks
 from .errors import BismoothError
-
-_POSITION = {"layer_idx", "layer_id", "layer_index", "layer_number"}
+from .record import record_blocks
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Skeleton:
     Attributes:
         model: the whole model.
         blocks: its repeated region, if it has one.
-        short_config: configuration of a model with two blocks of each kind (or one, where there is but one), or ``None`` if there is
-            nothing to gain.
+        short_config: configuration of a model with two blocks of each kind (or one, where there is but one), or
+            ``None`` if there is nothing to gain.
         short_blocks: which blocks of the whole model those are.
     """
 
@@ -37,98 +36,129 @@ class Skeleton:
     short_config: Any | None
     short_blocks: tuple[int, ...]
 
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Tensors that the model's code makes, by name."""
+        return dict(self.model.named_buffers())
 
-def model_class(config: Any) -> Any:
-    """The class of transformers that ``config.architectures`` names; the causal one of the model type when it names none."""
+    @property
+    def short_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers under the names that they have in the model of ``short_config``."""
+        return _renumbered(self.buffers, self.blocks, self.short_blocks)
+
+
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The class that ``config.architectures`` names; the causal one of the model type when it names none.
+
+    With ``trust_remote_code``, code that the model brings along goes before that of transformers.
+
+    Raises:
+        BismoothError: transformers does not know the model.
+    """
     import transformers
 
     names = cast(list[str], config.architectures or [])
+    autos = ("AutoModelForCausalLM", "AutoModel")
+    remote = cast(dict[str, str], getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    if auto := next((auto for auto in autos if auto in remote), None):
+        from transformers import dynamic_module_utils
+
+        return cast(Any, dynamic_module_utils).get_class_from_dynamic_module(remote[auto], config.name_or_path)
     if names and hasattr(transformers, names[0]):
         return getattr(transformers, names[0])
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+    for auto in autos:
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            return mapping[type(config)]
     raise BismoothError(
-        f"model type {config.model_type!r} ({', '.join(names) or 'no architecture named'}) is unknown to transformers."
+        f"model type {config.model_type!r} ({', '.join(names) or 'no architecture named'}) is unknown to transformers. "
+        "Expected a model that the installed transformers has a class for: update it, or export an ONNX file."
     )
 
 
 @contextmanager
-def parameters_without_storage() -> Iterator[None]:
+def parameters_without_storage() -> Generator[None]:
     """Modules made inside have parameters on the ``meta`` device and real buffers; their initializers do nothing."""
     from transformers.initialization import no_init_weights
 
-    register = torch.nn.Module.register_parameter
+    module_class = cast(Any, torch.nn.Module)
+    register = module_class.register_parameter
 
     def register_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = torch.nn.Parameter(parameter.data.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    module_class.register_parameter = register_meta
     try:
         with no_init_weights():
             yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        module_class.register_parameter = register
 
 
-def build_skeleton(config: Any, *, shorten: bool = True) -> Skeleton:
-    """Build the model of ``config`` without weights and find its repeated region."""
-    cls = model_class(config)
+def build_skeleton(config: Any, *, shorten: bool = True, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of ``config`` without weights and find its repeated region.
+
+    Raises:
+        BismoothError: transformers does not know the model, or its code cannot be run on tensors without storage.
+    """
+    cls = model_class(config, trust_remote_code=trust_remote_code)
     with parameters_without_storage():
         model = cls(copy.deepcopy(config)).eval()
         model.tie_weights()
-    found = _find_blocks(model, config)
-    if found is None:
+    buffers = dict(model.named_buffers())
+    prefix = _find_blocks(model, config)
+    if prefix is None:
         return Skeleton(model, None, None, ())
-    prefix, modules = found
-    kinds = _kinds([_signature(module) for module in modules])
+    record = record_blocks(cls, config, prefix, buffers)
+    kinds = _kinds(record.blocks)
     blocks = Blocks(prefix, kinds)
     chosen = tuple(sorted(i for kind in set(kinds) for i in [i for i, k in enumerate(kinds) if k == kind][:2]))
     if not shorten or len(chosen) == len(kinds):
         return Skeleton(model, blocks, None, ())
     short = _shorten(config, chosen, len(kinds))
-    with parameters_without_storage():
-        trial = cls(copy.deepcopy(short)).eval()
-    found = _find_blocks(trial, short)
-    alike = found is not None and [_signature(m) for m in found[1]] == [_signature(modules[i]) for i in chosen]
+    trial = record_blocks(cls, short, prefix, _renumbered(buffers, blocks, chosen))
+    alike = trial.around == record.around and trial.blocks == tuple(record.blocks[i] for i in chosen)
     return Skeleton(model, blocks, short if alike else None, chosen if alike else ())
 
 
-def _find_blocks(model: torch.nn.Module, config: Any) -> tuple[str, list[torch.nn.Module]] | None:
-    """The longest list of modules as long as the configuration says the model is deep."""
-    depth = getattr(config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and depth > 1:
-            return name, list(module)
+def _find_blocks(model: torch.nn.Module, config: Any) -> str | None:
+    """Path of the first list of modules that is as long as the configuration says the model is deep."""
+    depth = getattr(config, "num_hidden_layers", None) or 0
+    for name, module in cast(Any, model).named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth > 1:
+            return name
     return None
 
 
-def _signature(module: torch.nn.Module) -> tuple[Any, ...]:
-    """What two blocks must share to compute the same function of their parameters."""
-    simple = (bool, int, float, str, type(None), torch.dtype)
-    settings = sorted(
-        (name, repr(value) if isinstance(value, simple) else getattr(value, "__qualname__", type(value).__qualname__))
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in _POSITION and name != "config"
-    )
-    tensors = [(name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False)]
-    tensors += [(name, tuple(b.shape), b.dtype) for name, b in module.named_buffers(recurse=False)]
-    children = [(name, _signature(child)) for name, child in module.named_children()]
-    return type(module).__qualname__, tuple(settings), tuple(tensors), tuple(children)
-
-
-def _kinds(signatures: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    numbers: dict[tuple[Any, ...], int] = {}
-    return tuple(numbers.setdefault(signature, len(numbers)) for signature in signatures)
+def _kinds(records: tuple[Any, ...]) -> tuple[int, ...]:
+    numbers: dict[Any, int] = {}
+    return tuple(numbers.setdefault(record, len(numbers)) for record in records)
 
 
 def _shorten(config: Any, chosen: tuple[int, ...], depth: int) -> Any:
     """The same configuration with only the chosen blocks: lists with an entry per block keep theirs."""
     short = copy.deepcopy(config)
-    for name, value in list(vars(short).items()):
-        if isinstance(value, list | tuple) and len(cast(list[Any], value)) == depth and depth > 1:
-            setattr(short, name, [cast(list[Any], value)[i] for i in chosen])
+    for name, value in cast(dict[str, Any], vars(short)).copy().items():
+        if isinstance(value, list | tuple) and len(cast(list[Any], value)) == depth:
+            setattr(short, name, [value[i] for i in chosen])
     short.num_hidden_layers = len(chosen)
     return short
+
+
+def _renumbered(
+    buffers: Mapping[str, torch.Tensor], blocks: Blocks | None, chosen: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Buffers of the chosen blocks under the numbers that these have in a model of their own, and those of no block."""
+    if blocks is None:
+        return dict(buffers)
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in buffers.items():
+        if not name.startswith(f"{blocks.prefix}."):
+            result[name] = tensor
+            continue
+        number, _, rest = name.removeprefix(f"{blocks.prefix}.").partition(".")
+        if int(number) in chosen:
+            result[f"{blocks.prefix}.{chosen.index(int(number))}.{rest}"] = tensor
+    return result

@@ -14,7 +14,21 @@ from typing import Any, cast
 from .errors import BismoothError
 from .safetensors_file import TensorEntry, read_header
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "LICENSE*",
+)
+"""Patterns of the files beside the weights that belong to a model."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -33,6 +47,7 @@ class Weights:
 
     @property
     def files(self) -> list[Path]:
+        """The files that hold them."""
         return sorted({path for path, _ in self.entries.values()})
 
     @property
@@ -52,11 +67,15 @@ class HuggingFaceSource:
 
 @dataclass(frozen=True)
 class GgufSource:
+    """A GGUF file."""
+
     path: Path
 
 
 @dataclass(frozen=True)
 class OnnxSource:
+    """An ONNX file."""
+
     path: Path
 
 
@@ -64,10 +83,11 @@ Source = HuggingFaceSource | GgufSource | OnnxSource
 
 
 def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> Source:
-    """Find out what ``source`` names: a folder, a ``.gguf`` or ``.onnx`` file, or the id of a model on the Hugging Face hub.
+    """What ``source`` names: a folder, a ``.gguf`` or ``.onnx`` file, or the id of a model on the Hugging Face hub.
 
     Raises:
-        BismoothError: nothing is there, or it is something that is not accepted (pickled weights, remote code, a quantized checkpoint).
+        BismoothError: nothing is there, or it is something that is not accepted (pickled weights, remote code, a
+            quantized checkpoint).
     """
     path = Path(source)
     if path.is_dir():
@@ -80,84 +100,87 @@ def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> So
         raise BismoothError(
             f"{path}: expected a model folder, a .gguf or a .onnx file, got a file with suffix {path.suffix!r}."
         )
-    text = str(source)
-    if (
-        path.is_absolute()
-        or text.startswith(".")
-        or text.count("/") > 1
-        or path.suffix in (".gguf", ".onnx", ".safetensors")
-    ):
+    name = str(source)
+    looks_like_a_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if looks_like_a_path or path.suffix in (".gguf", ".onnx", ".safetensors"):
         raise BismoothError(f"{source}: no such file or folder.")
-    return _folder_source(_hub_folder(text), trust_remote_code)
+    from .hub import hub_folder
 
-
-def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client has no common base class for its network, id and cache errors
-        reason = str(error).strip().splitlines()[0]
-        raise BismoothError(
-            f"{name}: no such file or folder, and the Hugging Face hub does not give it: {reason} Check the name, or download the model "
-            "and pass its folder."
-        ) from error
+    return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES), INDEX), trust_remote_code)
 
 
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
-    config_path = folder / "config.json"
-    if not config_path.is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise BismoothError(f"{folder}: there is no config.json. Expected a Hugging Face model folder.")
     try:
-        config = json.loads(config_path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not an object")
     except ValueError as error:
-        raise BismoothError(f"{config_path}: not valid JSON: {error}.") from error
+        raise BismoothError(f"{path}: not valid JSON: {error}.") from error
     config = cast(dict[str, Any], config)
-    if config.get("auto_map") and not trust_remote_code:
+    if config.get("auto_map") and not trust_remote_code and not _known_to_transformers(config):
         raise BismoothError(
-            f"{folder}: the model brings its own Python code (auto_map in config.json). Read that code, then pass --trust-remote-code to run it."
+            f"{folder}: the model brings its own Python code (auto_map in config.json), and transformers has none for "
+            f"model type {config.get('model_type')!r}. Read that code, then pass --trust-remote-code to run it."
         )
-    if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        )
+    if quantization := config.get("quantization_config") or config.get("compression_config"):
+        method: Any = "an unnamed method"
+        if isinstance(quantization, dict):
+            method = cast(dict[str, Any], quantization).get("quant_method", method)
         raise BismoothError(
-            f"{folder}: the checkpoint is already quantized ({method}). Expected float weights: export the model that it was made from."
+            f"{folder}: the checkpoint is already quantized ({method}). Expected float weights: export the model that "
+            "it was made from."
         )
     return HuggingFaceSource(folder, config, _folder_weights(folder))
 
 
+def _known_to_transformers(config: dict[str, Any]) -> bool:
+    from transformers.models.auto import configuration_auto
+
+    return config.get("model_type") in cast(Any, configuration_auto).CONFIG_MAPPING_NAMES
+
+
 def _folder_weights(folder: Path) -> Weights:
-    single, index = folder / "model.safetensors", folder / INDEX
+    index = folder / INDEX
     if index.is_file():
-        try:
-            weight_map = cast(dict[str, str], json.loads(index.read_text("utf-8"))["weight_map"])
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BismoothError(f"{index}: the index of the weight files cannot be read ({error}).") from error
-        files = [folder / name for name in names]
+        weight_map = _read_index(index)
+        names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise BismoothError(f"{index}: names a weight file outside the model's folder: {outside[0]}.")
-        if missing := [path.name for path in files if not path.is_file()]:
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise BismoothError(f"{folder}: weight files are missing: {', '.join(missing)}. Download the model again.")
-        return read_weights(files, {name: folder / file for name, file in weight_map.items()})
-    if single.is_file():
-        return read_weights([single])
+        placed = {tensor: folder / file for tensor, file in weight_map.items()}
+        return read_weights([folder / name for name in names], placed)
+    if (folder / WEIGHTS).is_file():
+        return read_weights([folder / WEIGHTS])
     if others := sorted(folder.glob("*.safetensors")):
         return read_weights(others)
     if pickled := [path.name for pattern in _PICKLED for path in sorted(folder.glob(pattern))]:
         raise BismoothError(
-            f"{folder}: the weights are pickled ({pickled[0]}), and loading a pickle can run any code. Expected safetensors: save the model "
-            "again with save_pretrained(…, safe_serialization=True)."
+            f"{folder}: the weights are pickled ({pickled[0]}), and loading a pickle can run any code. Expected "
+            "safetensors: load the model where you trust it and save it again with save_pretrained."
         )
-    raise BismoothError(f"{folder}: there are no weights. Expected model.safetensors, or {INDEX} and its files.")
+    raise BismoothError(f"{folder}: there are no weights. Expected {WEIGHTS}, or {INDEX} and its files.")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = cast(dict[str, str], json.loads(path.read_text("utf-8"))["weight_map"])
+        if not all(type(name) is str for name in weight_map.values()):
+            raise TypeError("weight_map has values that are no file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BismoothError(f"{path}: the index of the weight files cannot be read ({error!r}).") from error
+    return weight_map
 
 
 def read_weights(files: list[Path], placed: dict[str, Path] | None = None) -> Weights:
-    """The tensors of these files; ``placed`` says which file each must lie in (a safetensors index)."""
+    """The tensors of these files; ``placed`` says which file each must lie in (a safetensors index).
+
+    Raises:
+        BismoothError: a file is broken, a tensor is in two files, or not in the one where the index says that it is.
+    """
     entries: dict[str, tuple[Path, TensorEntry]] = {}
     for path in files:
         for name, entry in read_header(path).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,63 +14,93 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import BismoothError
-from .stamp import SCOPES
+from .scopes import SCOPES
 
 OPSET = 23
 _AXES = ("batch", "sequence")
+_LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "transformers", "torch.fx")
 
 
-def trace_transformer(cls: Any, config: Any, buffers: Mapping[str, torch.Tensor]) -> ir.Model:
-    """Trace a transformers model class on fake tensors.
+@contextmanager
+def fake_transformer(cls: Any, config: Any) -> Generator[tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+    """A transformers model whose tensors have no storage, in float32, and inputs for it.
 
-    Inputs ``input_ids`` and ``attention_mask`` are int64 [batch, sequence]; outputs are the tensors of the model's output. Parameters
-    become graph initializers without data; ``buffers`` gives the values of those that no checkpoint stores.
+    The inputs are ``input_ids`` and ``attention_mask``, int64 [batch, sequence]. Inside the block every new tensor is
+    fake.
 
     Raises:
-        BismoothError: the model cannot be traced.
+        BismoothError: the model's code, run inside the block, fails.
     """
+    from transformers.initialization import no_init_weights
+
     from .attention import register
 
     config = copy.deepcopy(config)
     config.use_cache = False
     config.dtype = torch.float32
     config._attn_implementation = register()
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = cls(config).eval()
-        inputs = {
-            "input_ids": torch.zeros(2, 8, dtype=torch.int64),
-            "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        }
-        try:
-            with torch.no_grad():
-                result = cast(Mapping[str, Any], model(**inputs))
-            outputs = [name for name, value in result.items() if isinstance(value, torch.Tensor)]
-            program = torch.onnx.export(
-                model,
-                (),
-                kwargs=inputs,
-                dynamic_shapes={name: dict(enumerate(_AXES)) for name in inputs},
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-            )
-        except Exception as error:  # whatever the model's own code or the exporter raises
-            reason = str(error).strip().splitlines()
-            raise BismoothError(
-                f"{cls.__name__}: the model cannot be traced: {reason[0] if reason else type(error).__name__} "
-                "Export it to ONNX by its own means and pass the .onnx file."
-            ) from error
-    assert program is not None
-    graph = program.model
-    _give_buffers(graph, buffers)
+    with cannot_trace(cls.__name__), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with no_init_weights():
+            model = cls(config).eval()
+        yield (
+            model,
+            {
+                "input_ids": torch.zeros(2, 8, dtype=torch.int64),
+                "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+            },
+        )
+
+
+def trace_transformer(cls: Any, config: Any, buffers: Mapping[str, torch.Tensor]) -> ir.Model:
+    """Trace a transformers model class on fake tensors.
+
+    Inputs ``input_ids`` and ``attention_mask`` are int64 [batch, sequence]; outputs are the tensors of the model's
+    output. Parameters become graph initializers without data; ``buffers`` gives the values of those that no
+    checkpoint stores.
+
+    Raises:
+        BismoothError: the model cannot be traced.
+    """
+    with fake_transformer(cls, config) as (model, inputs):
+        result = cast(Mapping[str, Any], model(**inputs))
+        graph = trace(
+            model,
+            kwargs=inputs,
+            dynamic_shapes={name: dict(enumerate(_AXES)) for name in inputs},
+            input_names=list(inputs),
+            output_names=[name for name, value in result.items() if isinstance(value, torch.Tensor)],
+        )
+    give_values(graph, buffers)
     return graph
 
 
-def _give_buffers(model: ir.Model, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Put real values behind the initializers that are computed in the model's code, and none behind its parameters."""
+def trace(
+    module: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ir.Model:
+    """Trace a module whose parameters are fake; options as those of ``torch.onnx.export``."""
+    program = cast(Any, torch.onnx).export(
+        module,
+        args,
+        kwargs=dict(kwargs or {}),
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    return cast(ir.Model, program.model)
+
+
+def give_values(model: ir.Model, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Put ``buffers`` behind the initializers of these names, and nothing behind the others that have no storage."""
     for name, value in model.graph.initializers.items():
         raw = getattr(value.const_value, "raw", None)
         if not isinstance(raw, FakeTensor):
@@ -115,13 +145,31 @@ def _inherit_scopes(model: ir.Model) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def cannot_trace(name: str) -> Generator[None]:
+    """Whatever fails inside the block is the model's fault: its own code and the exporter raise errors of all kinds.
+
+    Raises:
+        BismoothError: something failed.
+    """
+    try:
+        yield
+    except BismoothError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BismoothError(
+            f"{name}: the model cannot be traced: {reason[0]} "
+            "Export it to ONNX by its own means and pass the .onnx file."
+        ) from error
+
+
+@contextmanager
+def quiet() -> Generator[None]:
     """Silence the exporter's notes on optional packages and deprecations inside torch."""
-    names = ["torch.onnx", "torch.onnx._internal.exporter._registration", "transformers", "torch.fx"]
-    levels = {name: logging.getLogger(name).level for name in names}
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in names:
+        for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             yield
