@@ -34,8 +34,8 @@ class StatisticsCalibration:
     def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
         """The range ±limit of a value whose channels were divided by ``divisor`` [K].
 
-        ``minmax`` is exact. The other methods look at the histogram of all calibration tokens, or, where a divisor changed
-        the distribution, at the histogram of the sampled rows after division.
+        ``minmax`` is exact. The other methods look at the histogram of all calibration tokens, or, where a divisor
+        changed the distribution, at the histogram of the sampled rows after division.
         """
         if activation.method is RangeMethod.MINMAX:
             peaks = self._statistics.absmax(value)

@@ -1,4 +1,4 @@
-"""Run passes over a graph: apply, check, time and report, so that a pass does only its own work."""
+"""Run passes over a graph: apply, check and time, so that a pass does only its own work."""
 
 import time
 from collections.abc import Callable, Sequence

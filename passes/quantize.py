@@ -6,64 +6,48 @@ Written into the output folder, which already holds the float graph's weight fil
     Q/DQ graph that computes in float32 (ONNX Runtime on a CPU).
 ``model.float16.onnx``, ``model.bfloat16.onnx``
     The same for the recipe's 16-bit compute type (TensorRT).
-``reference.onnx``
-    The float graph, unchanged.
+``reference.onnx``, ``reference.float16.onnx``, ``reference.bfloat16.onnx``
+    The float graph, unchanged, and in the 16-bit type.
 ``folded.onnx``
-    The float graph with the smoothing factors folded in, as multiplications on its weights.
+    The float graph with the smoothing factors folded in, as multiplications on its weights; only if there are any.
 ``quantized.safetensors``
     INT8 weights, scales and 16-bit weights of both Q/DQ graphs.
 
-Weights pass through memory one at a time.
+Weights pass through memory one at a time, while factors are searched those behind one site.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from ..export.errors import BismoothError
-from ..export.safetensors_file import SafetensorsWriter, TensorEntry
-from ._gs import Graph, Tensor, make_external, read
+from ._gs import Graph
 from .driver import PassRecord, run_passes
-from .fold import Edit, Factors, apply_edit, fold_constants, fold_graph, weight_edits
+from .fold import Edit, Factors, fold_graph, weight_edits
+from .fold_passes import FoldConstants, StoreFolded
 from .foldcheck import TOLERANCE, check_folds
-from .graph import Index, load, save
+from .graph import load, save
 from .linears import Linear, find_head, find_linears
-from .precision import SetPrecision, StoredCast, narrow, store, stored_casts
-from .qdq import InsertQdq, UseUnsignedActivations, WeightNames, rescale
+from .precision import SetPrecision, stored_casts
+from .progress import Counter, Progress, silent
+from .qdq import InsertQdq
 from .recipe import Recipe
 from .sites import Rejected, Site, find_sites
 from .smoothing import Activations, Choice, choose_factors
-from .spec import ComputeType, LinearSpec, StaticActivation
-from .weights import quantize_weight
+from .spec import ComputeType, LinearSpec
+from .static_ranges import Ranges, static_ranges
+from .unsigned import UseUnsignedActivations
+from .weight_file import QuantizedLinear, WeightFile, WeightSources, write_weights
+from .weight_reader import WeightReader
 
 WEIGHTS = "quantized.safetensors"
-Float = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
 
 
-class Calibration(Activations, Protocol):
-    """What calibration knows of the activations, static ranges included."""
-
-    def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
-        """The range ±limit of a value for a static scale, after its channels were divided by ``divisor`` [K]."""
-        ...
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """A quantized linear: relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding, and its size."""
-
-    name: str
-    n: int
-    k: int
-    weight_error: float
+class Calibration(Activations, Ranges, Protocol):
+    """What calibration knows of the activations."""
 
 
 @dataclass(frozen=True)
@@ -91,40 +75,12 @@ class QuantizeResult:
     passes: tuple[PassRecord, ...]
 
 
-@dataclass(frozen=True)
-class FoldConstants:
-    """Fold smoothing factors into gammas, betas and biases; weights follow when they are stored.
-
-    Needs: the constants that ``edits`` names. Promises: those constants, and nothing else, are replaced.
-    """
-
-    edits: Mapping[str, Edit] = field(compare=False)
-    name: ClassVar[str] = "fold"
-
-    def apply(self, graph: Graph) -> None:
-        fold_constants(graph, self.edits)
-
-
-@dataclass
-class _Plan:
-    """Tensors of the new weight file, in order: what each is made of."""
-
-    folder: Path
-    declared: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = field(default_factory=dict[str, Any])
-    handles: list[tuple[Tensor, str]] = field(default_factory=list[tuple[Tensor, str]])
-
-    def stored(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Tensor:
-        """An initializer for a tensor of the new file; its place is set when all tensors are known."""
-        self.declared.setdefault(name, (dtype, tuple(shape)))
-        return make_external(name, dtype, shape, self.folder / WEIGHTS, 0)
-
-
 def quantize_graph(
     source: Path,
     folder: Path,
     recipe: Recipe,
     calibration: Calibration | None,
-    progress: Progress = lambda _step, _done, _total: None,
+    progress: Progress = silent,
 ) -> QuantizeResult:
     """Quantize the float32 graph ``source`` by ``recipe`` into ``folder``, where its weight files are already.
 
@@ -140,325 +96,107 @@ def quantize_graph(
             overflows the compute type, or a fold changes the function.
     """
     graph = load(source)
+    reader = WeightReader(graph)
     linears = find_linears(graph)
     specs = _specs(recipe, linears, graph)
     sites, rejected = find_sites(graph, linears)
-    by_name = {linear.name: linear for linear in linears}
-    reader = _Reader(graph)
-
-    def site_done(_: str) -> None:
-        state["done"] += 1
-        progress("smooth", state["done"], len(sites))
-
-    state = {"done": 0}
-    factors, choices = choose_factors(sites, by_name, specs, reader.weight, calibration, site_done)
-    fold_errors = _checked_folds(graph, sites, linears, factors, progress)
+    factors, choices = choose_factors(
+        sites,
+        {linear.name: linear for linear in linears},
+        specs,
+        reader.weight,
+        calibration,
+        Counter(progress, "smooth", len(sites)),
+    )
+    fold_errors = _checked_folds(graph, sites, factors, progress)
     edits = weight_edits(sites, factors)
-    graphs = {"reference": "reference.onnx", "float32": "model.onnx"}
-    save(graph, folder / graphs["reference"])
-    if factors:
-        folded = graph.copy()
-        fold_graph(folded, edits)
-        graphs["folded"] = "folded.onnx"
-        save(folded, folder / graphs["folded"])
-    if recipe.compute_dtype is not ComputeType.FLOAT32:
-        role = f"reference_{recipe.compute_dtype}"
-        graphs[role] = f"reference.{recipe.compute_dtype}.onnx"
-        plain = graph.copy()
-        run_passes(plain, [SetPrecision(recipe.compute_dtype.value)])
-        save(plain, folder / graphs[role])
-    ranges = _ranges(linears, specs, sites, factors, calibration)
-    plan = _Plan(folder)
-    qdq, records = _lower(graph, linears, specs, edits, ranges, plan)
-    narrowed, casts = None, list[StoredCast]()
-    if recipe.compute_dtype is not ComputeType.FLOAT32:
-        narrowed = qdq.copy()
-        records += run_passes(narrowed, [SetPrecision(recipe.compute_dtype.value)])
-        graphs[recipe.compute_dtype.value] = f"model.{recipe.compute_dtype.value}.onnx"
-        casts = list(stored_casts(narrowed))
-    writer = _WeightFile(plan, casts, linears, specs, edits, ranges, reader, recipe.compute_dtype)
-    quantized = writer.write(progress)
-    writer.place(qdq)
-    records += run_passes(qdq, [UseUnsignedActivations()])
-    save(qdq, folder / graphs["float32"])
-    if narrowed is not None:
-        for cast in casts:
-            store(narrowed, cast, writer.initializer(cast))
-        writer.place(narrowed)
-        narrowed.cleanup()
-        save(narrowed, folder / graphs[recipe.compute_dtype.value])
+    graphs = _save_float(graph, folder, edits, recipe.compute_dtype)
+    ranges = static_ranges(linears, specs, sites, factors, calibration)
+    file = WeightFile(folder / WEIGHTS)
+    records = run_passes(graph, _lowering(linears, specs, edits, ranges, file))
+    sources = WeightSources(reader, linears, specs, edits, ranges, recipe.compute_dtype)
+    saved, quantized, more = _save_quantized(graph, folder, file, sources, progress)
     return QuantizeResult(
-        graphs=graphs,
+        graphs=graphs | saved,
         linears=quantized,
         float_linears=tuple(linear.name for linear in linears if not specs[linear.name].quantized),
         choices=tuple(choices),
         rejected=tuple(rejected),
         fold_errors=fold_errors,
         content_sha256=reader.digest(),
-        passes=records,
+        passes=records + more,
     )
 
 
 def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph) -> dict[str, LinearSpec]:
-    """The specification of each linear; those that share their weight with something else stay float."""
-    if not linears:
-        raise BismoothError(
-            "the graph has no linear layers. Expected products of an activation and a constant weight matrix."
-        )
     heads = {linear.name for linear in find_head(linears, graph)}
     return recipe.resolve([linear.name for linear in linears], heads)
 
 
-def _checked_folds(
-    graph: Graph, sites: Sequence[Site], linears: Sequence[Linear], factors: Factors, progress: Progress
-) -> dict[str, float]:
-    done = 0
-
-    def site_done(_: str) -> None:
-        nonlocal done
-        done += 1
-        progress("check folds", done, len(factors))
-
-    errors = check_folds(graph, sites, factors, site_done)
+def _checked_folds(graph: Graph, sites: Sequence[Site], factors: Factors, progress: Progress) -> dict[str, float]:
+    errors = check_folds(graph, sites, factors, Counter(progress, "check folds", len(factors)))
     for name, error in errors.items():
         if not error <= TOLERANCE:
             raise BismoothError(
-                f"{name}: folding the smoothing factors here changes the function: expected a relative error of at most "
-                f"{TOLERANCE:g}, got {error:.3g}. Leave the site out with a layer rule (smoothing: null), and report it."
+                f"{name}: folding the smoothing factors here changes the function. Expected a relative error of at "
+                f"most {TOLERANCE:g}, got {error:.3g}. Leave the site out with a layer rule (smoothing: null), and "
+                "report it."
             )
     return errors
 
 
-def _ranges(
-    linears: Sequence[Linear],
-    specs: Mapping[str, LinearSpec],
-    sites: Sequence[Site],
-    factors: Factors,
-    calibration: Calibration | None,
-) -> dict[str, float]:
-    """Static ranges by value name, for the values that a statically quantized linear reads."""
-    ranges: dict[str, float] = {}
-    divisors = _divisors(sites, factors)
-    for linear in linears:
-        activation = specs[linear.name].activations
-        if not isinstance(activation, StaticActivation) or linear.x in ranges:
-            continue
-        if calibration is None:
-            raise BismoothError(
-                f"{linear.name}: its recipe has a static activation scale, which comes from calibration. Expected statistics, "
-                "got none. Run 'bismooth calibrate' first, or choose a recipe with per-token activations."
-            )
-        ranges[linear.x] = calibration.limit(linear.x, activation, divisors.get(linear.name))
-    return ranges
-
-
-def _divisors(sites: Sequence[Site], factors: Factors) -> dict[str, Float]:
-    """By linear name, what its input channels were divided by."""
-    divisors: dict[str, Float] = {}
-    for site in sites:
-        if site.name not in factors:
-            continue
-        for consumer in site.consumers:
-            s = np.where(consumer.labels < 0, 1.0, factors[site.name][consumer.labels]).astype(np.float32)
-            divisors[consumer.linear] = divisors.get(consumer.linear, np.float32(1)) * s
-    return divisors
-
-
-def _lower(
-    graph: Graph,
+def _lowering(
     linears: Sequence[Linear],
     specs: Mapping[str, LinearSpec],
     edits: Mapping[str, Edit],
     ranges: Mapping[str, float],
-    plan: _Plan,
-) -> tuple[Graph, tuple[PassRecord, ...]]:
-    """The float32 Q/DQ graph: the whole lowering, step by step."""
+    file: WeightFile,
+) -> list[FoldConstants | StoreFolded | InsertQdq]:
+    """From the float32 graph to the float32 Q/DQ graph, step by step."""
     weights = {linear.weight for linear in linears}
-    records = run_passes(
-        graph,
-        [
-            FoldConstants({name: edit for name, edit in edits.items() if name not in weights}),
-            StoreFolded([linear for linear in linears if not specs[linear.name].quantized], edits, plan.stored),
-            InsertQdq(linears, specs, ranges, plan.stored),
-        ],
-    )
-    return graph, records
+    return [
+        FoldConstants({name: edit for name, edit in edits.items() if name not in weights}),
+        StoreFolded([linear for linear in linears if not specs[linear.name].quantized], edits, file.declare),
+        InsertQdq(linears, specs, ranges, file.declare),
+    ]
 
 
-@dataclass(frozen=True)
-class StoreFolded:
-    """Let linears that stay float, and whose weights were folded into, read new weights.
-
-    Needs: float linears. Promises: only weights with an edit are replaced, by float32 [N, K] or [K, N] as they were.
-    """
-
-    linears: Sequence[Linear]
-    edits: Mapping[str, Edit] = field(compare=False)
-    stored: Callable[[str, np.dtype[Any], Sequence[int]], Tensor] = field(compare=False)
-    name: ClassVar[str] = "store folded weights"
-
-    def apply(self, graph: Graph) -> None:
-        index = Index.of(graph)
-        for linear in self.linears:
-            if linear.weight not in self.edits:
-                continue
-            old = index.values[linear.weight]
-            shape = (linear.n, linear.k) if linear.layout == "NK" else (linear.k, linear.n)
-            new = self.stored(folded_name(linear), np.dtype(np.float32), shape)
-            for node in index.users(linear.weight):
-                target = node.outputs[0].outputs if node.op == "Cast" else [node]
-                source = node.outputs[0] if node.op == "Cast" else old
-                for reader in list(target):
-                    for place, tensor in enumerate(reader.inputs):
-                        if tensor is source:
-                            reader.inputs[place] = new
-        graph.cleanup()
+def _save_float(graph: Graph, folder: Path, edits: Mapping[str, Edit], compute: ComputeType) -> dict[str, str]:
+    """Write the graphs that others are compared with; role → file name."""
+    graphs = {"reference": "reference.onnx"}
+    save(graph, folder / graphs["reference"])
+    if edits:
+        graphs["folded"] = "folded.onnx"
+        folded = graph.copy()
+        fold_graph(folded, edits)
+        save(folded, folder / graphs["folded"])
+    if compute is not ComputeType.FLOAT32:
+        role = f"reference_{compute}"
+        graphs[role] = f"reference.{compute}.onnx"
+        narrowed = graph.copy()
+        SetPrecision(compute.value).apply(narrowed)
+        save(narrowed, folder / graphs[role])
+    return graphs
 
 
-def folded_name(linear: Linear) -> str:
-    """Name of the stored float weight of a linear that smoothing factors were folded into."""
-    return f"{linear.name}.weight.folded"
-
-
-class _Reader:
-    """Reads weights one at a time and hashes what it reads."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._values = Index.of(graph).values
-        self._hashes: dict[str, str] = {}
-
-    def weight(self, linear: Linear) -> Float:
-        """W as float32 [N, K]."""
-        values = self.raw(linear.weight).astype(np.float32, copy=False)
-        return np.ascontiguousarray(values.T) if linear.layout == "KN" else values
-
-    def raw(self, name: str) -> NDArray[Any]:
-        values = read(self._values[name])
-        if name not in self._hashes:
-            self._hashes[name] = hashlib.sha256(
-                memoryview(np.ascontiguousarray(values).view(np.uint8).reshape(-1))
-            ).hexdigest()
-        return values
-
-    def has(self, name: str) -> bool:
-        return name in self._values
-
-    def digest(self) -> str:
-        """SHA-256 over the hashes of all tensors read so far, by name."""
-        lines = [f"{name} {digest}" for name, digest in sorted(self._hashes.items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-class _WeightFile:
-    """Computes and writes the new weight file, one tensor in memory at a time."""
-
-    def __init__(
-        self,
-        plan: _Plan,
-        casts: Sequence[StoredCast],
-        linears: Sequence[Linear],
-        specs: Mapping[str, LinearSpec],
-        edits: Mapping[str, Edit],
-        ranges: Mapping[str, float],
-        reader: _Reader,
-        compute: ComputeType,
-    ) -> None:
-        self._plan, self._specs, self._edits, self._ranges, self._reader = plan, specs, edits, ranges, reader
-        self._compute = compute
-        self._linears = {linear.name: linear for linear in linears}
-        self._casts = {cast.initializer.name: cast for cast in casts}
-        self._entries: dict[str, TensorEntry] = {}
-
-    def initializer(self, cast: StoredCast) -> Tensor:
-        """The stored 16-bit tensor that takes the place of a cast."""
-        name = _narrow_name(cast)
-        entry = self._entries[name]
-        return make_external(name, cast.dtype, entry.shape, self._plan.folder / WEIGHTS, entry.offset)
-
-    def place(self, graph: Graph) -> None:
-        """Point the initializers of the new file at their bytes."""
-        index = Index.of(graph)
-        for name, entry in self._entries.items():
-            if name not in index.values:
-                continue
-            dtype, shape = self._plan.declared.get(name, (None, ()))
-            if dtype is None:
-                continue
-            new = make_external(name, dtype, shape, self._plan.folder / WEIGHTS, entry.offset)
-            old = index.values[name]
-            for node in index.users(name):
-                for place, tensor in enumerate(node.inputs):
-                    if tensor is old:
-                        node.inputs[place] = new
-
-    def write(self, progress: Progress) -> tuple[QuantizedLinear, ...]:
-        """Write all tensors; returns what became of the quantized linears."""
-        declared = [(name, dtype, shape) for name, (dtype, shape) in self._plan.declared.items()]
-        declared += [(_narrow_name(c), c.dtype, tuple(int(s) for s in c_shape(c))) for c in self._casts.values()]
-        declared.sort(key=lambda item: -int(np.prod(item[2], dtype=np.int64)) * item[1].itemsize)
-        done: list[QuantizedLinear] = []
-        total = len(self._linears) + len(self._casts)
-        with SafetensorsWriter(self._plan.folder / WEIGHTS, declared) as writer:
-            self._entries = dict(writer.entries)
-            for number, linear in enumerate(self._linears.values()):
-                if self._specs[linear.name].quantized:
-                    done.append(self._write_quantized(writer, linear))
-                elif folded_name(linear) in writer.entries:
-                    self._write_folded(writer, linear)
-                progress("write weights", number + 1, total)
-            for number, cast in enumerate(self._casts.values()):
-                self._write_narrow(writer, cast)
-                progress("write weights", len(self._linears) + number + 1, total)
-        return tuple(done)
-
-    def _folded(self, linear: Linear) -> Float:
-        """W after folding, float32 [N, K]."""
-        weight = self._reader.weight(linear)
-        edit = self._edits.get(linear.weight)
-        return weight if edit is None else apply_edit(weight, edit, "NK")
-
-    def _write_quantized(self, writer: SafetensorsWriter, linear: Linear) -> QuantizedLinear:
-        spec, names = self._specs[linear.name], WeightNames.of(linear)
-        weight_only = spec.activations is None
-        storage = _storage(self._compute) if weight_only else None
-        quantized = quantize_weight(self._folded(linear), linear.weight, storage)
-        writer.write(names.values, np.ascontiguousarray(quantized.values.T))
-        limit = self._ranges.get(linear.x) if isinstance(spec.activations, StaticActivation) else None
-        scale = quantized.scale if weight_only else rescale(quantized.scale, limit)
-        writer.write(names.scale, scale)
-        if (cast := self._casts.pop(names.scale, None)) is not None:
-            writer.write(_narrow_name(cast), narrow(scale, cast.dtype, names.scale))
-        return QuantizedLinear(linear.name, linear.n, linear.k, quantized.error)
-
-    def _write_folded(self, writer: SafetensorsWriter, linear: Linear) -> None:
-        weight = self._folded(linear)
-        stored = np.ascontiguousarray(weight if linear.layout == "NK" else weight.T)
-        writer.write(folded_name(linear), stored)
-        if (cast := self._casts.pop(folded_name(linear), None)) is not None:
-            writer.write(_narrow_name(cast), narrow(stored, cast.dtype, linear.weight))
-
-    def _write_narrow(self, writer: SafetensorsWriter, cast: StoredCast) -> None:
-        name = cast.initializer.name
-        values = self._reader.raw(name) if self._reader.has(name) else read(cast.initializer)
-        writer.write(_narrow_name(cast), narrow(values, cast.dtype, name))
-
-
-def c_shape(cast: StoredCast) -> tuple[int, ...]:
-    """Shape of a cast initializer."""
-    from ._gs import shape_of
-
-    return tuple(int(str(size)) for size in shape_of(cast.initializer) or ())
-
-
-def _narrow_name(cast: StoredCast) -> str:
-    return f"{cast.initializer.name}.{cast.dtype.name}"
-
-
-def _storage(compute: ComputeType) -> np.dtype[Any] | None:
-    import ml_dtypes
-
-    types: dict[ComputeType, np.dtype[Any]] = {
-        ComputeType.FLOAT16: np.dtype(np.float16),
-        ComputeType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    }
-    return types.get(compute)
+def _save_quantized(
+    graph: Graph, folder: Path, file: WeightFile, sources: WeightSources, progress: Progress
+) -> tuple[dict[str, str], tuple[QuantizedLinear, ...], tuple[PassRecord, ...]]:
+    """Write the weight file and the graphs that read it: for the CPU, and in the 16-bit type."""
+    compute = sources.compute
+    if compute is ComputeType.FLOAT32:
+        narrowed, casts, records = None, (), ()
+    else:
+        narrowed = graph.copy()
+        records = run_passes(narrowed, [SetPrecision(compute.value)])
+        casts = stored_casts(narrowed)
+    quantized = write_weights(file, sources, casts, progress)
+    graphs = {"float32": "model.onnx"}
+    file.place(graph)
+    records += run_passes(graph, [UseUnsignedActivations()])
+    save(graph, folder / graphs["float32"])
+    if narrowed is not None:
+        graphs[compute.value] = f"model.{compute}.onnx"
+        file.place_casts(narrowed, casts)
+        save(narrowed, folder / graphs[compute.value])
+    return graphs, quantized, records

@@ -1,9 +1,9 @@
 """Refine a smoothing factor by gradient descent on the output error that rounding is expected to cause.
 
-Rounding to a grid of step d adds noise of variance d²/12 per element. With X' = X / s and W' = W · s, a token t of a linear
-with N outputs and K inputs therefore has the expected squared output error
+Rounding to a grid of step d adds noise of variance d²/12 per element. With X' = X / s and W' = W · s, a token t of a
+linear with N outputs and K inputs therefore has the expected squared output error
 
-    e_t = (d_t² · A + B · q_t) / 12,    d_t = maxₖ|x'[t,k]| / 127        step of the token's row (or of the whole tensor)
+    e_t = (d_t² · A + B · q_t) / 12,    d_t = maxₖ|x'[t,k]| / 127        step of the token's row, or of the tensor
                                         A  = Σₖ s[k]² ‖W[:,k]‖²          what activation noise is multiplied with
                                         B  = Σₙ (maxₖ|W'[n,k]| / 127)²   steps of the weight's rows
                                         q_t = Σₖ x'[t,k]²                what weight noise is multiplied with
@@ -100,7 +100,7 @@ def expected_error(s: Factor, operands: Sequence[Operand]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """One linear at one s: s by column, the summands of A [K] and of B [R], and the column that sets each row's step."""
+    """At one s: s by column, the summands of A [K] and of B [R], and the column that sets each row's scale."""
 
     s: Float
     column_noise: Float

@@ -207,3 +207,9 @@ class LinearSpec:
     def quantized(self) -> bool:
         """Whether the weights are stored as integers."""
         return self.weights is not None
+
+    @property
+    def group(self) -> int | None:
+        """How many input channels share a scale; None if all of a row do, or the linear is float."""
+        granularity = self.weights.granularity if self.weights else None
+        return granularity.size if isinstance(granularity, PerGroup) else None

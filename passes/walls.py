@@ -1,6 +1,5 @@
 """Channels of the weights that stand out: a "wall" sets the scale of every output channel and ruins all other weights.
 
-Found by the error it causes, not by its size: leaving the channel out must raise the resolution of the whole matrix.
 (arXiv 2408.15301, section 4: in LLaMA3-70B a few input channels of Q, K, V, Up and Gate in blocks 0, 1 and 3.)
 """
 
@@ -10,67 +9,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
+from .weights import row_chunks
 
 Float = NDArray[np.float32]
 
-GAIN = 9.0
-"""By how much the squared rounding error of the weights must fall when walls are removed: 9 is 1.6 bits of every weight."""
+BITS = 2.0
+"""How many bits of resolution walls take from the other weights of a row, on average. Two bits are 16 times the squared
+rounding error. The weights' rounding is the smaller part of the error of a healthy W8A8 linear, and at 16 times it is
+by far the larger one; below, moving the channel into activations that nobody has seen could cost more than it gains."""
 
 MAX_SHARE = 1 / 32
-"""Channels that stand out are few; if many do, the matrix is just uneven."""
+"""Walls are few; if more channels than this stand out, the matrix is just uneven."""
 
 
 def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray[np.bool_]) -> Factor:
     """Factors that bring walls down to the other channels' level: float64 [C], 1 on all that do not stand out.
 
-    The squared rounding error of W with one scale per output channel is K/12 · Σₙ (maxₖ|W[n,k]| / 127)². The channels are
-    ranked by their largest weight; the smallest number of leading ones whose removal lowers that sum ``GAIN`` times, and
-    after which the next channel would not lower it by a quarter as much again, are walls.
+    With one scale per output channel, row n of W is rounded in steps of maxₖ|W[n,k]| / 127. The channels are ranked by
+    their largest weight. Walls are the fewest leading ones without which no more than :data:`BITS` are left to gain:
+    mean over all rows of log₂(maxₖ|W[n,k]| / max of the row without the candidates). A mean of logarithms, since a
+    wall sits in every row; a single large weight costs its own row only.
 
     Args:
         weights: Per linear behind the site, W [N, K] and which channel each input column reads (−1: none).
         free: bool [C], the channels that may be scaled.
     """
-    size = free.size
-    peaks = np.zeros(size)
-    for weight, labels in weights:
-        used = labels >= 0
-        np.maximum.at(peaks, labels[used], _column_peaks(weight)[used])
-    order = np.argsort(-np.where(free, peaks, 0.0), kind="stable")
-    candidates = order[: max(1, int(size * MAX_SHARE))]
-    sums = _error_sums(weights, candidates)
-    walls = _leading(sums)
-    factor = np.ones(size)
-    if walls:
-        level = float(np.median(peaks[free & (peaks > 0)]))
-        factor[candidates[:walls]] = (level / peaks[candidates[:walls]]).astype(np.float32)
+    peaks = _channel_peaks(weights, free.size)
+    ranked = np.argsort(-np.where(free, peaks, 0.0), kind="stable")
+    candidates = ranked[: min(max(1, int(free.size * MAX_SHARE)), int(free.sum()))]
+    bits = _lost_bits(weights, candidates)
+    walls = candidates[: int(np.argmax(bits <= BITS))]
+    factor = np.ones(free.size)
+    if walls.size:
+        level = np.median(np.delete(peaks, walls)[np.delete(peaks, walls) > 0])
+        factor[walls] = (level / peaks[walls]).astype(np.float32)
     return factor
 
 
-def _column_peaks(weight: Float) -> NDArray[np.float64]:
-    return np.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(np.float64)
-
-
-def _error_sums(
-    weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]
-) -> NDArray[np.float64]:
-    """Σₙ maxₖ|W[n,k]|² over all linears without the first 0, 1, … of the candidate channels: float64 [len + 1]."""
-    sums = np.zeros(len(candidates) + 1)
+def _channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
+    peaks = np.zeros(size)
     for weight, labels in weights:
-        is_candidate = np.isin(labels, candidates)
-        rest = np.abs(weight[:, ~is_candidate]).max(axis=1, initial=0.0)
-        peaks = np.empty((len(candidates) + 1, weight.shape[0]))
-        peaks[-1] = rest
-        for place in range(len(candidates) - 1, -1, -1):
-            columns = weight[:, labels == candidates[place]]
-            peaks[place] = np.maximum(peaks[place + 1], np.abs(columns).max(axis=1, initial=0.0))
-        sums += (peaks**2).sum(axis=1)
-    return sums
+        used = labels >= 0
+        columns = np.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(np.float64)
+        np.maximum.at(peaks, labels[used], columns[used])
+    return peaks
 
 
-def _leading(sums: NDArray[np.float64]) -> int:
-    """How many leading candidates are walls, 0 if removing all of them gains too little."""
-    if sums[0] <= GAIN * sums[-1]:
-        return 0
-    # The walls end where what is left is within a factor of 2 of what removing every candidate would leave.
-    return int(np.argmax(sums <= 2.0 * sums[-1]))
+def _lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Bits that a row loses on average to the candidates from the first, the second, … on; the last element is 0."""
+    total, rows = np.zeros(len(candidates) + 1), 0
+    for weight, labels in weights:
+        columns = [np.flatnonzero(labels == channel) for channel in candidates]
+        others = np.isin(labels, candidates, invert=True)
+        for part in row_chunks(weight.shape):
+            block = np.abs(weight[part])
+            rest = block.max(axis=1, where=others, initial=0.0)
+            peaks = np.stack([*(block[:, own].max(axis=1, initial=0.0) for own in columns), rest])
+            seen = rest > 0
+            peaks = np.maximum.accumulate(peaks[::-1, seen])[::-1]
+            total += np.log2(peaks / rest[seen], dtype=np.float64).sum(axis=1)
+            rows += int(seen.sum())
+    return total / max(rows, 1)

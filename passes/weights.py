@@ -1,4 +1,4 @@
-"""INT8 weights: rounding W [N, K] with one scale per output channel, and what that costs."""
+"""INT8 values: rounding weights and activations with one scale per row, and what that costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .precision_policy import float_limits
 
 QMAX = 127
 """Weights use −127 … 127, so that −q is representable too."""
@@ -20,6 +21,7 @@ S0 = 2.0**-14
 result cannot overflow, and an accumulator of 1 is still a normal number. The rest of the scale follows in float32."""
 
 _CHUNK = 1 << 22
+Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,55 +29,80 @@ class QuantizedWeight:
     """Ŵ = ``values`` · ``scale``.
 
     Attributes:
-        values: int8 [N, K].
-        scale: float32 [N].
+        values: int8 [N, K], or [N, G, size] with a scale per group.
+        scale: float32 [N] or [N, G].
         error: ‖W − Ŵ‖ / ‖W‖, 0 for a weight of zeros.
     """
 
     values: NDArray[np.int8]
-    scale: NDArray[np.float32]
+    scale: Float
     error: float
 
 
-def weight_scale(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """max|row| / 127 per output channel: float32 [N], at least :data:`SCALE_FLOOR`."""
+def weight_scale(weight: Float) -> Float:
+    """max|row| / 127: float32 [N] for W [N, K], at least :data:`SCALE_FLOOR`."""
     peak = np.maximum(weight.max(axis=1, initial=0.0), -weight.min(axis=1, initial=0.0))
     return np.maximum(peak / np.float32(QMAX), np.float32(SCALE_FLOOR))
 
 
-def quantize_weight(weight: NDArray[np.float32], name: str, storage: np.dtype[Any] | None = None) -> QuantizedWeight:
-    """Round W [N, K] to INT8, per output channel, symmetric, to nearest even.
+def quantize_weight(
+    weight: Float, name: str, *, storage: np.dtype[Any] | None = None, group: int | None = None
+) -> QuantizedWeight:
+    """Round W [N, K] to INT8, symmetric, to nearest even, with a scale per output channel.
 
     Args:
         weight: float32 [N, K].
         name: For messages.
-        storage: The type that the scale will be stored in, if narrower than float32: W is then rounded with the scale
-            as stored, so that storing it costs nothing.
+        storage: The type that the scale will be stored in, if narrower than float32: scales are rounded up to it, and W
+            is rounded with the scale as stored, so nothing is clipped.
+        group: Give each run of so many input channels a scale of its own; zeros fill up the last one.
 
     Raises:
-        BismoothError: W holds NaN or infinity.
+        BismoothError: W holds NaN or infinity, or is too large for the scale's type.
     """
-    scale = weight_scale(weight)
+    rows = weight if group is None else split_groups(weight, group).reshape(-1, group)
+    scale = weight_scale(rows)
     if not np.isfinite(scale).all():
-        row = int(np.flatnonzero(~np.isfinite(scale))[0])
+        row = int(np.flatnonzero(~np.isfinite(scale))[0]) * len(weight) // len(rows)
         raise BismoothError(
             f"{name}: the weight holds NaN or infinity in row {row}. Expected finite values. Check the checkpoint."
         )
     if storage is not None:
-        smallest = np.float32(np.finfo(np.float16).tiny)
-        scale = np.maximum(scale * np.float32(1 + 2**-8), smallest).astype(storage).astype(np.float32)
-    values = np.empty(weight.shape, np.int8)
+        scale = _stored_scale(scale, storage, name)
+    values = np.empty(rows.shape, np.int8)
     lost = total = 0.0
-    for rows in row_chunks(weight.shape):
-        ratio = weight[rows] / scale[rows, None]
+    for part in row_chunks(rows.shape):
+        ratio = rows[part] / scale[part, None]
         rounded = np.rint(ratio)
-        np.clip(rounded, -QMAX, QMAX, out=rounded)
-        values[rows] = rounded
-        squared = scale[rows].astype(np.float64) ** 2
+        values[part] = rounded
         ratio -= rounded
+        squared = scale[part].astype(np.float64) ** 2
         lost += float(squared @ np.einsum("nk,nk->n", ratio, ratio, dtype=np.float64))
-        total += float(np.einsum("nk,nk->", weight[rows], weight[rows], dtype=np.float64))
-    return QuantizedWeight(values, scale, float(np.sqrt(lost / total)) if total else 0.0)
+        total += float(np.einsum("nk,nk->", rows[part], rows[part], dtype=np.float64))
+    error = float(np.sqrt(lost / total)) if total else 0.0
+    if group is None:
+        return QuantizedWeight(values, scale, error)
+    return QuantizedWeight(values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1), error)
+
+
+def _stored_scale(scale: Float, storage: np.dtype[Any], name: str) -> Float:
+    """The least normal numbers of the type that are not below the scales."""
+    limits = float_limits(storage)
+    if (largest := float(scale.max())) > limits.largest:
+        raise BismoothError(
+            f"{name}: the scale of its largest row does not fit into {storage}. Expected weights within "
+            f"±{QMAX * limits.largest:.5g}, got {QMAX * largest:.5g}. Compute in bfloat16 or float32 instead."
+        )
+    stored = np.maximum(scale, np.float32(limits.smallest_normal)).astype(storage)
+    upward = np.nextafter(stored, np.array(np.inf, storage))
+    return np.where(stored.astype(np.float32) < scale, upward, stored).astype(np.float32)
+
+
+def split_groups(rows: Float, group: int) -> Float:
+    """[R, K] as [R, G, group], the last group filled up with zeros."""
+    count = -(-rows.shape[1] // group)
+    padded = np.pad(rows, ((0, 0), (0, count * group - rows.shape[1]))) if rows.shape[1] % group else rows
+    return padded.reshape(rows.shape[0], count, group)
 
 
 def row_chunks(shape: tuple[int, ...], elements: int = _CHUNK) -> Iterator[slice]:
@@ -85,13 +112,21 @@ def row_chunks(shape: tuple[int, ...], elements: int = _CHUNK) -> Iterator[slice
         yield slice(start, min(start + step, shape[0]))
 
 
-def fake_quantize_rows(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Per-token INT8 and back: float32 [T, K], one scale max|row| / 127 per row (arXiv 2206.01861, token-wise)."""
-    peak = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True))
-    scale = np.maximum(peak, np.float32(np.finfo(np.float32).tiny)) / np.float32(QMAX)
-    return np.rint(x / scale) * scale
+def fake_quantize_rows(rows: Float, group: int | None = None) -> Float:
+    """INT8 and back with one scale max|row| / 127 per row, or per row and group: float32 [R, K].
+
+    For tokens this is per-token quantization (arXiv 2206.01861, token-wise), for W per output channel.
+    """
+    if group is not None and group < rows.shape[1]:
+        parts = fake_quantize_rows(split_groups(rows, group).reshape(-1, group))
+        return parts.reshape(rows.shape[0], -1)[:, : rows.shape[1]]
+    scale = weight_scale(rows)[:, None]
+    result = rows / scale
+    np.rint(result, out=result)
+    result *= scale
+    return result
 
 
-def fake_quantize_tensor(x: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+def fake_quantize_tensor(x: Float, scale: float) -> Float:
     """Per-tensor INT8 and back with a constant scale."""
     return np.clip(np.rint(x / np.float32(scale)), -128, 127) * np.float32(scale)

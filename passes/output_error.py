@@ -1,0 +1,114 @@
+"""The output error of the linears behind a site, measured on token rows with weights and activations quantized."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fold import Factor
+from .refine import Operand, Tokens, sampled_rows
+from .spec import LinearSpec, StaticActivation
+from .weights import QMAX, fake_quantize_rows, fake_quantize_tensor
+
+Float = NDArray[np.float32]
+
+GROUP_WEIGHTS = (1.0, 0.3)
+"""Weight of the sampled tokens, and of those with the largest activations. The latter are few, and a plain sample
+misses them, but attention to them carries their error to all tokens."""
+
+_TINY = float(np.finfo(np.float32).tiny) * QMAX
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A quantized linear behind a site, and what its input was seen to be.
+
+    Attributes:
+        labels: int32 [K], which channel of the site each input column reads, −1 for none.
+        spec: How the linear is quantized.
+        weight: Sampled rows of W, float32 [R, K].
+        row_share: How many rows of W each sampled row stands for.
+        column_peaks: maxₙ|W[n,k]| over all rows, [K].
+        column_power: Σₙ W[n,k]² over all rows, [K].
+        absmax: maxₜ|x[t,k]|, [K].
+        tokens: The groups of tokens that ``GROUP_WEIGHTS`` weighs, float32 [T, K] each.
+    """
+
+    labels: NDArray[np.int32]
+    spec: LinearSpec
+    weight: Float
+    row_share: float
+    column_peaks: Float
+    column_power: Float
+    absmax: Float
+    tokens: tuple[Float, Float]
+
+    def spread(self, s: Factor) -> Float:
+        """s per input column, float32 [K]."""
+        return np.where(self.labels < 0, 1.0, s[self.labels]).astype(np.float32)
+
+    def quantized(self, x: Float, columns: Float) -> Float:
+        """X / s as its quantizer leaves it; ``x`` is divided already, ``columns`` is what by."""
+        if self.spec.activations is None:
+            return x
+        if isinstance(self.spec.activations, StaticActivation):
+            return fake_quantize_tensor(x, max(float((self.absmax / columns).max()), _TINY) / QMAX)
+        return fake_quantize_rows(x, self.spec.group)
+
+
+class OutputError:
+    """Measures factors for the linears behind one site."""
+
+    def __init__(self, consumers: Sequence[Consumer]) -> None:
+        self._consumers = consumers
+        self._outputs = [[tokens @ c.weight.T for tokens in c.tokens] for c in consumers]
+
+    def of(self, s: Factor) -> float:
+        """Mean over tokens of log(‖y − ŷ‖² / ‖y‖²), y being the outputs of all linears side by side.
+
+        A weighted mean of the groups' means; the logarithm keeps single tokens from deciding for all others.
+        """
+        lost = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
+        total = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
+        for consumer, outputs in zip(self._consumers, self._outputs, strict=True):
+            columns = consumer.spread(s)
+            weight = fake_quantize_rows(consumer.weight * columns, consumer.spec.group)
+            for group, (tokens, output) in enumerate(zip(consumer.tokens, outputs, strict=True)):
+                difference = consumer.quantized(tokens / columns, columns) @ weight.T - output
+                lost[group] += np.einsum("tn,tn->t", difference, difference)
+                total[group] += np.einsum("tn,tn->t", output, output)
+        return _mean_of_groups(lost, total)
+
+    def operands(self) -> list[Operand] | None:
+        """What the refinement needs of the linears; None if one has a scale per group: there is no formula for that."""
+        if any(consumer.spec.group is not None for consumer in self._consumers):
+            return None
+        return [_operand(c, outputs) for c, outputs in zip(self._consumers, self._outputs, strict=True)]
+
+
+def relative(error: float) -> float:
+    """A mean logarithm as the relative error ‖y − ŷ‖ / ‖y‖."""
+    return float(np.exp(error / 2))
+
+
+def _mean_of_groups(lost: Sequence[NDArray[np.float64]], total: Sequence[NDArray[np.float64]]) -> float:
+    result = weights = 0.0
+    for weight, a, b in zip(GROUP_WEIGHTS, lost, total, strict=True):
+        if (seen := b > 0).any():
+            result += weight * float(np.log(np.maximum(a[seen] / b[seen], 1e-30)).mean())
+            weights += weight
+    return result / weights if weights else 0.0
+
+
+def _operand(consumer: Consumer, outputs: Sequence[Float]) -> Operand:
+    power = [np.einsum("tn,tn->t", output, output) * consumer.row_share for output in outputs]
+    groups = [
+        Tokens(np.abs(tokens[p > 0]), p[p > 0], weight)
+        for tokens, p, weight in zip(consumer.tokens, power, GROUP_WEIGHTS, strict=True)
+        if (p > 0).any()
+    ]
+    rows, share = sampled_rows(consumer.weight)
+    static = isinstance(consumer.spec.activations, StaticActivation)
+    peaks = consumer.absmax if static else None
+    return Operand(consumer.labels, groups, consumer.column_power, rows, share * consumer.row_share, peaks)

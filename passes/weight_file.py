@@ -1,0 +1,190 @@
+"""The weight file of a quantized artifact: declared while the graphs are made, then computed tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ..export.safetensors_file import SafetensorsWriter, TensorEntry
+from ._gs import Graph, Tensor, make_external, read, shape_of
+from .fold import Edit, apply_edit
+from .fold_passes import folded_name
+from .graph import Index
+from .linears import Linear
+from .precision import StoredCast, narrow, store
+from .progress import Progress
+from .qdq import WeightNames, rescale
+from .spec import ComputeType, LinearSpec, StaticActivation
+from .weight_reader import WeightReader
+from .weights import quantize_weight
+
+Float = NDArray[np.float32]
+_NARROW: dict[ComputeType, np.dtype[Any]] = {
+    ComputeType.FLOAT16: np.dtype(np.float16),
+    ComputeType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A quantized linear: relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding, and its size."""
+
+    name: str
+    n: int
+    k: int
+    weight_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSources:
+    """What the tensors of the file are made from.
+
+    Attributes:
+        reader: The source's weights.
+        linears: All linears of the graph.
+        specs: By linear name.
+        edits: The folded smoothing factors, by constant.
+        ranges: Static ranges by value name.
+        compute: The 16-bit type of the deployed graph, or float32.
+    """
+
+    reader: WeightReader
+    linears: Sequence[Linear]
+    specs: Mapping[str, LinearSpec]
+    edits: Mapping[str, Edit]
+    ranges: Mapping[str, float]
+    compute: ComputeType
+
+    def folded(self, linear: Linear) -> Float:
+        """W after folding, float32 [N, K]."""
+        weight = self.reader.weight(linear)
+        edit = self.edits.get(linear.weight)
+        return weight if edit is None else apply_edit(weight, edit, "NK")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file to come. Its tensors can be referred to from graphs before there is anything in it.
+
+    Attributes:
+        path: Where it will be.
+        declared: Type and shape of its tensors.
+        entries: Where each is in the file; empty until :func:`write_weights` has run.
+    """
+
+    path: Path
+    declared: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = field(default_factory=dict[str, Any])
+    entries: dict[str, TensorEntry] = field(default_factory=dict[str, TensorEntry])
+
+    def declare(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Tensor:
+        """An initializer for a tensor of the file; :meth:`place` sets its offset when that is known."""
+        self.declared.setdefault(name, (dtype, tuple(shape)))
+        return make_external(name, dtype, shape, self.path, 0)
+
+    def place(self, graph: Graph) -> None:
+        """Point the graph's initializers that are tensors of the file at their bytes."""
+        index = Index.of(graph)
+        for name in self.entries.keys() & index.values.keys():
+            old, new = index.values[name], self._initializer(name)
+            for node in index.users(name):
+                for place, tensor in enumerate(node.inputs):
+                    if tensor is old:
+                        node.inputs[place] = new
+
+    def place_casts(self, graph: Graph, casts: Sequence[StoredCast]) -> None:
+        """Put the stored 16-bit tensors in the place of the casts of this graph, and place all others."""
+        for cast in casts:
+            store(graph, cast, self._initializer(narrow_name(cast)))
+        self.place(graph)
+        graph.cleanup()
+
+    def _initializer(self, name: str) -> Tensor:
+        dtype, shape = self.declared[name]
+        return make_external(name, dtype, shape, self.path, self.entries[name].offset)
+
+
+def narrow_name(cast: StoredCast) -> str:
+    """Name of the stored 16-bit copy of an initializer."""
+    return f"{cast.initializer.name}.{cast.dtype.name}"
+
+
+def write_weights(
+    file: WeightFile, sources: WeightSources, casts: Sequence[StoredCast], progress: Progress
+) -> tuple[QuantizedLinear, ...]:
+    """Compute and write all tensors of the file, one in memory at a time.
+
+    Args:
+        file: Tensors of linears are declared; those of ``casts`` are added.
+        sources: What they are made from.
+        casts: The initializers that the 16-bit graph casts: each is stored in that type as well.
+        progress: Called with a step's name, how much of it is done, and how much there is.
+
+    Returns:
+        What became of the quantized linears.
+
+    Raises:
+        BismoothError: a weight holds NaN or infinity, or does not fit into the 16-bit type.
+    """
+    for cast in casts:
+        file.declare(narrow_name(cast), cast.dtype, tuple(int(str(dim)) for dim in shape_of(cast.initializer) or ()))
+    largest_first = sorted(file.declared.items(), key=lambda item: -prod(item[1][1]) * item[1][0].itemsize)
+    with SafetensorsWriter(file.path, [(name, *declared) for name, declared in largest_first]) as writer:
+        file.entries.update(writer.entries)
+        return _Tensors(sources, writer, {cast.initializer.name: cast for cast in casts}).write(progress)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensors:
+    """Computes the tensors of the file; ``casts`` loses those whose 16-bit copy is written."""
+
+    sources: WeightSources
+    writer: SafetensorsWriter
+    casts: dict[str, StoredCast]
+
+    def write(self, progress: Progress) -> tuple[QuantizedLinear, ...]:
+        done: list[QuantizedLinear] = []
+        linears, total = self.sources.linears, len(self.sources.linears) + len(self.casts)
+        for number, linear in enumerate(linears):
+            if self.sources.specs[linear.name].quantized:
+                done.append(self._quantized(linear))
+            elif folded_name(linear) in self.writer.entries:
+                self._folded(linear)
+            progress("write weights", number + 1, total)
+        for name, cast in list(self.casts.items()):
+            reader = self.sources.reader
+            self._narrowed(name, reader.raw(name) if name in reader else read(cast.initializer), name)
+            progress("write weights", total - len(self.casts), total)
+        progress("write weights", total, total)
+        return tuple(done)
+
+    def _quantized(self, linear: Linear) -> QuantizedLinear:
+        spec, names = self.sources.specs[linear.name], WeightNames.of(linear)
+        weight_only = spec.activations is None
+        storage = _NARROW.get(self.sources.compute) if weight_only else None
+        weight = self.sources.folded(linear)
+        quantized = quantize_weight(weight, linear.weight, storage=storage, group=spec.group)
+        self.writer.write(names.values, np.moveaxis(quantized.values, 0, -1))
+        limit = self.sources.ranges[linear.x] if isinstance(spec.activations, StaticActivation) else None
+        scale = quantized.scale if weight_only else rescale(quantized.scale, limit)
+        scale = scale if spec.group is None else scale.T[:, None, :]
+        self.writer.write(names.scale, scale)
+        self._narrowed(names.scale, scale, linear.weight)
+        return QuantizedLinear(linear.name, linear.n, linear.k, quantized.error)
+
+    def _folded(self, linear: Linear) -> None:
+        weight = self.sources.folded(linear)
+        stored = weight if linear.layout == "NK" else weight.T
+        self.writer.write(folded_name(linear), stored)
+        self._narrowed(folded_name(linear), stored, linear.weight)
+
+    def _narrowed(self, name: str, values: NDArray[Any], origin: str) -> None:
+        """Write the 16-bit copy of a tensor if the 16-bit graph asks for it; ``origin`` names it in messages."""
+        if (cast := self.casts.pop(name, None)) is not None:
+            self.writer.write(narrow_name(cast), narrow(values, cast.dtype, origin))
