@@ -142,7 +142,21 @@ def _parse(trt: Any, runtime: Runtime, network: Any, log: Any, onnx: str) -> Any
         raise BismoothError(f"{onnx}: {_title(trt, runtime)} cannot read the graph: {reasons}")
     if not network.num_outputs:
         raise BismoothError(f"{onnx}: the graph has no outputs. Expected an ONNX model; make the artifact again.")
+    _permit_unfused_attention(trt, network)
     return parser
+
+
+def _permit_unfused_attention(trt: Any, network: Any) -> None:
+    """Let attention without a fused kernel (head sizes below 16, say) become several kernels, as far as TensorRT can."""
+    kinds = getattr(trt, "LayerType", None)
+    boundary = getattr(kinds, "ATTENTION_INPUT", None)
+    if boundary is None:  # before TensorRT 10.14 the parser takes attention apart itself
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == boundary:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def _describe(error: Any) -> str:

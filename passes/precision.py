@@ -81,7 +81,7 @@ class SetPrecision:
 
 @dataclass(frozen=True, slots=True)
 class StoredCast:
-    """An initializer that a graph casts to a 16-bit type on every load: a candidate to be stored in that type."""
+    """An initializer that a graph casts on every load: a candidate to be stored in the type it is cast to."""
 
     node: Node
     initializer: Tensor
@@ -89,12 +89,16 @@ class StoredCast:
 
 
 def stored_casts(graph: Graph) -> tuple[StoredCast, ...]:
-    """The initializers that are cast to a 16-bit type, in graph order."""
+    """The initializers that are cast to a 16-bit type, or from bfloat16 to another one, in graph order.
+
+    Turing has no bfloat16: TensorRT builds nothing for it from a graph with one bfloat16 initializer, cast or not.
+    """
     found: list[StoredCast] = []
     for node in graph.nodes:
         if node.op == "Cast" and is_constant(node.inputs[0]):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
-            if dtype in _NARROW_TYPES.values():
+            source = dtype_of(node.inputs[0])
+            if dtype in _NARROW_TYPES.values() or (source == _NARROW_TYPES["bfloat16"] and dtype == np.float32):
                 found.append(StoredCast(node, node.inputs[0], dtype))
     return tuple(found)
 
@@ -117,7 +121,7 @@ def store(graph: Graph, cast: StoredCast, initializer: Tensor) -> None:
 
 
 def narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    """Round a tensor to a 16-bit type, to nearest even.
+    """Round a tensor to a 16-bit type, to nearest even; float32 is kept as it is.
 
     Raises:
         BismoothError: A finite value overflows, or one is not finite; the message names the tensor.

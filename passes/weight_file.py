@@ -137,7 +137,10 @@ def write_weights(
     largest_first = sorted(file.declared.items(), key=lambda item: -prod(item[1][1]) * item[1][0].itemsize)
     with SafetensorsWriter(file.path, [(name, *declared) for name, declared in largest_first]) as writer:
         file.entries.update(writer.entries)
-        return _Tensors(sources, writer, {cast.initializer.name: cast for cast in casts}).write(progress)
+        wanted: dict[str, list[StoredCast]] = {}
+        for cast in casts:
+            wanted.setdefault(cast.initializer.name, []).append(cast)
+        return _Tensors(sources, writer, wanted).write(progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +149,7 @@ class _Tensors:
 
     sources: WeightSources
     writer: SafetensorsWriter
-    casts: dict[str, StoredCast]
+    casts: dict[str, list[StoredCast]]
 
     def write(self, progress: Progress) -> tuple[QuantizedLinear, ...]:
         done: list[QuantizedLinear] = []
@@ -157,9 +160,9 @@ class _Tensors:
             elif folded_name(linear) in self.writer.entries:
                 self._folded(linear)
             progress("write weights", number + 1, total)
-        for name, cast in list(self.casts.items()):
+        for name, casts in list(self.casts.items()):
             reader = self.sources.reader
-            self._narrowed(name, reader.raw(name) if name in reader else read(cast.initializer), name)
+            self._narrowed(name, reader.raw(name) if name in reader else read(casts[0].initializer), name)
             progress("write weights", total - len(self.casts), total)
         progress("write weights", total, total)
         return tuple(done)
@@ -185,6 +188,6 @@ class _Tensors:
         self._narrowed(folded_name(linear), stored, linear.weight)
 
     def _narrowed(self, name: str, values: NDArray[Any], origin: str) -> None:
-        """Write the 16-bit copy of a tensor if the 16-bit graph asks for it; ``origin`` names it in messages."""
-        if (cast := self.casts.pop(name, None)) is not None:
+        """Write the copies of a tensor that the 16-bit graph asks for; ``origin`` names it in messages."""
+        for cast in self.casts.pop(name, ()):
             self.writer.write(narrow_name(cast), narrow(values, cast.dtype, origin))

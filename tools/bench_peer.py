@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from ..calibrators.data import load_tokenizer, load_windows
@@ -38,6 +37,7 @@ def main() -> None:
     ids = load_windows(texts, load_tokenizer(Path(artifact)), windows=WINDOWS, length=LENGTH).ids
     source = Path(artifact) / "model.onnx"
     copy = folder / "float.onnx"
+    onnx: Any = import_module("onnx")
     model = onnx.load(source, load_external_data=False)
     onnx.load_external_data_for_model(model, artifact)
     onnx.save(model, copy, save_as_external_data=True, location="float.data")

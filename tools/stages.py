@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import time
@@ -133,7 +132,7 @@ def quantize(
     """Smooth and quantize a float artifact by a recipe.
 
     Raises:
-        BismoothError: recipe and model do not fit, statistics are missing or belong to another model, a weight is broken.
+        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken.
     """
     from ..passes.quantize import WEIGHTS, quantize_graph
 
@@ -290,8 +289,8 @@ def verify(
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     with console.progress() as progress:
         result = verify_artifact(loaded, text.ids[skip_windows:], gates, tuple(hops) or tuple(Hop), progress)
-    report = result.report() | {"data": list(map(str, data)), "data_sha256": text.sha256, "gates": gates.to_dict()}
-    _write_json(output or artifact / "verify.json", report | {"tools": tool_versions()})
+    result = replace(result, data={"data": list(map(str, data)), "data_sha256": text.sha256})
+    _write_json(output or artifact / "verify.json", result.to_json())
     return result
 
 
@@ -414,7 +413,7 @@ def _finish(folder: Path, manifest: Manifest) -> None:
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(document, indent=2, default=str) + "\n", "utf-8")
+        temporary.write_text(console.json_text(document), "utf-8")
         temporary.replace(path)
     except OSError as error:
         raise BismoothError(
