@@ -147,7 +147,7 @@ def _parse(trt: Any, runtime: Runtime, network: Any, log: Any, onnx: str) -> Any
 
 
 def _permit_unfused_attention(trt: Any, network: Any) -> None:
-    """Let attention without a fused kernel (head sizes below 16, say) become several kernels, as far as TensorRT can."""
+    """Let attention that has no fused kernel (head sizes below 16, say) become several kernels."""
     kinds = getattr(trt, "LayerType", None)
     boundary = getattr(kinds, "ATTENTION_INPUT", None)
     if boundary is None:  # before TensorRT 10.14 the parser takes attention apart itself
