@@ -95,6 +95,12 @@ class Audit:
         total = sum(linear.macs for linear in counted)
         return sum(linear.macs for linear in counted if linear.int8) / total if total else 0.0
 
+    def meant_share(self) -> float | None:
+        """Share of the MACs of the linears that were meant to be INT8 and are; ``None`` if none was meant to be."""
+        meant = [linear for linear in self.linears if linear.meant_int8]
+        total = sum(linear.macs for linear in meant)
+        return sum(linear.macs for linear in meant if linear.int8) / total if total else None
+
     @property
     def fallbacks(self) -> tuple[LinearAudit, ...]:
         """The linears that were meant to be INT8 and are not."""

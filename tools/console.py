@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 Report = Callable[[str, int, int], None]
 """Called with the step's name, how many of its units are done, and how many there are."""
 
+_UNITS = ("bytes", "seconds", "share")
 _SHOW_PROGRESS: ContextVar[bool] = ContextVar("show_progress", default=False)
 
 
@@ -31,6 +33,13 @@ class Result(Protocol):
     def to_json(self) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
+class Brief(Protocol):
+    """A result whose ``to_json`` is more than a terminal shows: ``brief`` is what it shows instead."""
+
+    def brief(self) -> Mapping[str, Any]: ...
+
+
 def show(result: Result, as_json: bool) -> None:
     """Write ``result`` to stdout."""
     if as_json:
@@ -40,8 +49,13 @@ def show(result: Result, as_json: bool) -> None:
 
 
 def show_json(document: Mapping[str, Any]) -> None:
-    """Write ``document`` to stdout as JSON; NaN and infinities, which JSON lacks, become text."""
-    sys.stdout.write(json.dumps(_finite(document), indent=2, default=str, allow_nan=False) + "\n")
+    """Write ``document`` to stdout as JSON."""
+    sys.stdout.write(json_text(document))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """``document`` as JSON; NaN and infinities, which JSON lacks, become text."""
+    return json.dumps(_finite(document), indent=2, default=str, allow_nan=False) + "\n"
 
 
 def show_error(message: str) -> None:
@@ -56,7 +70,8 @@ def failures(result: Result) -> Sequence[str]:
 
 def render(result: Result) -> RenderableType:
     """``result`` as tables: single values first, then a table per list or group of values, then missed gates."""
-    document = {key: value for key, value in result.to_json().items() if key != "failures"}
+    whole = result.brief() if isinstance(result, Brief) else result.to_json()
+    document = {key: value for key, value in whole.items() if key != "failures"}
     missed = (Text.assemble(("missed  ", "bold red"), sentence) for sentence in failures(result))
     return Group(*_blocks(document, None), *missed)
 
@@ -78,13 +93,19 @@ def _blocks(document: Mapping[str, Any], title: str | None) -> Iterator[Renderab
 
 def _rows(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for key in columns:
         numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
         table.add_column(_label(key), justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(Text(_formatted(key, row.get(key))) for key in columns))
+        table.add_row(*(Text(_cell(key, row.get(key))) for key in columns))
     return table
+
+
+def _cell(key: str, value: Any) -> str:
+    """As elsewhere, but for shorter numbers."""
+    has_unit = key.rpartition("_")[2] in _UNITS
+    return f"{value:.3g}" if isinstance(value, float) and not has_unit else _formatted(key, value)
 
 
 def _is_table(value: object) -> bool:

@@ -1,141 +1,53 @@
 """Verify an artifact hop by hop, from the source model to the kernels of its engines, so that a failure names its hop.
 
-Each hop compares two programs on the same token windows. The float32 graph's logits are kept in a temporary file, so memory
-does not grow with the number of windows.
+Each hop compares two programs on the same token windows, one window at a time.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..engines.audit import Audit
-from ..engines.onnxruntime import Mode, Session
+from ..engines.linears import LOGITS
+from ..engines.onnxruntime import Session
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError, GateError
+from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from .metrics import LogitComparison, LogitMetrics
+from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
+from .hops import HopResult, Judge, VerifyResult
 
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
+__all__ = ["HopResult", "VerifyResult", "read_audit", "verify_artifact"]
+
 Progress = Callable[[str, int, int], None]
 
 SOURCE_WINDOWS = 2
-"""Windows on which the torch model runs: it is loaded whole, and equality shows on any text."""
+"""Windows on which the torch model and the folded graph run: equality shows on any text."""
 
 HALF_WINDOWS = 2
 """Windows of the 16-bit simulation, which is slow; overflow depends on the tokens seen first of all."""
 
-
-@dataclass(frozen=True)
-class HopResult:
-    """One hop: what was compared with what, and how it came out.
-
-    Attributes:
-        metrics: Figures by name; those with a gate have the gate's name.
-        failures: Gates that were missed, a sentence each.
-        skipped: Why the hop was not judged, or None.
-    """
-
-    hop: Hop
-    compared: str
-    metrics: dict[str, Any]
-    failures: tuple[str, ...] = ()
-    skipped: str | None = None
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "hop": str(self.hop),
-            "compared": self.compared,
-            "metrics": self.metrics,
-            "failures": list(self.failures),
-            "skipped": self.skipped,
-            "seconds": round(self.seconds, 2),
-        }
-
-    def to_row(self) -> dict[str, Any]:
-        """The hop as a row of a table."""
-        shown = {key: self.metrics.get(key) for key in ("kl", "top1", "perplexity_ratio", "relative_error")}
-        verdict = self.skipped or ("failed" if self.failures else "passed")
-        return {"hop": str(self.hop), "compared": self.compared, **shown, "verdict": verdict}
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """All hops of an artifact."""
-
-    artifact: Path
-    windows: int
-    length: int
-    hops: tuple[HopResult, ...]
-    layers: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        return tuple(failure for hop in self.hops for failure in hop.failures)
-
-    @property
-    def verdict(self) -> str:
-        """``failed``, or ``passed`` with the hops that could not be judged."""
-        if self.failures:
-            return "failed"
-        skipped = [str(hop.hop) for hop in self.hops if hop.skipped]
-        return f"passed; not judged: {', '.join(skipped)}" if skipped else "passed"
-
-    def summary(self) -> dict[str, Any]:
-        """The figures that people ask for first: of the INT8 kernels against the float32 graph."""
-        for hop in reversed(self.hops):
-            if hop.hop in (Hop.INT8, Hop.REFERENCE, Hop.HALF) and "perplexity" in hop.metrics:
-                keys = ("reference_perplexity", "perplexity", "perplexity_ratio", "kl", "top1")
-                return {key: hop.metrics[f"float_{key}" if f"float_{key}" in hop.metrics else key] for key in keys}
-        return {}
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "artifact": str(self.artifact),
-            "windows": self.windows,
-            "length": self.length,
-            "verdict": self.verdict,
-            **self.summary(),
-            "hops": [hop.to_row() for hop in self.hops],
-            "failures": list(self.failures),
-        }
-
-    def report(self) -> dict[str, Any]:
-        """Everything, as it is stored in ``verify.json``."""
-        return self.to_json() | {"hops": [hop.to_json() for hop in self.hops], "layers": list(self.layers)}
-
-
-@dataclass
-class _Judge:
-    """Collects a hop's figures and holds them against its gates."""
-
-    gates: Gates
-    hop: Hop
-    compared: str
-    start: float = field(default_factory=time.perf_counter)
-
-    def result(self, metrics: dict[str, Any], failures: Sequence[str] = ()) -> HopResult:
-        missed = [
-            sentence
-            for name in self.gates.to_dict()
-            if name in metrics and Gates.hop(name) is self.hop and (sentence := self.gates.missed(name, metrics[name]))
-        ]
-        seconds = time.perf_counter() - self.start
-        return HopResult(self.hop, self.compared, metrics, (*missed, *failures), None, seconds)
-
-    def skip(self, reason: str) -> HopResult:
-        return HopResult(self.hop, self.compared, {}, (), reason, time.perf_counter() - self.start)
+COMPARED = {
+    Hop.FLOAT: "torch→ONNX",
+    Hop.FOLDED: "ONNX→folded",
+    Hop.REFERENCE: "ONNX→Q/DQ float",
+    Hop.INT8: "Q/DQ→INT8",
+    Hop.HALF: "FP32→16 bits",
+    Hop.AUDIT: "Q/DQ→kernels",
+    Hop.DEVICE: "FP16→INT8",
+}
+_QUANTIZED_ONLY = frozenset({Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.AUDIT, Hop.DEVICE})
+_NEED_REFERENCE = frozenset({Hop.FLOAT, Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.HALF})
+_AUDITS = "engines/*/*.audit.json"
+_SHOWN = 5
 
 
 def verify_artifact(
@@ -147,209 +59,250 @@ def verify_artifact(
 ) -> VerifyResult:
     """Run the hops that the artifact has on token windows ids [N, S].
 
+    A candidate whose outputs are not finite fails its hop.
+
     Raises:
-        BismoothError: a graph cannot be run.
+        BismoothError: a graph cannot be run, or there is no space for the outputs of the float graph.
     """
-    results: list[HopResult] = []
+    quantized = artifact.manifest.kind == "quantized"
+    wanted = [hop for hop in Hop if hop in hops and (quantized or hop not in _QUANTIZED_ONLY)]
     verifier = _Verifier(artifact, ids, gates, progress)
-    with verifier.reference_logits() as reference:
-        for hop, run in verifier.hops(reference).items():
-            if hop in hops:
-                results.append(run())
-    layers = verifier.layer_sqnr() if Hop.REFERENCE in hops else ()
-    return VerifyResult(artifact.path, len(ids), ids.shape[1], tuple(results), layers)
+    results = verifier.run(wanted)
+    layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
+    return VerifyResult(
+        artifact.path, len(ids), ids.shape[1], results, gates, layers, _source(artifact), tools=tool_versions()
+    )
 
 
 class _Verifier:
     def __init__(self, artifact: Artifact, ids: Ids, gates: Gates, progress: Progress) -> None:
         self._artifact, self._ids, self._gates, self._progress = artifact, ids, gates, progress
-        graphs = artifact.manifest.graphs
-        self._float_role = "reference" if "reference" in graphs else "float32"
+        self._graphs = artifact.manifest.graphs
+        self._reference = WindowFile([artifact.path, Path(tempfile.gettempdir())], len(ids))
+        self._make: Callable[[], Comparison] = Logits
+        self.is_broken = False
+        """Whether the float32 graph itself gives NaN or infinity."""
 
-    def hops(self, reference: Logits) -> dict[Hop, Callable[[], HopResult]]:
-        """The hops of this kind of artifact, in order."""
-        quantized = self._artifact.manifest.kind == "quantized"
-        hops: dict[Hop, Callable[[], HopResult]] = {Hop.FLOAT: lambda: self._float(reference)}
-        if quantized:
-            hops[Hop.FOLDED] = lambda: self._folded(reference)
-            hops[Hop.REFERENCE] = lambda: self._reference(reference)
-            hops[Hop.INT8] = lambda: self._int8(reference)
-        hops[Hop.HALF] = lambda: self._half(reference)
-        if quantized:
-            hops[Hop.AUDIT] = self._audit
-            hops[Hop.DEVICE] = self._device
-        return hops
+    def run(self, wanted: Sequence[Hop]) -> tuple[HopResult, ...]:
+        """Results in the order of ``wanted``."""
+        steps: dict[Hop, Callable[[], list[HopResult]]] = {
+            Hop.FLOAT: self._float,
+            Hop.FOLDED: self._folded,
+            Hop.REFERENCE: lambda: self._quantized(Hop.INT8 in wanted),
+            Hop.INT8: lambda: self._quantized(True),
+            Hop.HALF: self._half,
+            Hop.AUDIT: self._audit,
+            Hop.DEVICE: self._device,
+        }
+        results: dict[Hop, HopResult] = {}
+        with self._reference:
+            if _NEED_REFERENCE.intersection(wanted):
+                self._run_reference()
+            for hop in wanted:
+                if hop not in results:
+                    results.update((result.hop, result) for result in self._guarded(hop, steps[hop]))
+        return tuple(results[hop] for hop in wanted)
 
-    @contextmanager
-    def reference_logits(self) -> Generator[Logits]:
-        """Logits [N, S, V] of the float32 graph, in a temporary file."""
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=self._artifact.path) as folder:
-            logits: Logits | None = None
-            for number, window in enumerate(self._logits(self._float_role, "plain", "run the float32 graph")):
-                if logits is None:
-                    shape = (len(self._ids), *window.shape)
-                    logits = np.memmap(Path(folder) / "logits", np.float32, "w+", shape=shape)
-                logits[number] = window
-            assert logits is not None
-            yield logits
+    def _guarded(self, hop: Hop, step: Callable[[], list[HopResult]]) -> list[HopResult]:
+        if not self.is_broken or hop not in _NEED_REFERENCE:
+            return step()
+        judge = self._judge(hop)
+        reason = "the outputs of the float32 graph hold NaN or infinity"
+        if hop is not Hop.FLOAT:
+            return [judge.skip(reason)]
+        return [judge.result({}, [f"{hop}: {reason}. Expected finite numbers. Check the weights of the source."])]
 
-    def _logits(self, role: str, mode: Mode, step: str, windows: int | None = None) -> Iterator[Logits]:
-        ids = self._ids[:windows]
-        with Session(self._artifact.graph(role), mode=mode) as session:
-            for number, logits in enumerate(session.windows(ids)):
-                self._progress(step, number + 1, len(ids))
-                yield logits[0]
+    def _judge(self, hop: Hop) -> Judge:
+        return Judge(self._gates, hop, COMPARED[hop])
 
-    def _compare(self, reference: Logits, candidate: Iterator[Logits]) -> LogitMetrics:
-        comparison = LogitComparison()
-        for number, logits in enumerate(candidate):
-            comparison.update(self._ids[number][None], np.asarray(reference[number])[None], logits[None])
-        return comparison.result()
+    def _run_reference(self) -> None:
+        """Store the outputs of the float32 graph."""
+        role = "reference" if "reference" in self._graphs else "float32"
+        with Session(self._artifact.graph(role), mode="plain") as session:
+            output = session.outputs[0]
+            vocabulary = self._artifact.manifest.dims.get("vocab_size")
+            is_logits = output.name == LOGITS or (vocabulary is not None and output.shape[-1:] == (vocabulary,))
+            self._make = Logits if is_logits else Features
+            for values in self._windows(session, "run the float32 graph", len(self._ids)):
+                self.is_broken = self.is_broken or not np.isfinite(values).all()
+                self._reference.append(values)
 
-    def _judge(self, hop: Hop, compared: str) -> _Judge:
-        return _Judge(self._gates, hop, compared)
+    def _windows(self, session: Session, step: str, count: int) -> Iterator[Values]:
+        for number, window in enumerate(self._ids[:count]):
+            yield session.logits(window[None])[0]
+            self._progress(step, number + 1, count)
 
-    def _float(self, reference: Logits) -> HopResult:
-        judge = self._judge(Hop.FLOAT, "torch FP32 → ONNX FP32")
+    def _float(self) -> list[HopResult]:
+        judge = self._judge(Hop.FLOAT)
         if self._artifact.manifest.architecture is None:
-            return judge.skip("the artifact was made from an ONNX file")
-        from .torch_model import torch_logits
+            return [judge.skip("the artifact was made from an ONNX file")]
+        if not (self._artifact.path / "config.json").is_file():
+            return [judge.skip("the artifact was made from a torch module")]
+        from .torch_model import torch_outputs
 
         windows = self._ids[:SOURCE_WINDOWS]
-        comparison = LogitComparison()
-        for number, logits in enumerate(torch_logits(self._artifact.path, windows)):
-            self._progress("run the torch model", number + 1, len(windows))
-            comparison.update(windows[number][None], logits[None], np.asarray(reference[number])[None])
-        metrics = _plain(comparison.result())
-        return judge.result(metrics | {"float_error": metrics["relative_error"], "float_kl": metrics["kl"]})
+        track = _Track(self._make())
+        with judge.timed():
+            for number, values in enumerate(torch_outputs(self._artifact.path, windows)):
+                track.update(windows[number], values, self._reference.read(number))
+                self._progress("run the torch model", number + 1, len(windows))
+        figures = track.figures()
+        figures |= _renamed(figures, {"float_error": "relative_error", "float_kl": "kl"})
+        return [judge.result(figures, track.failures(Hop.FLOAT), len(windows))]
 
-    def _folded(self, reference: Logits) -> HopResult:
-        judge = self._judge(Hop.FOLDED, "ONNX FP32 → smoothing folded in")
-        if "folded" not in self._artifact.manifest.graphs:
-            return judge.skip("nothing was folded")
-        windows = SOURCE_WINDOWS
-        metrics = _plain(self._compare(reference, self._logits("folded", "plain", "run the folded graph", windows)))
-        return judge.result(metrics | {"folded_error": metrics["relative_error"]})
+    def _folded(self) -> list[HopResult]:
+        judge = self._judge(Hop.FOLDED)
+        if "folded" not in self._graphs:
+            return [judge.skip("nothing was folded")]
+        count = min(SOURCE_WINDOWS, len(self._ids))
+        track = _Track(self._make())
+        with judge.timed(), Session(self._artifact.graph("folded"), mode="plain") as session:
+            for number, values in enumerate(self._windows(session, "run the folded graph", count)):
+                track.update(self._ids[number], self._reference.read(number), values)
+        figures = track.figures()
+        figures |= _renamed(figures, {"folded_error": "relative_error"})
+        return [judge.result(figures, track.failures(Hop.FOLDED), count)]
 
-    def _reference(self, reference: Logits) -> HopResult:
-        judge = self._judge(Hop.REFERENCE, "ONNX FP32 → Q/DQ in float")
-        candidate = self._logits("float32", "reference", "run the Q/DQ graph in float")
-        return _gated(judge, lambda: _plain(self._compare(reference, candidate)))
+    def _quantized(self, with_kernels: bool) -> list[HopResult]:
+        """Both runs of the Q/DQ graph, side by side, so that neither runs twice nor needs a file of its own."""
+        floats, kernels = self._judge(Hop.REFERENCE), self._judge(Hop.INT8)
+        against_float, between, kernels_against_float = (_Track(self._make()) for _ in range(3))
+        path = self._artifact.graph("float32")
+        with ExitStack() as stack:
+            with floats.timed():
+                exact = stack.enter_context(Session(path, mode="reference"))
+            with kernels.timed():
+                fast = stack.enter_context(Session(path, mode="int8")) if with_kernels else None
+            for number, window in enumerate(self._ids):
+                reference = self._reference.read(number)
+                with floats.timed():
+                    values = exact.logits(window[None])[0]
+                    against_float.update(window, reference, values)
+                if fast is not None and not against_float.failure:
+                    with kernels.timed():
+                        candidate = fast.logits(window[None])[0]
+                        between.update(window, values, candidate)
+                        kernels_against_float.update(window, reference, candidate)
+                self._progress("run the Q/DQ graph", number + 1, len(self._ids))
+        count = len(self._ids)
+        results = [floats.result(against_float.figures(), against_float.failures(Hop.REFERENCE), count)]
+        if not with_kernels:
+            return results
+        if against_float.failure:
+            return [*results, kernels.skip("the Q/DQ graph gives no numbers to compare with")]
+        figures = between.figures()
+        figures |= _renamed(figures, {"int8_kl_vs_reference": "kl"})
+        figures |= {f"float_{name}": value for name, value in kernels_against_float.figures().items()}
+        return [*results, kernels.result(figures, between.failures(Hop.INT8), count)]
 
-    def _int8(self, reference: Logits) -> HopResult:
-        """Both Q/DQ runs side by side, so that no second file of logits is needed."""
-        judge = self._judge(Hop.INT8, "Q/DQ in float → INT8 kernels")
-        kernels, against_float = LogitComparison(), LogitComparison()
-        exact = self._logits("float32", "reference", "compare INT8 kernels")
-        fast = self._logits("float32", "int8", "run INT8 kernels")
-
-        def compare() -> dict[str, Any]:
-            for number, (a, b) in enumerate(zip(exact, fast, strict=True)):
-                window = self._ids[number][None]
-                kernels.update(window, a[None], b[None])
-                against_float.update(window, np.asarray(reference[number])[None], b[None])
-            metrics = _plain(kernels.result())
-            metrics |= {f"float_{key}": value for key, value in _plain(against_float.result()).items()}
-            return metrics | {"int8_kl_vs_reference": metrics["kl"]}
-
-        return _gated(judge, compare)
-
-    def _half(self, reference: Logits) -> HopResult:
-        judge = self._judge(Hop.HALF, "ONNX FP32 → 16-bit graph, rounded at every edge")
-        role = next((role for role in ("float16", "bfloat16") if role in self._artifact.manifest.graphs), None)
+    def _half(self) -> list[HopResult]:
+        judge = self._judge(Hop.HALF)
+        role = next((role for role in ("float16", "bfloat16") if role in self._graphs), None)
         if role is None:
-            return judge.skip("the artifact has no 16-bit graph")
-        metrics, failures = self._simulate(role, reference)
-        if (float_role := f"reference_{role}") in self._artifact.manifest.graphs:
-            plain, more = self._simulate(float_role, reference)
-            metrics |= {f"unquantized_{key}": value for key, value in plain.items()}
-            failures += [f"unquantized graph: {failure}" for failure in more]
-            metrics["half_max_ratio"] = max(metrics["half_max_ratio"], plain["half_max_ratio"])
-        return judge.result(metrics, failures)
+            return [judge.skip("the artifact has no 16-bit graph")]
+        with judge.timed():
+            metrics, failures = self._simulate(role)
+            if (float_role := f"reference_{role}") in self._graphs:
+                plain, more = self._simulate(float_role)
+                metrics |= {f"unquantized_{name}": value for name, value in plain.items()}
+                failures += more
+                if not plain["half_max_ratio"] <= metrics["half_max_ratio"]:
+                    metrics |= {name: plain[name] for name in ("half_max_ratio", "half_max_node")}
+        # the findings name the nodes, which the sentence of the gate does not
+        result = judge.result(metrics, (), min(HALF_WINDOWS, len(self._ids)))
+        named = tuple(failure for failure in result.failures if "half_max_ratio" not in failure)
+        return [replace(result, failures=(*named, *failures))]
 
-    def _simulate(self, role: str, reference: Logits) -> tuple[dict[str, Any], list[str]]:
+    def _simulate(self, role: str) -> tuple[Figures, list[str]]:
+        """Figures of a 16-bit graph, and a sentence for each node that leaves the range, the worst first."""
         from .halfsim import HalfSimulation
 
         windows = self._ids[:HALF_WINDOWS]
-        comparison = LogitComparison()
-        with HalfSimulation(self._artifact.graph(role)) as simulation:
-            peaks: NDArray[np.float64] | None = None
+        track = _Track(self._make())
+        path = self._artifact.graph(role)
+        with HalfSimulation(path) as simulation:
+            peaks = np.zeros(len(simulation.edges))
             for number, window in enumerate(windows):
                 run = simulation.run(window[None])
-                peaks = run.ratios if peaks is None else np.fmax(peaks, run.ratios) + 0 * run.ratios
-                self._progress(f"simulate {role}", number + 1, len(windows))
-                if np.isfinite(run.logits).all():
-                    comparison.update(window[None], np.asarray(reference[number])[None], run.logits)
-            assert peaks is not None
-            limit = self._gates.half_max_ratio or np.inf
-            failures = [str(finding) for finding in simulation.findings(peaks, limit)][:5]
+                peaks = np.maximum(peaks, run.ratios)  # keeps NaN
+                track.update(window, self._reference.read(number), run.logits[0])
+                self._progress(f"simulate {path.name}", number + 1, len(windows))
+            limit = self._gates.half_max_ratio
+            findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
-            metrics = {"half_max_ratio": float(peaks[worst]), "half_max_node": simulation.edges[worst].node}
-            metrics["edges"] = len(simulation.edges)
-        if np.isfinite(peaks).all():
-            metrics |= _plain(comparison.result())
-        return metrics, [failure for failure in failures if not np.isfinite(peaks).all()]
+            node = simulation.edges[worst].node
+        sentences = [f"{Hop.HALF}: {path.name}: {item.node}: {item.message}" for item in findings[:_SHOWN]]
+        if len(findings) > _SHOWN:
+            sentences.append(f"{Hop.HALF}: {path.name}: {len(findings) - _SHOWN} more nodes leave the range.")
+        if track.failure and not findings:
+            sentences += track.failures(Hop.HALF)
+        range_used: Figures = {"half_max_ratio": float(peaks[worst]), "half_max_node": node, "edges": len(peaks)}
+        return range_used | track.figures(), sentences
 
-    def _audit(self) -> HopResult:
-        judge = self._judge(Hop.AUDIT, "Q/DQ graph → kernels of the engines")
-        engines = sorted(self._artifact.path.glob("engines/*/*.audit.json"))
-        if not engines:
-            return judge.skip("no engine was built")
-        if not any(site.get("quantized") for site in _linear_counts(self._artifact)):
-            return judge.skip("the recipe quantizes nothing")
-        shares: dict[str, float] = {}
-        for path in engines:
-            audit = read_audit(path)
-            shares[path.parent.name] = _meant_share(audit)
-        return judge.result({"int8_mac_share": min(shares.values()), "engines": shares})
+    def _audit(self) -> list[HopResult]:
+        judge = self._judge(Hop.AUDIT)
+        audits = {path.parent.name: read_audit(path) for path in sorted(self._artifact.path.glob(_AUDITS))}
+        if not audits:
+            return [judge.skip("no engine was built")]
+        shares = {name: share for name, audit in audits.items() if (share := audit.meant_share()) is not None}
+        if not shares:
+            return [judge.skip("the recipe computes nothing in INT8")]
+        return [judge.result({"int8_mac_share": min(shares.values()), "engines": shares})]
 
-    def _device(self) -> HopResult:
-        judge = self._judge(Hop.DEVICE, "FP16 engine → INT8 engine")
-        return judge.skip("needs an NVIDIA GPU")
+    def _device(self) -> list[HopResult]:
+        gpu = Path("/proc/driver/nvidia/version").exists()
+        reason = "this version does not run engines on the GPU" if gpu else "needs an NVIDIA GPU, this machine has none"
+        return [self._judge(Hop.DEVICE).skip(reason)]
 
     def layer_sqnr(self) -> tuple[dict[str, Any], ...]:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
         from .layers import layer_sqnr
 
-        if self._artifact.manifest.kind != "quantized":
-            return ()
-        clean = "folded" if "folded" in self._artifact.manifest.graphs else "reference"
-        return layer_sqnr(self._artifact.graph(clean), self._artifact.graph("float32"), self._ids[:1], self._progress)
+        names = {linear["name"] for linear in _quantize_stage(self._artifact)["quantized"]}
+        reference = self._artifact.graph("reference")
+        clean = self._artifact.graph("folded") if "folded" in self._graphs else reference
+        graph = self._artifact.graph("float32")
+        return layer_sqnr(reference, clean, graph, names, self._ids[:1], self._progress)
 
 
-def _gated(judge: _Judge, compare: Callable[[], dict[str, Any]]) -> HopResult:
-    """A comparison whose candidate may produce logits that are no numbers: then the hop fails, not the run."""
-    try:
-        return judge.result(compare())
-    except GateError as error:
-        return judge.result({}, [f"{judge.hop}: {error}"])
+class _Track:
+    """A comparison that remembers that its candidate gave no numbers, instead of ending the run."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        self.failure: str | None = None
+
+    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
+        if self.failure is None:
+            try:
+                self._comparison.update(ids, reference, candidate)
+            except GateError as error:
+                self.failure = str(error)
+
+    def figures(self) -> Figures:
+        return {} if self.failure else self._comparison.figures()
+
+    def failures(self, hop: Hop) -> list[str]:
+        return [f"{hop}: {self.failure}"] if self.failure else []
 
 
-def _plain(metrics: LogitMetrics) -> dict[str, Any]:
-    """The figures under the names that gates use."""
-    return {
-        "reference_perplexity": metrics.reference_perplexity,
-        "perplexity": metrics.perplexity,
-        "perplexity_ratio": metrics.perplexity_ratio,
-        "kl": metrics.kl_mean,
-        "kl_p99": metrics.kl_p99,
-        "top1": metrics.top1,
-        "top1_stable": metrics.top1_stable,
-        "cosine_p5": metrics.cosine_p5,
-        "max_error": metrics.max_error,
-        "relative_error": metrics.relative_error,
-    }
+def _renamed(figures: Figures, names: Mapping[str, str]) -> Figures:
+    """Figures under the names of their gates."""
+    return {gate: figures[name] for gate, name in names.items() if name in figures}
 
 
-def _linear_counts(artifact: Artifact) -> list[dict[str, Any]]:
-    return [stage for stage in artifact.manifest.stages if stage.get("stage") == "quantize"]
+def _quantize_stage(artifact: Artifact) -> Mapping[str, Any]:
+    return next((stage for stage in artifact.manifest.stages if stage["stage"] == "quantize"), dict[str, Any]())
 
 
-def _meant_share(audit: Audit) -> float:
-    """Share of the MACs of the linears that were meant to be INT8 and are."""
-    meant = [linear for linear in audit.linears if linear.meant_int8]
-    total = sum(linear.macs for linear in meant)
-    return sum(linear.macs for linear in meant if linear.int8) / total if total else 0.0
+def _source(artifact: Artifact) -> dict[str, Any]:
+    """What was judged."""
+    stage = _quantize_stage(artifact)
+    source: dict[str, Any] = {"fingerprint": artifact.manifest.source.get("fingerprint")}
+    if stage:
+        source |= {"recipe": stage["recipe"]["name"], "recipe_fingerprint": stage["fingerprint"]}
+        source["content_sha256"] = stage["content_sha256"]
+    return source
 
 
 def read_audit(path: Path) -> Audit:
@@ -360,5 +313,5 @@ def read_audit(path: Path) -> Audit:
     """
     try:
         return Audit.from_json(json.loads(path.read_text("utf-8"))["audit"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BismoothError(f"{path}: not an audit file: {error}. Build the engine again.") from error
