@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench wheel clean
+.PHONY: help setup demo test gpu-check lint format bench wheel clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 11
 
 setup: $(READY) ## Make .venv with everything pinned
 
@@ -29,6 +29,10 @@ demo: $(READY) ## Compile SmolLM2-135M into verified INT8 engines
 
 test: lint ## Lint, check types, run the tests
 	$(BIN)/python -m pytest
+
+gpu-check: $(READY) ## On a GPU host: build and run real engines, and show their latency
+	$(BIN)/pip install --quiet 'cuda-python>=12.6'
+	$(BIN)/python -m pytest -m gpu --require-gpu -v -s
 
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
