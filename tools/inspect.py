@@ -1,0 +1,184 @@
+"""Say what an artifact, an engine folder or an ONNX file holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ..engines.audit import Audit
+from ..export.artifact import MANIFEST, Artifact
+from ..export.errors import BismoothError
+from .inspect_onnx import inspect_onnx
+from .inspection import SHOWN, Inspection
+from .verify import read_audit
+
+VERDICT = "verify.json"
+_VERDICT_KEYS = ("verdict", "windows", "perplexity_ratio", "kl", "top1")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def inspect_path(path: Path) -> Inspection:
+    """What an artifact, an engine folder or an ONNX file holds, and the linter's findings on the latter.
+
+    Raises:
+        BismoothError: the path is none of these, or is damaged.
+    """
+    if path.is_dir():
+        artifact = Artifact.load(path)
+        return _engine(artifact) if artifact.manifest.kind == "engine" else _artifact(artifact)
+    if not path.is_file():
+        raise BismoothError(f"{path}: does not exist. Expected an artifact folder, an engine folder or an ONNX file.")
+    return inspect_onnx(path, foreign=not _is_listed(path))
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether an artifact's manifest beside the file lists it as one of its graphs."""
+    if not (path.parent / MANIFEST).is_file():
+        return False
+    return path.name in Artifact.load(path.parent).manifest.graphs.values()
+
+
+def _artifact(artifact: Artifact) -> Inspection:
+    manifest = artifact.manifest
+    weights = sum(record.size for name, record in manifest.files.items() if name.endswith(".safetensors"))
+    document: dict[str, Any] = {
+        "path": str(artifact.path),
+        "kind": manifest.kind,
+        "model": manifest.architecture,
+        "source": manifest.source,
+        "graphs": manifest.graphs,
+        "weights_bytes": weights,
+        "dims": manifest.dims,
+        "blocks": None
+        if manifest.blocks is None
+        else {"prefix": manifest.blocks.prefix, "kinds": manifest.blocks.kinds},
+        "stages": [stage["stage"] for stage in manifest.stages],
+        "engines": sorted(folder.name for folder in artifact.path.glob("engines/*") if (folder / MANIFEST).is_file()),
+        "verify": _verdict(artifact.path / VERDICT),
+        "tools": manifest.tools,
+    }
+    shown = document | {
+        "source": f"{manifest.source.get('path')} ({manifest.source.get('format')})",
+        "graphs": ", ".join(manifest.graphs),
+        "dims": ", ".join(f"{name} {size}" for name, size in manifest.dims.items()) or "none",
+        "blocks": _blocks(artifact),
+        "verify": document["verify"] or "not run",
+    }
+    del shown["tools"]
+    stage = next((stage for stage in manifest.stages if stage["stage"] == "quantize"), None)
+    if stage is None:
+        return Inspection(document, shown)
+    return Inspection(document | _quantized(stage), shown | _quantized_brief(stage))
+
+
+def _blocks(artifact: Artifact) -> str:
+    blocks = artifact.manifest.blocks
+    if blocks is None:
+        return "none"
+    kinds = len(set(blocks.kinds))
+    return f"{len(blocks.kinds)} in {blocks.prefix}, of {kinds} kind{'s' if kinds > 1 else ''}"
+
+
+def _quantized(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "recipe": stage["recipe"],
+        "recipe_fingerprint": stage["fingerprint"],
+        "content_sha256": stage["content_sha256"],
+        "linears": stage["quantized"],
+        "float_linears": stage["float"],
+        "sites": stage["sites"],
+        "rejected": stage["rejected"],
+        "fold_errors": stage["fold_errors"],
+        "passes": stage["passes"],
+    }
+
+
+def _quantized_brief(stage: Mapping[str, Any]) -> dict[str, Any]:
+    linears, sites = cast(Rows, stage["quantized"]), cast(Rows, stage["sites"])
+    by_error = sorted(linears, key=lambda linear: -linear["weight_error"])
+    return {
+        "recipe": stage["recipe"]["name"],
+        "quantized_linears": len(linears),
+        "float_linears": stage["float"],
+        "largest_fold_error": max(stage["fold_errors"].values(), default=0.0),
+        "sites_by_kind": _by_kind(sites),
+        "worst_sites": [_site_row(site) for site in sorted(sites, key=_site_error)[:SHOWN]],
+        "worst_weights": [{"linear": row["name"], "error": row["weight_error"]} for row in by_error[:SHOWN]],
+        "not_smoothed": [
+            {"count": count, "reason": reason}
+            for reason, count in Counter(item["reason"] for item in stage["rejected"]).most_common(SHOWN)
+        ],
+    }
+
+
+def _site_row(site: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: site.get(key) for key in ("site", "alpha", "error", "unsmoothed")}
+
+
+def _site_error(site: Mapping[str, Any]) -> float:
+    return -float(site.get("error") or 0.0)
+
+
+def _by_kind(sites: Rows) -> list[dict[str, Any]]:
+    """Per kind of site: how many there are, how many are smoothed, and the mean α and error."""
+    rows: list[dict[str, Any]] = []
+    for kind in dict.fromkeys(site["kind"] for site in sites):
+        group = [site for site in sites if site["kind"] == kind]
+        smoothed = sum(bool(site["channels"]) for site in group)
+        means = {key: _mean(group, key) for key in ("alpha", "error", "unsmoothed")}
+        rows.append({"kind": kind, "found": len(group), "smoothed": smoothed, **means})
+    return rows
+
+
+def _mean(rows: Rows, key: str) -> float | None:
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _verdict(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        document = cast(dict[str, Any], json.loads(path.read_text("utf-8")))
+        return {key: document[key] for key in _VERDICT_KEYS if key in document} | {"failures": document["failures"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BismoothError(f"{path}: not a verdict: {error}. Run 'bismooth verify' again.") from error
+
+
+def _engine(artifact: Artifact) -> Inspection:
+    audits = sorted(artifact.path.glob("*.audit.json"))
+    if not audits:
+        raise BismoothError(f"{artifact.path}: the engine has no audit beside it. Build the engine again.")
+    audit = read_audit(audits[0])
+    record = cast(dict[str, Any], json.loads(audits[0].read_text("utf-8"))["engine"])
+    document = {"path": str(artifact.path), "kind": "engine", "model": artifact.manifest.architecture}
+    return Inspection(
+        document | {"engine": record, "audit": audit.to_json(), "tools": artifact.manifest.tools},
+        document | _engine_brief(record, audit),
+    )
+
+
+def _engine_brief(record: Mapping[str, Any], audit: Audit) -> dict[str, Any]:
+    return {
+        "runtime": f"{record['runtime']} {record['version']}",
+        "recipe": record["source"].get("recipe", "none"),
+        "capabilities": record["capabilities"],
+        "engine_bytes": record["bytes"],
+        "shapes": {name: _range(sizes) for name, sizes in record["shapes"].items()},
+        "int8_linears": f"{sum(linear.int8 for linear in audit.linears)} of {len(audit.linears)}",
+        "int8_mac_share": audit.int8_share(with_head=False),
+        "int8_mac_with_head_share": audit.int8_share(with_head=True),
+        "int8_gemms": audit.int8_gemms,
+        "fused_attention": audit.fused_attention,
+        "kernels": audit.kernels,
+        "fallbacks": [str(linear) for linear in audit.fallbacks[:SHOWN]],
+    }
+
+
+def _range(shapes: Sequence[Sequence[int]]) -> str:
+    """Minimum, optimum and maximum shape."""
+    return " … ".join("×".join(map(str, shape)) for shape in shapes)
