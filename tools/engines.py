@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..engines.base import EngineBuilder
 from ..engines.null import NullBuilder
+from ..engines.onnxruntime_build import OnnxRuntimeBuilder
 from ..engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTBuilder
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
@@ -15,7 +16,8 @@ from ..passes.lint import Severity, Target, lint
 _BUILDERS: dict[str, EngineBuilder] = {
     "tensorrt-rtx": TensorRTBuilder(TENSORRT_RTX),
     "tensorrt": TensorRTBuilder(TENSORRT),
-    "onnxruntime": NullBuilder("onnxruntime"),
+    "onnxruntime": OnnxRuntimeBuilder(),
+    "null": NullBuilder(),
 }
 _SHOWN = 5
 
@@ -31,6 +33,11 @@ def deployment_graph(artifact: Artifact, engine: str) -> Path:
     """The graph that an engine is made of: 16 bits for TensorRT, float32 for ONNX Runtime's CPU provider."""
     narrow = [role for role in ("float16", "bfloat16") if role in artifact.manifest.graphs]
     return artifact.graph(narrow[0] if narrow and engine != "onnxruntime" else "float32")
+
+
+def engine_file(engine: str) -> str:
+    """Name of the file that an engine folder is about."""
+    return "model.onnx" if engine == "onnxruntime" else "model.engine"
 
 
 def lint_for(graph: Path, engine: str, capabilities: Sequence[int]) -> None:

@@ -219,7 +219,7 @@ def build(
         GateError: linears that were meant to be INT8 fell back to float.
     """
     from ..engines.base import BuildRequest, Profile, Span
-    from .engines import deployment_graph, find_builder, lint_for
+    from .engines import deployment_graph, engine_file, find_builder, lint_for
 
     loaded = Artifact.load(artifact, "float", "quantized")
     builder = find_builder(engine)
@@ -240,7 +240,7 @@ def build(
     with console.progress() as progress, new_folder(target, force=force) as folder:
         request = BuildRequest(
             onnx=graph,
-            engine=folder / "model.engine",
+            engine=folder / engine_file(engine),
             capabilities=tuple(capabilities),
             profile=profile,
             meant_int8=frozenset() if weight_only else meant,
@@ -251,7 +251,7 @@ def build(
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
         _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)))
-    moved = replace(result, engine=target / "model.engine", audit_file=target / result.audit_file.name)
+    moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
     return BuildStageResult(target, moved)
 
 

@@ -1,0 +1,148 @@
+"""A folder that plain ONNX Runtime runs: the graph, exactly the weight files that it refers to, and an audit.
+
+Nothing is compiled. The audit reads ONNX Runtime's own optimized graph, in which a product of dequantized operands has
+become an integer kernel, or has not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..export.artifact import place_file
+from ..export.errors import BismoothError
+from .audit import audit_kernels, check_meant
+from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
+from .kernel_log import Kernel, Tensor
+from .linears import Linear, summarize
+from .onnxruntime import MODES, PROVIDERS, import_onnxruntime
+from .publish import file_sha256, publish, staging_folder
+
+_INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
+"""Operators with integer operands, both of them."""
+_WEIGHT_ONLY = frozenset({"MatMulNBits"})
+_FLOAT = frozenset({"FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
+_ATTENTION = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
+_COMPANIONS = ("tokenizer*", "config.json", "generation_config.json", "special_tokens_map.json", "*.jinja", "vocab.*")
+"""What text needs beside the graph."""
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBuilder:
+    """Copies a graph for ONNX Runtime's CPU provider; weights become hard links, or copies where that is impossible."""
+
+    name: str = "onnxruntime"
+
+    def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
+        """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded and change nothing."""
+        start = time.perf_counter()
+        runtime = import_onnxruntime()
+        summary = summarize(request.onnx)
+        check_meant(summary.linears, request.meant_int8)
+        shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
+        with staging_folder(request.engine) as folder:
+            optimized = _optimize(runtime, request.onnx, folder)
+            audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
+            if not request.allow_float:
+                audit.check(str(request.onnx))
+            files = [request.onnx, *_weight_files(request.onnx)]
+            staged = folder / request.engine.name
+            shutil.copyfile(request.onnx, staged)
+            record = EngineRecord(
+                runtime=self.name,
+                version=runtime.__version__,
+                capabilities=request.capabilities,
+                shapes=shapes,
+                bytes=sum(file.stat().st_size for file in files),
+                sha256=file_sha256(staged),
+                source=request.source,
+            )
+            _place(request.onnx.parent, files[1:], request.engine.parent)
+            audit_file = publish(staged, request.engine, record, audit)
+        if on_phase:
+            on_phase(Phase("Auditing kernels", 1, 1))
+        return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, None)
+
+
+def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
+    """ONNX Runtime's own version of ``graph``, without its weights."""
+    import onnx
+
+    target = folder / "optimized.onnx"
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # errors arrive as exceptions
+    options.optimized_model_filepath = str(target)
+    entries = {
+        "session.optimized_model_external_initializers_file_name": "optimized.bin",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        **MODES["int8"],
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    try:
+        runtime.InferenceSession(str(graph), options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
+    except Exception as error:  # its exceptions have no public base class
+        reason = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ").rstrip(".")
+        raise BismoothError(
+            f"{graph}: ONNX Runtime cannot load the graph: {reason}. "
+            "Look for the cause with 'bismooth inspect' on the ONNX file."
+        ) from error
+    (folder / "optimized.bin").unlink(missing_ok=True)
+    return onnx.load(str(target), load_external_data=False)
+
+
+def _kernels(model: Any, linears: Iterable[Linear]) -> list[Kernel]:
+    """The nodes of the optimized graph as kernels. A fused node begins with the name of the node that it grew from."""
+    known = {linear.node: linear for linear in linears}
+    return [_kernel(node, _grown_from(node.name, known)) for node in model.graph.node]
+
+
+def _grown_from(name: str, known: dict[str, Linear]) -> Linear | None:
+    while name not in known and "/" in name:
+        name = name.rpartition("/")[0]
+    return known.get(name)
+
+
+def _kernel(node: Any, linear: Linear | None) -> Kernel:
+    operator: str = node.op_type
+    if linear is None or operator not in _INTEGER | _WEIGHT_ONLY | _FLOAT:
+        name = f"mha_{node.name}" if operator in _ATTENTION else node.name
+        return Kernel(name, operator, (), (), (), ())
+    activation = Tensor(node.input[0], (-1,), "Int8" if operator in _INTEGER else "Float")
+    weight = Tensor(node.input[1], (linear.macs,), "Float" if operator in _FLOAT else "Int8")
+    return Kernel(
+        node.name, "gemm", (activation,), (weight,), (Tensor(node.output[0], (-1,), "Float"),), (linear.node,)
+    )
+
+
+def _weight_files(graph: Path) -> list[Path]:
+    """The files that the graph's weights lie in; :func:`.linears.summarize` has checked that they are there."""
+    from .subgraph import load_graph
+
+    names = {
+        entry.value
+        for tensor in load_graph(graph).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [graph.parent / name for name in sorted(names)]
+
+
+def _place(source: Path, weights: Iterable[Path], target: Path) -> None:
+    """Link the weights into ``target`` and copy what text needs."""
+    for weight in weights:
+        place = target / weight.relative_to(source)
+        if place.exists():
+            if not place.samefile(weight):
+                raise BismoothError(f"{place}: exists and is another file. Expected none. Choose an empty folder.")
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place_file(weight, place)
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and file.suffix != ".onnx":
+                shutil.copyfile(file, target / file.name)
