@@ -1,0 +1,335 @@
+"""A float graph becomes a quantized artifact: folds, rules for single layers, and inputs that are broken."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from bismooth.engines.onnxruntime import Session
+from bismooth.export.errors import BismoothError
+from bismooth.export.safetensors_file import read_header, read_tensor
+from bismooth.passes import quantize as module
+from bismooth.passes.linears import find_linears
+from bismooth.passes.quantize import WEIGHTS, quantize_graph
+from bismooth.passes.recipe import Recipe
+from tests.blocks import SITES
+from tests.graphs import Builder, DecoderShape, decoder
+from tests.quantizing import Array, Quantized, quantize, recipe, relative_error, watch
+
+X = np.random.default_rng(0).standard_normal((2, 20, 8)).astype(np.float32)
+SMOOTH = {"alphas": [0.3, 0.5, 0.7], "refine_steps": 10}
+STATIC = {"granularity": "per_tensor", "range": "minmax"}
+IDS = np.random.default_rng(1).integers(0, 16, (2, 12))
+
+
+def norm_and_linears(names: str = "qkv", *, bias: bool = False) -> Builder:
+    b = Builder()
+    h = b.rms_norm(b.tokens("x", 8), "norm", 8)
+    b.outputs += [b.linear(h, name, 12, 8, bias=bias) for name in names]
+    for name in names:
+        b.initializers[f"{name}.weight"][:, 3] *= 50
+    b.initializers["norm.weight"][3] /= 50
+    return b
+
+
+def inputs_of_linears(b: Builder, folder: Path) -> list[str]:
+    """The values that calibration looks at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return sorted({linear.x for linear in find_linears(b.graph(folder))})
+
+
+def made_of(b: Builder, folder: Path, *rules: Mapping[str, Any], **settings: Any) -> Quantized:
+    """Calibrate on the feeds and quantize."""
+    chosen = recipe(*rules, **({"smoothing": SMOOTH} | settings))
+    seen = watch(b, folder / "seen", feeds(b), *inputs_of_linears(b, folder))
+    return quantize(b, folder, chosen, seen)
+
+
+def feeds(b: Builder) -> dict[str, Array]:
+    if b.inputs[0].name == "input_ids":
+        return {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
+    return {"x": X}
+
+
+def plain(path: Path, b: Builder) -> dict[str, Array]:
+    with Session(path, mode="plain", threads=1) as session:
+        return session.run(feeds(b))
+
+
+def close(expected: Mapping[str, Array], got: Mapping[str, Array], tolerance: float) -> None:
+    assert expected.keys() == got.keys()
+    for name, values in expected.items():
+        assert relative_error(values, got[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("block", sorted(SITES.keys() - {"decomposed_attention", "gated_attention"}))
+def test_blocks_stay_close_to_float_and_their_folds_are_exact(tmp_path: Path, block: str) -> None:
+    b = SITES[block][0]()
+    made = made_of(b, tmp_path)
+    expected = plain(made.folder / "reference.onnx", b)
+    close(expected, made.run(feeds(b)), 0.05)
+    close(made.run(feeds(b)), made.run(feeds(b), mode="int8"), 1e-5)
+    if "folded" in made.result.graphs:
+        close(expected, plain(made.folder / "folded.onnx", b), 1e-5)
+    assert all(error <= 1e-5 for error in made.result.fold_errors.values())
+    assert made.result.fold_errors.keys() == {choice.site for choice in made.result.choices if choice.channels}
+
+
+def test_smoothing_repairs_walls(tmp_path: Path) -> None:
+    b = norm_and_linears()
+    errors: list[float] = []
+    for folder, smoothing in (("without", None), ("with", SMOOTH)):
+        made = made_of(b, tmp_path / folder, smoothing=smoothing)
+        exact = plain(made.folder / "reference.onnx", b)
+        got = made.run(feeds(b))
+        errors.append(max(relative_error(exact[name], got[name]) for name in exact))
+    assert errors[1] < errors[0] / 4
+
+
+def test_a_float_linear_at_a_smoothed_norm_gets_folded_weights(tmp_path: Path) -> None:
+    """q stays float, k and v do not: the norm is divided for all three, so q's weight is stored anew."""
+    b = norm_and_linears(bias=True)
+    made = made_of(b, tmp_path, {"match": "q", "weights": None}, compute_dtype="float16")
+    assert made.result.float_linears == ("q",)
+    assert [linear.name for linear in made.result.linears] == ["k", "v"]
+    entries = read_header(made.folder / WEIGHTS)
+    assert entries["q.weight.folded"].shape == (12, 8)
+    assert entries["q.weight.folded.float16"].dtype == "F16"
+    exact, got = plain(made.folder / "reference.onnx", b), made.run(feeds(b))
+    q, k, v = exact
+    assert relative_error(exact[q], got[q]) <= 1e-5
+    assert all(relative_error(exact[name], got[name]) < 0.03 for name in (k, v))
+    assert relative_error(exact[q], made.run(feeds(b), role="float16")[q]) < 2e-3
+
+
+def test_a_float_gemm_weight_keeps_its_layout(tmp_path: Path) -> None:
+    b = SITES["flattened_gemm"][0]()
+    made = made_of(b, tmp_path, {"match": "c_proj", "weights": None})
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.05)
+    stored = made_of(b, tmp_path / "other", {"match": "c_fc", "weights": None})
+    assert read_header(stored.folder / WEIGHTS)["c_fc.weight.folded"].shape == (8, 12)
+    close(plain(stored.folder / "reference.onnx", b), stored.run(feeds(b)), 0.05)
+
+
+def test_a_float_linear_whose_weight_is_cast_gets_folded_weights(tmp_path: Path) -> None:
+    b = SITES["bfloat16_weights"][0]()
+    made = made_of(b, tmp_path, {"match": "fc1", "weights": None})
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.05)
+    assert read_header(made.folder / WEIGHTS)["fc1.weight.folded"].dtype == "F32"
+
+
+def test_layers_are_excluded_by_pattern(tmp_path: Path) -> None:
+    b = decoder(DecoderShape())
+    made = made_of(b, tmp_path, {"match": "*.down_proj", "weights": None}, {"match": "@head", "weights": None})
+    assert set(made.result.float_linears) == {
+        "lm_head",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    }
+    assert len(made.result.linears) == 12
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.2)
+
+
+def test_a_subset_of_kinds(tmp_path: Path) -> None:
+    made = made_of(decoder(), tmp_path, {"match": "@head", "weights": None}, smoothing=SMOOTH | {"kinds": ["norm"]})
+    kinds = Counter(str(choice.kind) for choice in made.result.choices if choice.channels)
+    assert kinds == {"norm": 4}
+    reasons = {choice.reason for choice in made.result.choices if choice.kind != "norm"}
+    assert reasons == {
+        "the recipe does not smooth attention_value sites",
+        "the recipe does not smooth gated_product sites",
+    }
+
+
+def test_a_fixed_alpha(tmp_path: Path) -> None:
+    made = made_of(
+        decoder(), tmp_path, {"match": "@head", "weights": None}, smoothing={"alphas": [0.6], "refine_steps": 0}
+    )
+    smoothed = [choice for choice in made.result.choices if choice.channels]
+    assert {(choice.alpha, choice.reason) for choice in smoothed} == {(0.6, "fixed by the recipe")}
+    assert len(smoothed) == 8
+
+
+def test_a_tied_head_keeps_the_embedding(tmp_path: Path) -> None:
+    """The norm before a quantized tied head is folded, and the embedding that shares the weight is not touched."""
+    b = decoder(tied=True)
+    made = made_of(b, tmp_path)
+    assert "lm_head" in [linear.name for linear in made.result.linears]
+    close(plain(made.folder / "reference.onnx", b), plain(made.folder / "folded.onnx", b), 1e-5)
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.2)
+    model = onnx.ModelProto.FromString((made.folder / "model.onnx").read_bytes())
+    (gather,) = [node for node in model.graph.node if node.name == "model.embed_tokens/Gather"]
+    assert gather.input[0] == "lm_head.weight"
+
+
+def test_biases_are_folded(tmp_path: Path) -> None:
+    """fc1 → Relu → fc2: the bias of fc1 is divided with its rows."""
+    b = SITES["relu_mlp"][0]()
+    b.initializers["fc2.weight"][:, 2] *= 50
+    made = made_of(b, tmp_path, smoothing={"alphas": [0.5]})
+    assert made.result.fold_errors.keys() == {"norm", "fc1"}
+    model = onnx.ModelProto.FromString((made.folder / "model.onnx").read_bytes())
+    folded = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("/folded")}
+    assert {"fc1.bias/folded", "norm.weight/folded", "norm.bias/folded"} <= folded
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.05)
+
+
+def test_static_ranges_are_those_of_the_divided_activations(tmp_path: Path) -> None:
+    b = norm_and_linears()
+    made = made_of(b, tmp_path, activations=STATIC)
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 0.05)
+
+
+def test_a_zero_weight_row_gives_zeros(tmp_path: Path) -> None:
+    b = norm_and_linears("q")
+    b.initializers["q.weight"][4] = 0
+    for settings in ({}, {"activations": None, "smoothing": None}):
+        made = made_of(b, tmp_path / str(len(settings)), compute_dtype="float16", **settings)
+        for role in ("float32", "float16"):
+            (got,) = made.run(feeds(b), role=role).values()
+            assert not got[..., 4].any()
+            assert np.isfinite(got).all()
+
+
+def test_a_nan_weight_is_named(tmp_path: Path) -> None:
+    b = norm_and_linears("qk")
+    b.initializers["k.weight"][5, 2] = np.nan
+    with pytest.raises(BismoothError, match=r"^k\.weight: the weight holds NaN or infinity in row 5\."):
+        quantize(b, tmp_path, recipe())
+
+
+def test_a_nan_in_a_float_weight_is_named(tmp_path: Path) -> None:
+    b = norm_and_linears("qk")
+    b.initializers["k.weight"][5, 2] = np.nan
+    with pytest.raises(BismoothError, match=r"^k\.weight: the tensor is damaged\. Expected finite values, got NaN"):
+        _with_external_weights(b, tmp_path, recipe({"match": "k", "weights": None}, compute_dtype="float16"))
+
+
+def test_a_float_weight_that_overflows_float16_is_named(tmp_path: Path) -> None:
+    b = norm_and_linears("qk")
+    b.initializers["k.weight"][0, 0] = 1e5
+    with pytest.raises(BismoothError, match=r"^k\.weight: does not fit into float16\. Expected values within ±65504"):
+        _with_external_weights(b, tmp_path, recipe({"match": "k", "weights": None}, compute_dtype="float16"))
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_a_folded_weight_that_overflows_float16_is_named(tmp_path: Path) -> None:
+    b = norm_and_linears("qk")
+    b.initializers["q.weight"][:, 1] *= 1e-6  # at α = 0 its factor is large, and k's column is multiplied by it
+    b.initializers["k.weight"][:, 1] *= 1e-6
+    b.initializers["k.weight"][0, 0] = 6e4
+    chosen = recipe({"match": "k", "weights": None}, compute_dtype="float16", smoothing={"alphas": [0.9]})
+    seen = watch(b, tmp_path / "seen", feeds(b), *inputs_of_linears(b, tmp_path))
+    with pytest.raises(BismoothError, match=r"^k\.weight: does not fit into float16\. Expected values within ±65504"):
+        quantize(b, tmp_path, chosen, seen)
+
+
+def _with_external_weights(b: Builder, folder: Path, chosen: Recipe) -> None:
+    """As the exporter stores them; weights inside the graph are checked when the graph is lowered."""
+    quantize_graph(b.save(folder, external=True), folder, chosen, None)
+
+
+def test_static_scales_need_calibration(tmp_path: Path) -> None:
+    message = r"^q: its recipe has a static activation scale, which comes from calibration\. Expected statistics, got"
+    with pytest.raises(BismoothError, match=message):
+        quantize(norm_and_linears(), tmp_path, recipe(activations=STATIC))
+
+
+def test_readers_of_one_tensor_need_one_range(tmp_path: Path) -> None:
+    b = norm_and_linears()
+    rule = {"match": "v", "activations": {"granularity": "per_tensor", "range": "mse"}}
+    message = r"^v: reads the same tensor as q, with another range\. Expected one range for .*, got mse and minmax\."
+    with pytest.raises(BismoothError, match=message):
+        made_of(b, tmp_path, rule, activations=STATIC)
+
+
+def test_readers_of_one_tensor_need_one_smoothing(tmp_path: Path) -> None:
+    with pytest.raises(BismoothError, match=r"^norm: its consumers q and v disagree on smoothing\."):
+        made_of(norm_and_linears(), tmp_path, {"match": "v", "smoothing": None})
+
+
+def test_a_fold_that_changes_the_function_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOLERANCE", 0.0)
+    message = (
+        r"^norm: folding the smoothing factors here changes the function\. Expected a relative error of at most 0,"
+    )
+    with pytest.raises(BismoothError, match=message):
+        made_of(norm_and_linears(), tmp_path)
+
+
+def test_one_weight_file_serves_both_graphs(tmp_path: Path) -> None:
+    b = norm_and_linears(bias=True)
+    made = made_of(b, tmp_path, compute_dtype="bfloat16")
+    assert made.result.graphs == {
+        "reference": "reference.onnx",
+        "folded": "folded.onnx",
+        "reference_bfloat16": "reference.bfloat16.onnx",
+        "float32": "model.onnx",
+        "bfloat16": "model.bfloat16.onnx",
+    }
+    places: dict[str, set[tuple[str, str]]] = {}
+    for role in ("float32", "bfloat16"):
+        model = onnx.ModelProto.FromString((made.folder / made.result.graphs[role]).read_bytes())
+        for tensor in model.graph.initializer:
+            if tensor.external_data:
+                entry = {item.key: item.value for item in tensor.external_data}
+                assert entry["location"] == WEIGHTS
+                places.setdefault(tensor.name, set()).add((entry["offset"], entry["length"]))
+    assert {f"{name}.weight.int8" for name in "qkv"} <= places.keys()
+    assert all(len(found) == 1 for found in places.values())
+
+
+def test_the_stored_weights_are_those_of_the_folded_graph(tmp_path: Path) -> None:
+    made = made_of(norm_and_linears(), tmp_path)
+    entries = read_header(made.folder / WEIGHTS)
+    for linear in made.result.linears:
+        values = read_tensor(made.folder / WEIGHTS, entries[f"{linear.name}.weight.int8"])
+        assert values.shape == (linear.k, linear.n) == (8, 12)
+        assert np.abs(values.astype(int)).max(axis=0).tolist() == [127] * 12
+        assert 0 < linear.weight_error < 0.01
+
+
+def test_the_content_hash_says_which_weights_were_read(tmp_path: Path) -> None:
+    b = norm_and_linears()
+    first = made_of(b, tmp_path / "a").result.content_sha256
+    assert made_of(b, tmp_path / "b").result.content_sha256 == first
+    b.initializers["v.weight"][0, 0] += 1
+    assert made_of(b, tmp_path / "c").result.content_sha256 != first
+
+
+def test_passes_and_progress_are_reported(tmp_path: Path) -> None:
+    b, steps = norm_and_linears(), list[tuple[str, int, int]]()
+    seen = watch(b, tmp_path / "seen", feeds(b), *inputs_of_linears(b, tmp_path))
+    chosen = recipe(smoothing=SMOOTH, compute_dtype="float16")
+
+    def note(step: str, done: int, total: int) -> None:
+        steps.append((step, done, total))
+
+    result = quantize_graph(b.save(tmp_path), tmp_path, chosen, seen, note)
+    names = ["fold", "store folded weights", "insert Q/DQ", "precision", "unsigned activations"]
+    assert [record.name for record in result.passes] == names
+    last = {step: (done, total) for step, done, total in steps}
+    assert last == {"smooth": (1, 1), "check folds": (1, 1), "write weights": (3, 3)}
+    assert all(0 < done <= total for _, done, total in steps)
+
+
+def test_a_recipe_without_quantization_copies_the_function(tmp_path: Path) -> None:
+    b = decoder()
+    made = quantize(b, tmp_path, Recipe.load("fp16"))
+    assert made.result.linears == ()
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b)), 1e-6)
+    close(plain(made.folder / "reference.onnx", b), made.run(feeds(b), role="float16"), 1e-2)
+
+
+def test_without_data_walls_are_folded(tmp_path: Path) -> None:
+    b = Builder()
+    h = b.rms_norm(b.tokens("x", 64), "norm", 64)
+    b.outputs.append(b.linear(h, "fc", 96, 64))
+    b.initializers["fc.weight"][:, 3] *= 100
+    made = quantize(b, tmp_path, recipe(smoothing=SMOOTH))
+    assert [(choice.channels, choice.error) for choice in made.result.choices] == [(1, None)]
+    assert made.result.fold_errors["norm"] <= 1e-5

@@ -1,0 +1,251 @@
+"""The search for smoothing factors: what it chooses, why, and what it leaves alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bismooth.export.errors import BismoothError
+from bismooth.passes.graph import load
+from bismooth.passes.linears import find_linears
+from bismooth.passes.output_error import Consumer, OutputError, relative
+from bismooth.passes.sites import Site, find_sites
+from bismooth.passes.smoothing import LARGEST, Choice, choose_factors, smoothing_factor, within_bounds
+from bismooth.passes.spec import (
+    DynamicActivation,
+    LinearSpec,
+    PerGroup,
+    RangeMethod,
+    SiteKind,
+    SmoothSpec,
+    StaticActivation,
+    WeightSpec,
+)
+from tests.blocks import gated_mlp
+from tests.graphs import Builder
+from tests.quantizing import Array, per_channel, per_token, watch
+
+K, N = 64, 96
+GRID = SmoothSpec((0.3, 0.4, 0.5, 0.6, 0.7))
+FREE = np.ones(K, np.bool_)
+
+
+def _spec(smoothing: SmoothSpec | None = GRID) -> LinearSpec:
+    return LinearSpec(WeightSpec(), DynamicActivation(), smoothing)
+
+
+def _norm_and_linears(walls: Mapping[int, float], names: str = "a") -> Builder:
+    """norm → linears, with channels whose activations are f times smaller and whose weights f times larger."""
+    b = Builder()
+    h = b.rms_norm(b.tokens("x", K), "norm", K)
+    b.outputs += [b.linear(h, name, N, K) for name in names]
+    for channel, f in walls.items():
+        b.initializers["norm.weight"][channel] /= f
+        for name in names:
+            b.initializers[f"{name}.weight"][:, channel] *= f
+    return b
+
+
+def _choose(
+    b: Builder, folder: Path, specs: Mapping[str, LinearSpec], *, data: bool = True
+) -> tuple[dict[str, Array], dict[str, Choice], dict[str, Site]]:
+    x = np.random.default_rng(5).standard_normal((4, 16, b.inputs[0].type.tensor_type.shape.dim[-1].dim_value))
+    folder.mkdir(exist_ok=True)
+    graph = load(b.save(folder))
+    linears = {linear.name: linear for linear in find_linears(graph)}
+    sites, _ = find_sites(graph, list(linears.values()))
+    values = {linear.x for linear in linears.values()}
+    seen = watch(b, folder / "seen", {"x": x.astype(np.float32)}, *sorted(values)) if data else None
+    weights = {linear.name: b.initializers[linear.weight] for linear in linears.values()}
+    done: list[str] = []
+    factors, choices = choose_factors(sites, linears, specs, lambda linear: weights[linear.name], seen, done.append)
+    assert done == [site.name for site in sites] == [choice.site for choice in choices]
+    return factors, {choice.site: choice for choice in choices}, {site.name: site for site in sites}
+
+
+@pytest.mark.parametrize("f", [40.0, 200.0])
+def test_planted_walls_are_undone(tmp_path: Path, f: float) -> None:
+    """Activations 1/f and weights f: s is below 1 by that factor, and the error is that of the healthy site."""
+    walls = {3: f, 17: f, 40: 2 * f}
+    healthy, before, _ = _choose(_norm_and_linears({}), tmp_path / "healthy", {"a": _spec()})
+    factors, choices, _ = _choose(_norm_and_linears(walls), tmp_path / "walls", {"a": _spec()})
+    others = np.setdiff1d(np.arange(K), list(walls))
+    level = np.exp(np.log(factors["norm"][others] / healthy["norm"][others]).mean())
+    for channel, factor in walls.items():
+        assert factors["norm"][channel] * factor / level == pytest.approx(healthy["norm"][channel], rel=1e-4)
+        assert factors["norm"][channel] < 0.1
+    choice = choices["norm"]
+    assert choice.unsmoothed is not None and choice.error is not None and before["norm"].error is not None
+    assert choice.unsmoothed > 5 * choice.error
+    assert choice.error == pytest.approx(before["norm"].error, rel=1e-3)
+    assert choice.channels == K
+
+
+def test_refinement_is_taken_when_it_measures_better(tmp_path: Path) -> None:
+    b = _norm_and_linears({3: 50})
+    _, plain, _ = _choose(b, tmp_path / "plain", {"a": _spec()})
+    _, refined, _ = _choose(b, tmp_path / "refined", {"a": _spec(SmoothSpec(GRID.alphas, refine_steps=40))})
+    assert plain["norm"].reason == "least output error on the grid"
+    assert refined["norm"].reason == "least output error, refined"
+    assert refined["norm"].error is not None and plain["norm"].error is not None
+    assert refined["norm"].error < plain["norm"].error
+
+
+def test_no_smoothing_is_chosen_where_it_is_best(tmp_path: Path) -> None:
+    """All α of the grid make an outlier of a channel that was none."""
+    b = _norm_and_linears({})
+    b.initializers["norm.weight"][:] = 1
+    b.initializers["a.weight"][:] = np.sign(b.initializers["a.weight"])
+    b.initializers["a.weight"][1:, 5] = 0
+    b.initializers["a.weight"][0, 5] = 1e-4
+    factors, choices, _ = _choose(b, tmp_path, {"a": _spec(SmoothSpec((0.01, 0.02)))})
+    assert factors == {}
+    choice = choices["norm"]
+    assert choice.reason == "no smoothing has the least output error"
+    assert (choice.alpha, choice.channels) == (None, 0)
+    assert choice.error == choice.unsmoothed
+
+
+def test_a_fixed_alpha_is_used_as_it_is(tmp_path: Path) -> None:
+    b = _norm_and_linears({})
+    factors, choices, _ = _choose(b, tmp_path, {"a": _spec(SmoothSpec((0.01,)))})
+    assert (choices["norm"].alpha, choices["norm"].reason) == (0.01, "fixed by the recipe")
+    assert factors["norm"].shape == (K,)
+
+
+def test_the_largest_weight_of_all_consumers_counts(tmp_path: Path) -> None:
+    b = _norm_and_linears({}, "ab")
+    b.initializers["b.weight"][:, 9] *= 1000
+    factors, _, _ = _choose(b, tmp_path, {name: _spec(SmoothSpec((0.0,))) for name in "ab"})
+    peaks = np.maximum(np.abs(b.initializers["a.weight"]).max(axis=0), np.abs(b.initializers["b.weight"]).max(axis=0))
+    expected = (1 / peaks) / np.exp(np.log(1 / peaks).mean())
+    np.testing.assert_allclose(factors["norm"], expected, rtol=1e-5)
+
+
+def test_pinned_channels_stay_1(tmp_path: Path) -> None:
+    """The first channels of the norm are also an output of the graph."""
+    b = _norm_and_linears({20: 100, 30: 100})
+    norm = next(node.output[0] for node in b.nodes if node.op_type == "RMSNormalization")
+    b.outputs.append(b.op("Softplus", b.op("Slice", norm, b.ints(0), b.ints(10), b.ints(-1)), at="side"))
+    refined = SmoothSpec(GRID.alphas, refine_steps=5)
+    for folder, data in ((tmp_path / "data", True), (tmp_path / "none", False)):
+        factors, _, sites = _choose(b, folder, {"a": _spec(refined)}, data=data)
+        assert sites["norm"].free.tolist() == [False] * 10 + [True] * 54
+        assert (factors["norm"][:10] == 1).all()
+        assert factors["norm"][20] < 0.2
+
+
+def test_without_data_only_walls_are_touched(tmp_path: Path) -> None:
+    factors, choices, _ = _choose(_norm_and_linears({3: 100, 20: 60}), tmp_path / "a", {"a": _spec()}, data=False)
+    assert np.flatnonzero(factors["norm"] != 1).tolist() == [3, 20]
+    assert choices["norm"].reason == "channels that stand out in the weights"
+    assert (choices["norm"].alpha, choices["norm"].error, choices["norm"].channels) == (None, None, 2)
+    factors, choices, _ = _choose(_norm_and_linears({}), tmp_path / "b", {"a": _spec()}, data=False)
+    assert factors == {}
+    assert choices["norm"].reason == "no channel of the weights stands out, and there is no calibration data"
+
+
+def test_kinds_that_the_recipe_leaves_out_are_left_alone(tmp_path: Path) -> None:
+    only_norms = SmoothSpec(GRID.alphas, frozenset({SiteKind.NORM}))
+    factors, choices, _ = _choose(gated_mlp(), tmp_path, {name: _spec(only_norms) for name in ("gate", "up", "down")})
+    assert list(factors) == ["norm"]
+    assert choices["up"].reason == "the recipe does not smooth gated_product sites"
+
+
+@pytest.mark.parametrize("spec", [LinearSpec(), _spec(None)])
+def test_float_linears_and_those_without_smoothing_ask_for_nothing(tmp_path: Path, spec: LinearSpec) -> None:
+    factors, choices, _ = _choose(_norm_and_linears({3: 100}), tmp_path, {"a": spec})
+    assert factors == {}
+    assert choices["norm"].reason == "no linear behind it is quantized and smoothed by the recipe"
+
+
+@pytest.mark.parametrize("other", [None, SmoothSpec((0.5,))])
+def test_consumers_that_disagree_are_an_error(tmp_path: Path, other: SmoothSpec | None) -> None:
+    specs = {"a": _spec(), "b": _spec(), "c": _spec(other)}
+    message = (
+        r"^norm: its consumers a and c disagree on smoothing\. Expected the same for all quantized linears that read"
+    )
+    with pytest.raises(BismoothError, match=message):
+        _choose(_norm_and_linears({}, "abc"), tmp_path, specs)
+
+
+def test_a_float_consumer_has_no_say(tmp_path: Path) -> None:
+    factors, _, _ = _choose(_norm_and_linears({3: 100}, "ab"), tmp_path, {"a": _spec(), "b": LinearSpec()})
+    assert factors["norm"][3] < 0.2
+
+
+def test_the_formula_and_its_bounds() -> None:
+    x, w = np.array([1.0, 4.0, 0.0, 1e9]), np.array([4.0, 1.0, 1.0, 0.0])
+    free = np.array([True, True, True, False])
+    s = smoothing_factor(x, w, 0.5, free)
+    np.testing.assert_allclose(s, [0.5, 2.0, 1e-4, 1.0], rtol=1e-6)
+    assert within_bounds(np.array([1e-30, 1e30, 1.0, 5.0]), free).tolist() == [1 / LARGEST, LARGEST, 1.0, 1.0]
+    centred = within_bounds(np.array([1.0, 100.0]), np.ones(2, np.bool_))
+    np.testing.assert_allclose(centred, [0.1, 10.0], rtol=1e-6)
+
+
+def _consumer(x: Array, w: Array, spec: LinearSpec) -> Consumer:
+    return Consumer(
+        labels=np.arange(K, dtype=np.int32),
+        spec=spec,
+        weight=w,
+        row_share=1.0,
+        column_peaks=np.abs(w).max(axis=0),
+        column_power=(w**2).sum(axis=0),
+        absmax=np.abs(x).max(axis=0),
+        tokens=(x, np.zeros((4, K), np.float32)),
+    )
+
+
+def _data() -> tuple[Array, Array, Array]:
+    random = np.random.default_rng(0)
+    x, w = random.standard_normal((40, K), np.float32), random.standard_normal((N, K), np.float32)
+    return x, w, np.exp(random.standard_normal(K)).astype(np.float32).astype(np.float64)
+
+
+def _mean_log(exact: Array, got: Array) -> float:
+    return float(np.log(((exact - got) ** 2).sum(axis=1) / (exact**2).sum(axis=1)).mean())
+
+
+def test_the_measured_error_is_that_of_the_quantized_linear() -> None:
+    x, w, s = _data()
+    (xq, t), (wq, scale) = per_token((x / s).astype(np.float32)), per_channel((w * s).astype(np.float32))
+    exact = x.astype(np.float64) @ w.T
+    expected = _mean_log(exact, (xq * t) @ (wq * scale).T)
+    assert OutputError([_consumer(x, w, _spec())]).of(s) == pytest.approx(expected, abs=1e-4)
+    assert relative(expected) == pytest.approx(np.exp(expected / 2))
+
+
+def test_static_and_weight_only_linears_are_measured_as_such() -> None:
+    x, w, s = _data()
+    wq, scale = per_channel((w * s).astype(np.float32))
+    exact, weight, moved = x.astype(np.float64) @ w.T, wq * scale, x / s
+    step = np.abs(moved).max() / 127
+    static = LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MINMAX))
+    expected = _mean_log(exact, (np.rint(moved / step) * step) @ weight.T)
+    assert OutputError([_consumer(x, w, static)]).of(s) == pytest.approx(expected, abs=1e-3)
+    assert OutputError([_consumer(x, w, LinearSpec(WeightSpec()))]).of(s) == pytest.approx(
+        _mean_log(exact, moved @ weight.T), abs=1e-3
+    )
+
+
+def test_groups_are_measured_as_such_and_not_refined() -> None:
+    x, w, s = _data()
+    spec = LinearSpec(WeightSpec(PerGroup(16)), DynamicActivation())
+    total = np.zeros((40, N))
+    for i in range(0, K, 16):
+        (xq, t) = per_token((x / s).astype(np.float32)[:, i : i + 16])
+        (wq, scale) = per_channel((w * s).astype(np.float32)[:, i : i + 16])
+        total += (xq * t) @ (wq * scale).T
+    measure = OutputError([_consumer(x, w, spec)])
+    assert measure.of(s) == pytest.approx(_mean_log(x.astype(np.float64) @ w.T, total), abs=1e-3)
+    assert measure.operands() is None
+
+
+def test_tokens_without_output_do_not_count() -> None:
+    x, w, s = _data()
+    more = np.concatenate([x, np.zeros((5, K), np.float32)])
+    measured = [OutputError([_consumer(rows, w, _spec())]).of(s) for rows in (x, more)]
+    assert measured[0] == pytest.approx(measured[1], abs=1e-6)
+    assert OutputError([_consumer(np.zeros_like(x), w, _spec())]).of(s) == 0
