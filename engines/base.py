@@ -118,6 +118,15 @@ class EngineRecord:
             "source": dict(self.source),
         }
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> EngineRecord:
+        """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
+        fields = dict(data)
+        triples: Mapping[str, list[list[int]]] = fields["shapes"]
+        fields["capabilities"] = tuple(fields["capabilities"])
+        fields["shapes"] = {name: _triple(shapes) for name, shapes in triples.items()}
+        return EngineRecord(**fields)
+
 
 @dataclass(frozen=True)
 class BuildResult:
@@ -164,6 +173,11 @@ class EngineBuilder(Protocol):
             GateError: a linear that was meant to be INT8 is not, and ``request.allow_float`` is false.
         """
         ...
+
+
+def _triple(shapes: list[list[int]]) -> tuple[Shape, Shape, Shape]:
+    minimum, optimum, maximum = (tuple(shape) for shape in shapes)
+    return minimum, optimum, maximum
 
 
 def audit_path(engine: Path) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .token_feeds import Port, token_feeds
 
 Mode = Literal["int8", "reference", "plain"]
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -80,15 +81,6 @@ class InMemoryGraph:
     name: str
     data: bytes
     folder: Path
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output: numpy dtype (``None`` for types numpy lacks) and shape, symbolic dimensions by name."""
-
-    name: str
-    dtype: np.dtype[Any] | None
-    shape: tuple[int | str | None, ...]
 
 
 class Session:
@@ -173,21 +165,7 @@ class Session:
         Raises:
             BismoothError: the graph has an input that token ids do not determine.
         """
-        positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
-        known: dict[str, NDArray[np.int64]] = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "position_ids": positions,
-            "token_type_ids": np.zeros_like(ids),
-            **(others or {}),
-        }
-        unknown = [port.name for port in self.inputs if port.name not in known or port.dtype is None]
-        if unknown:
-            raise BismoothError(
-                f"{self.label}: cannot be run on text, since it has the input '{unknown[0]}'. "
-                f"Expected some of {', '.join(known)}. Export the model without a KV cache."
-            )
-        return {port.name: known[port.name].astype(port.dtype or np.int64) for port in self.inputs}
+        return token_feeds(self.label, self.inputs, ids, others)
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [B, S, V], float32, of token ids [B, S] without padding."""

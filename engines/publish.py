@@ -59,6 +59,21 @@ def publish(staged: Path, engine: Path, record: EngineRecord, audit: Audit) -> P
     return target
 
 
+def read_record(engine: Path) -> EngineRecord:
+    """The record beside the file ``engine``, as :func:`publish` wrote it.
+
+    Raises:
+        BismoothError: it is missing or damaged.
+    """
+    path = audit_path(engine)
+    if not path.is_file():
+        raise BismoothError(f"{engine}: there is no {path.name} beside it. Expected an engine of 'bismooth build'.")
+    try:
+        return EngineRecord.from_json(json.loads(path.read_text("utf-8"))["engine"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BismoothError(f"{path}: not a record of an engine: {error}. Build the engine again.") from error
+
+
 def _remove_leftovers(engine: Path) -> None:
     """Delete the folders of processes that are no more (on Linux, where that is easily told)."""
     for folder in engine.parent.glob(f".{glob.escape(engine.name)}.tmp-*"):
