@@ -92,7 +92,7 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
     (folder / "optimized.bin").unlink(missing_ok=True)
-    return onnx.load(str(target), load_external_data=False)
+    return onnx.ModelProto.FromString(target.read_bytes())
 
 
 def _kernels(model: Any, linears: Iterable[Linear]) -> list[Kernel]:
