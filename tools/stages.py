@@ -224,9 +224,10 @@ def build(
     loaded = Artifact.load(artifact, "float", "quantized")
     builder = find_builder(engine)
     graph = deployment_graph(loaded, engine)
-    if engine.startswith("tensorrt") and not capabilities and engine == "tensorrt-rtx":
+    if engine == "tensorrt-rtx" and not capabilities:
         raise BismoothError(
-            "tensorrt-rtx: builds ahead of time for named compute capabilities. Expected --capability 86 89 …, got none."
+            "tensorrt-rtx: builds ahead of time for named compute capabilities. "
+            "Expected --capability 86 89 …, got none."
         )
     lint_for(graph, engine, capabilities)
     name = "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
