@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from ..export.errors import BismoothError
 from .base import Phase, PhaseCallback, Profile, Shape, Span
 from .kernel_log import HEADER
-from .tensorrt_runtime import Runtime, check_capabilities
+from .tensorrt_runtime import Runtime, check_capabilities, known_capabilities
 
 _ShapeTriple = tuple[Shape, Shape, Shape]
 _SOURCE_POSITION = re.compile(r"^\w+\.cpp:\d+: ")
@@ -63,7 +63,7 @@ def build_plan(trt: Any, runtime: Runtime, request: PlanRequest, on_phase: Phase
         BismoothError: the request, the graph or this machine does not permit it.
         OSError: a file cannot be written.
     """
-    known = _known_capabilities(trt) if runtime.ahead_of_time else ()
+    known = known_capabilities(trt) if runtime.ahead_of_time else ()
     capabilities = check_capabilities(runtime, request.capabilities, known)
     with Path(request.log).open("w", encoding="utf-8", errors="replace", newline="\n", buffering=1) as sink:
         shapes = _build(trt, runtime, replace(request, capabilities=capabilities), sink, on_phase)
@@ -103,11 +103,6 @@ def peak_rss() -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def _known_capabilities(trt: Any) -> tuple[int, ...]:
-    names: list[str] = list(trt.ComputeCapability.__members__)
-    return tuple(int(name[2:]) for name in names if re.fullmatch(r"SM\d+", name))
 
 
 def _network_flags(trt: Any, runtime: Runtime) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,12 @@ def load_module(runtime: Runtime) -> Any:
             f"{runtime.name}: the Python package '{runtime.module}' is installed but cannot be loaded: {error}. "
             f"Reinstall it with: pip install --force-reinstall 'bismooth[{runtime.name}]'"
         ) from error
+
+
+def known_capabilities(trt: Any) -> tuple[int, ...]:
+    """What the module of an ahead-of-time runtime can build for."""
+    names: list[str] = list(trt.ComputeCapability.__members__)
+    return tuple(int(name[2:]) for name in names if re.fullmatch(r"SM\d+", name))
 
 
 def check_capabilities(runtime: Runtime, requested: Sequence[int], known: Iterable[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ where its output is bound, when the stream runs; its end is recorded among the c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -42,7 +42,7 @@ class FakeTensorRT:
         kinds: type of each tensor; the last is the output.
         failing: what does not work: ``deserialize``, ``context``, ``shape``, ``bind``, ``execute``.
         static: the output's shape follows from those of the inputs.
-        noise: plan → what to add to its logits.
+        noise: plan → how wrong its logits are.
     """
 
     ILogger = Logger
@@ -57,11 +57,11 @@ class FakeTensorRT:
         kinds: Mapping[str, str] | None = None,
         failing: str = "",
         static: bool = True,
-        noise: Mapping[bytes, float] | None = None,
+        noise: Callable[[bytes], float] = lambda plan: 0.0,
         table: NDArray[np.float16] = TABLE,
     ) -> None:
         self.__version__ = version
-        self.cuda, self.failing, self.static, self.noise, self.table = cuda, failing, static, dict(noise or {}), table
+        self.cuda, self.failing, self.static, self.noise, self.table = cuda, failing, static, noise, table
         self.kinds = dict(kinds or {"input_ids": "INT64", "attention_mask": "INT32", "logits": "HALF"})
         self.profile = PROFILE
         self.logger: Any = None
@@ -155,7 +155,9 @@ class _Context(_Tracked):
         if "attention_mask" in self.trt.kinds:
             assert (self._read("attention_mask", np.int32) == 1).all()
         name = list(self.trt.kinds)[-1]
-        logits = self.trt.table[ids] + np.float16(self.trt.noise.get(self.plan, 0)) * ids[..., None] * TABLE[0]
+        logits = self.trt.table[ids] + np.float16(self.trt.noise(self.plan)) * np.sin(
+            np.arange(VOCAB), dtype=np.float16
+        )
         kind = self.trt.kinds[name]
         if kind == "BF16":
             bits = (logits.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

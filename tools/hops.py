@@ -71,6 +71,9 @@ class HopResult:
             return self.skipped
         if "half_max_ratio" in self.metrics:
             return f"{self.metrics['half_max_ratio']:.3g} of the range used, at {self.metrics['half_max_node']}"
+        if "latency_ms" in self.metrics:
+            float_ms, ms = self.metrics["float_latency_ms"], self.metrics["latency_ms"]
+            return f"{self.metrics['device']}: {ms:.3g} ms a window, the float engine {float_ms:.3g} ms"
         if "engines" in self.metrics:
             return ", ".join(f"{name} {share:.2%} INT8" for name, share in self.metrics["engines"].items())
         return None

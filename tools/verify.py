@@ -250,9 +250,21 @@ class _Verifier:
         return [judge.result({"int8_mac_share": min(shares.values()), "engines": shares})]
 
     def _device(self) -> list[HopResult]:
-        gpu = Path("/proc/driver/nvidia/version").exists()
-        reason = "this version does not run engines on the GPU" if gpu else "needs an NVIDIA GPU, this machine has none"
-        return [self._judge(Hop.DEVICE).skip(reason)]
+        from .device import compare_engines, find_target
+
+        judge = self._judge(Hop.DEVICE)
+        target = find_target(self._artifact)
+        if isinstance(target, str):
+            return [judge.skip(target)]
+        track = _Track(self._make())
+        try:
+            with judge.timed():
+                latency = compare_engines(target, self._artifact, self._ids, track.update, self._progress)
+        except BismoothError as error:  # the other hops' results are worth keeping
+            return [judge.result({}, [f"{Hop.DEVICE}: {error}"])]
+        figures = track.figures()
+        figures |= _renamed(figures, {"device_kl": "kl"}) | latency
+        return [judge.result(figures, track.failures(Hop.DEVICE), len(self._ids))]
 
     def layer_sqnr(self) -> tuple[dict[str, Any], ...]:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
