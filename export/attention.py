@@ -30,17 +30,23 @@ def attention_forward(
     return output[0].transpose(1, 2).contiguous(), None
 
 
-def attention_mask(batch_size: int, q_length: int, kv_length: int, **options: Any) -> torch.Tensor:
+def attention_mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """The boolean mask of transformers [batch, 1, q, kv], in which every position may also attend to itself.
 
     Real tokens attend to themselves anyway. A padding token on the left would otherwise attend to nothing, and the
     softmax of an empty row is NaN in some runtimes, which then reaches real tokens as 0 · NaN.
+
+    The padding mask [batch, kv] is applied here: transformers would look it up by computed indices.
     """
     from transformers import masking_utils
 
-    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     sdpa_mask = cast(Any, masking_utils).sdpa_mask
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask: torch.Tensor = sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **options)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :].to(torch.bool)
     queries = torch.arange(q_length, device=mask.device) + options.get("q_offset", 0)
     keys = torch.arange(kv_length, device=mask.device) + options.get("kv_offset", 0)
     return mask | (queries[:, None] == keys[None, :])
