@@ -51,7 +51,8 @@ def _channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int
     for weight, labels in weights:
         used = labels >= 0
         columns = np.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(np.float64)
-        np.maximum.at(peaks, labels[used], columns[used])
+        with np.errstate(invalid="ignore"):  # a NaN is reported when the weight is quantized
+            np.maximum.at(peaks, labels[used], columns[used])
     return peaks
 
 
