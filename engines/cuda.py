@@ -97,36 +97,38 @@ class CudaRuntime:
         Raises:
             BismoothError: its status is not success.
         """
-        name, results = self._raw(function, *arguments)
-        if name is not None:
+        status, results = self._raw(function, *arguments)
+        if status is not None:
             raise BismoothError(
-                f"CUDA: {function} failed: {name} ({self._describe(name)}). Expected cudaSuccess. {_advice(name)}"
+                f"CUDA: {function} failed: {self._describe(status)}. Expected cudaSuccess. {_advice(status)}"
             )
         return results[0] if results else None
 
-    def _raw(self, function: str, *arguments: Any) -> tuple[str | None, tuple[Any, ...]]:
-        """CUDA's name of the error, or ``None``; and the results."""
+    def _raw(self, function: str, *arguments: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The status, ``None`` for success, and the results."""
         try:
             status, *results = getattr(self._runtime, function)(*arguments)
         except RuntimeError as error:
             raise BismoothError(f"CUDA: {function} failed: {error}. Expected a working NVIDIA driver.") from error
-        return (None, tuple(results)) if int(status) == 0 else (str(status.name), ())
+        return (None, tuple(results)) if int(status) == 0 else (status, ())
 
-    def _describe(self, name: str) -> str:
-        _, text = self._runtime.cudaGetErrorString(self._runtime.cudaError_t[name])
-        return bytes(text).decode("utf-8", "replace")
+    def _describe(self, status: Any) -> str:
+        """CUDA's name of the error, with its text."""
+        _, text = self._runtime.cudaGetErrorString(status)
+        return f"{status.name} ({bytes(text).decode('utf-8', 'replace')})"
 
     def unavailable(self) -> str | None:
         """Why there is no GPU to use, or ``None`` if there is one."""
         try:
-            name, results = self._raw("cudaGetDeviceCount")
+            status, results = self._raw("cudaGetDeviceCount")
         except BismoothError:
             return _NO_DRIVER
+        name = None if status is None else status.name
         if name == "cudaErrorInsufficientDriver":
             return self._driver_reason()
         if name == "cudaErrorNoDevice" or (name is None and not results[0]):
             return "there is no NVIDIA GPU on this machine, or CUDA_VISIBLE_DEVICES hides it"
-        return None if name is None else f"CUDA cannot start: {name} ({self._describe(name)})"
+        return None if status is None else f"CUDA cannot start: {self._describe(status)}"
 
     def _driver_reason(self) -> str:
         driver, needed = (int(self._call(f"cuda{which}GetVersion")) for which in ("Driver", "Runtime"))
@@ -179,7 +181,7 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _advice(name: str) -> str:
-    if name == "cudaErrorMemoryAllocation":
+def _advice(status: Any) -> str:
+    if status.name == "cudaErrorMemoryAllocation":
         return "The GPU's memory is full: end other programs on it, or build for a smaller batch and sequence."
     return "Check the GPU with nvidia-smi; after a failed kernel this process cannot use it any more."

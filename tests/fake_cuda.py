@@ -38,7 +38,6 @@ class FakeCuda:
         driver: version of the driver's CUDA, 0 for no driver.
     """
 
-    cudaError_t = Status
     cudaMemcpyKind = Kind
 
     def __init__(

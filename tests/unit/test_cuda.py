@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -165,6 +167,19 @@ def test_a_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code:
     assert cuda_available() == reason
     for name in ("cuda", "cuda.bindings"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.skipif(find_spec("cuda") is None, reason="needs cuda-python")
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="needs a machine without an NVIDIA driver")
+def test_the_real_package_without_a_driver() -> None:
+    assert cuda_available() == "there is no NVIDIA driver on this machine"
+    cuda = CudaRuntime(import_module("cuda.bindings.runtime"))
+    with pytest.raises(BismoothError, match=r"cudaMalloc failed: (cudaErrorInsufficientDriver \(CUDA|Fun.*cuInit)"):
+        cuda.malloc(8)
+    with pytest.raises(BismoothError, match="CUDA: cudaMemcpyAsync failed: "):
+        cuda.upload(1 << 40, np.arange(4), 77)
+    with pytest.raises(BismoothError, match="CUDA: cudaStreamSynchronize failed: "):
+        cuda.synchronize(77)
 
 
 @pytest.mark.gpu
