@@ -61,8 +61,4 @@ def snapshot(folder: Path) -> Mapping[str, tuple[bytes, int]]:
 
 def listing(folder: Path) -> set[str]:
     """Everything below ``folder``, hidden files included."""
-    return {
-        str(Path(parent, name).relative_to(folder))
-        for parent, dirs, files in os.walk(folder)
-        for name in (*dirs, *files)
-    }
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -160,7 +159,7 @@ def test_compile_runs_every_stage(artifacts: Run, tmp_path: Path, capsys: pytest
     report = output(capsys)
     assert report["engines"][0]["int8_mac_share"] == 1.0
     assert report["verdict"].startswith("passed")
-    assert {"float", "quantized", "compile.json"} <= set(os.listdir(tmp_path))
+    assert {"float", "quantized", "compile.json"} <= listing(tmp_path)
 
 
 def test_a_float_artifact_is_verified_without_quantized_hops(
@@ -227,7 +226,7 @@ def test_quantize_needs_statistics_or_a_word_about_it(
     artifacts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = Path(shutil.copytree(artifacts.float, tmp_path / "bare"))
-    os.unlink(bare / "statistics.safetensors")
+    (bare / "statistics.safetensors").unlink()
     assert run("quantize", bare, "-o", tmp_path / "out") == 2
     assert "Run it first, or pass --data none" in capsys.readouterr().err
     assert run("quantize", bare, "--data", "none", "-o", tmp_path / "out") == 0
