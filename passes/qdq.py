@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gs import Dim, Graph, Node, Tensor, shape_of
+from ._gs import Dim, Graph, Node, Tensor, make_constant, shape_of
 from .emit import FLOAT, INT8, INT64, Emitter
 from .graph import Index
 from .linears import Linear
@@ -127,8 +127,11 @@ class _Lowering:
         names = WeightNames.of(linear)
         values = self._store(names.values, INT8, values_shape(linear, None))
         scale = self._store(names.scale, FLOAT, scale_shape(linear, None))
+        # ONNX Runtime's CPU re-encodes the weight: without a zero point it adds a scalar, and then refuses that beside
+        # scales per channel; a zero point that linears share it cannot replace.
+        zeros = make_constant(f"{linear.name}.weight.zero_point", np.zeros(linear.n, np.int8))
         where = f"{linear.name}/weight/DequantizeLinear"
-        weight = self._emit.node("DequantizeLinear", where, [values, scale], [linear.k, linear.n], axis=1)
+        weight = self._emit.node("DequantizeLinear", where, [values, scale, zeros], [linear.k, linear.n], axis=1)
         return self._product(name, x, weight, linear.n)
 
     def _product(self, name: str, x: Tensor, weight: Tensor, n: int) -> Tensor:

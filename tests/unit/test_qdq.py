@@ -105,6 +105,12 @@ def test_static(tmp_path: Path) -> None:
     assert "ReduceMax" not in operators(made.folder / "model.onnx")
 
 
+def test_weight_only_linears_run_in_the_mode_of_integer_kernels(tmp_path: Path) -> None:
+    made = quantize(three_linears(), tmp_path, recipe(activations=None))
+    for expected, got in zip(run(made), run(made, mode="int8"), strict=True):
+        assert relative_error(expected, got) <= TOLERANCE
+
+
 def test_weight_only(tmp_path: Path) -> None:
     b = one_linear()
     wq, scale = per_channel(b.initializers["fc.weight"])
