@@ -37,7 +37,7 @@ gpu-check: $(READY) ## On a GPU host: build and run real engines, and show their
 lint: $(READY) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(READY) ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
