@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bismooth.passes.refine import Operand, Tokens, expected_error, refine, sampled_rows
 
 
