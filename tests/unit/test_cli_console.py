@@ -60,11 +60,29 @@ def test_groups_and_lists_become_titled_tables() -> None:
         linears=[{"name": "q_proj", "share": 0.5}, {"name": "k_proj", "note": "float"}],
         failures=["folded: missed"],
     )
-    lines = [" ".join(line.replace("│", "|").split()) for line in text.splitlines()]
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[:3] == ["model tiny", "hops folded", "error 1e-06"]
-    assert "| q_proj | 50.00% | – |" in lines
-    assert "| k_proj | – | float |" in lines
+    assert "q_proj 50.00% –" in lines
+    assert "k_proj – float" in lines
     assert lines[-1] == "missed folded: missed"
+
+
+def test_tables_hold_shorter_numbers() -> None:
+    lines = [" ".join(line.split()) for line in shown(hops=[{"kl": 0.0123456, "wall_seconds": 1.23}]).splitlines()]
+    assert "0.0123 1.2 s" in lines
+
+
+@dataclass(frozen=True)
+class Long(Document):
+    def brief(self) -> Mapping[str, Any]:
+        return {"rows": len(self.keys), "failures": ["missed"]}
+
+
+def test_a_terminal_shows_what_is_brief(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(Long({"a": 1, "b": 2}), as_json=False)
+    assert " ".join(capsys.readouterr().out.split()) == "rows 2"
+    console.show(Long({"a": 1, "b": 2}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": 1, "b": 2}
 
 
 def test_json_holds_what_json_cannot_say_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""The folder for ONNX Runtime: what it holds, and what its audit sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bismooth.engines.base import BuildRequest, Phase, audit_path
+from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
+from bismooth.export.errors import BismoothError, GateError
+from bismooth.tools.engines import engine_file, find_builder
+from tests.quantized import make
+
+K, N = 8, 6
+
+
+def graph(folder: Path, *, quantized: bool = True) -> Path:
+    """A linear behind per-tensor Q/DQ, in float32."""
+    weight = np.random.default_rng(0).integers(-127, 128, (K, N), np.int8)
+    source = "xd" if quantized else "x"
+    model = make(
+        f"""(float[batch, sequence, {K}] x) => (float[batch, sequence, {N}] y) {{
+        xq = QuantizeLinear(x, one, zero)
+        xd = DequantizeLinear(xq, one, zero)
+        fc_w = DequantizeLinear(w, scale, zero)
+        y = MatMul({source}, fc_w) }}""",
+        w=weight,
+        one=np.float32(1),
+        zero=np.int8(0),
+        scale=np.float32(2**-14),
+    )
+    model.graph.node[3].name = "fc/MatMul"
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "other.onnx").write_text("")
+    return path
+
+
+def test_folder_and_audit(tmp_path: Path) -> None:
+    phases: list[Phase] = []
+    engine = tmp_path / "engine" / "model.onnx"
+    request = BuildRequest(graph(tmp_path / "art"), engine, meant_int8=frozenset({"fc"}), source={"recipe": "r"})
+    result = OnnxRuntimeBuilder().build(request, phases.append)
+    assert {path.name for path in engine.parent.iterdir()} == {"model.onnx", "model.audit.json", "tokenizer.json"}
+    assert result.audit_file == audit_path(engine)
+    (linear,) = result.audit.linears
+    assert (linear.int8, linear.meant_int8, result.audit.int8_gemms) == (True, True, 1)
+    assert engine.read_bytes() == request.onnx.read_bytes()
+    assert len(phases) == 1
+
+
+def test_a_fallback_fails_and_writes_nothing(tmp_path: Path) -> None:
+    engine = tmp_path / "engine" / "model.onnx"
+    onnx = graph(tmp_path / "art", quantized=False)
+    with pytest.raises(GateError, match=r"1 of the 1 linears .* fell back to float"):
+        OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc"})))
+    assert list(engine.parent.iterdir()) == []
+    result = OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc"}), allow_float=True))
+    assert [linear.node for linear in result.audit.fallbacks] == ["fc/MatMul"]
+
+
+def test_a_graph_that_cannot_be_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make(f"(float[1, {K}] x) => (float[1, {K}] y) {{ y = Frobnicate(x) }}").SerializeToString())
+    with pytest.raises(BismoothError, match=r"ONNX Runtime cannot load the graph: .*Frobnicate"):
+        OnnxRuntimeBuilder().build(BuildRequest(path, tmp_path / "engine" / "model.onnx"))
+
+
+def test_engines_by_name() -> None:
+    names = ("tensorrt-rtx", "tensorrt", "onnxruntime", "null")
+    assert [find_builder(name).name for name in names] == list(names)
+    assert [engine_file(name) for name in names] == ["model.engine", "model.engine", "model.onnx", "model.engine"]
+    with pytest.raises(BismoothError, match="engine 'x': Expected one of tensorrt-rtx, tensorrt, onnxruntime, null"):
+        find_builder("x")
