@@ -27,7 +27,7 @@ from bismooth.passes.spec import (
 LINEARS = [f"model.layers.{block}.{path}" for block in range(4) for path in ("self_attn.q_proj", "mlp.down_proj")]
 HEADS = ["lm_head"]
 Q0, DOWN3 = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
-GRID = SmoothSpec((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+GRID = SmoothSpec((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), refine_steps=60)
 
 
 def resolve(**keys: Any) -> dict[str, LinearSpec]:
@@ -78,7 +78,7 @@ def test_a_file_says_only_what_differs(tmp_path: Path) -> None:
     recipe, base = Recipe.load(file), Recipe.load("w8a8")
     assert recipe.name == "mine"
     assert recipe.compute_dtype is ComputeType.BFLOAT16
-    assert recipe.settings == replace(base.settings, smoothing=SmoothSpec((0.5,)))
+    assert recipe.settings == replace(base.settings, smoothing=SmoothSpec((0.5,), refine_steps=60))
     assert recipe.gates == replace(base.gates, int8_kl_vs_reference=1e-5)
     assert recipe.layers == base.layers
 
