@@ -24,6 +24,8 @@ from .errors import BismoothError
 MANIFEST = "bismooth.json"
 FORMAT_VERSION = 1
 Kind = Literal["float", "quantized", "engine"]
+RESERVED = (".onnx", ".json", "quantized.safetensors", "statistics.safetensors")
+"""How the names end that stages give to files of their own: no weight file of a source may be called so."""
 
 
 @dataclass(frozen=True)

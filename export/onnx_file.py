@@ -13,13 +13,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from ._onnx import check_proto, load_proto, save_proto
-from .artifact import Manifest, place_file
+from .artifact import RESERVED, Manifest, place_file
 from .errors import BismoothError
 from .versions import tool_versions
 
 GRAPH = "model.onnx"
-_OURS = (".onnx", ".json", "quantized.safetensors", "statistics.safetensors")
-"""How the names end that the stages give to files of their own."""
 
 
 def import_onnx(path: Path, folder: Path, *, copy: bool = False) -> Manifest:
@@ -101,7 +99,7 @@ def _data_file(path: Path, location: str, end: int) -> Path:
         raise BismoothError(
             f"{path}: its external data {location!r} is outside the model's folder. Expected a file beside the model."
         )
-    if location.endswith(_OURS):
+    if location.endswith(RESERVED):
         raise BismoothError(
             f"{path}: its external data is called {location!r}, a name that an artifact needs for itself. "
             "Save the model with another name for its data, for example 'weights.bin'."

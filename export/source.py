@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from .artifact import RESERVED
 from .errors import BismoothError
 from .safetensors_file import TensorEntry, read_header
 
@@ -133,7 +134,12 @@ def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
             f"{folder}: the checkpoint is already quantized ({method}). Expected float weights: export the model that "
             "it was made from."
         )
-    return HuggingFaceSource(folder, config, _folder_weights(folder))
+    weights = _folder_weights(folder)
+    if reserved := [file.name for file in weights.files if file.name.endswith(RESERVED)]:
+        raise BismoothError(
+            f"{folder}: has weights in {reserved[0]}, a name that an artifact needs for itself. Rename the file."
+        )
+    return HuggingFaceSource(folder, config, weights)
 
 
 def _known_to_transformers(config: dict[str, Any]) -> bool:
