@@ -16,6 +16,7 @@ import pytest
 from bismooth.engines.onnxruntime import Session
 from bismooth.export.artifact import Artifact
 from bismooth.tools.cli import main
+from tests.quantized import make
 from tests.tiny import SIZES, Tiny, listing, make_tiny, snapshot
 
 FLOAT_GATES = ("kl=none", "top1=none", "perplexity_ratio=none")
@@ -245,3 +246,22 @@ def test_an_encoder_is_judged_by_its_features(tmp_path: Path, capsys: pytest.Cap
     assert reference["metrics"]["cosine_p5"] > 0.9
     assert reference["verdict"] == "measured"
     assert "perplexity" not in report
+
+
+def test_a_network_of_convolutions_has_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cnn.onnx"
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    model = make("(float[batch, 3, 8, 8] x) => (float[batch, 4, 6, 6] y) { y = Conv(x, w) }", w=weight)
+    file.write_bytes(model.SerializeToString())
+    art = tmp_path / "art"
+    assert run("export", file, "-o", art, "--dtype", "float32") == 0
+    capsys.readouterr()
+    assert run("inspect", art, "--json") == 0
+    assert (output(capsys)["kind"], json.loads((art / "bismooth.json").read_text())["architecture"]) == ("float", None)
+    assert run("inspect", file, "--json") == 0
+    assert output(capsys)["operators"] == {"Conv": 1}
+    text = tmp_path / "text.txt"
+    text.write_text("some words")
+    for command in ("calibrate", "verify"):
+        assert run(command, art, "--data", text) == 2
+        assert "has no tokenizer.json, so text cannot become tokens" in capsys.readouterr().err
