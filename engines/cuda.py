@@ -164,7 +164,7 @@ def _find() -> CudaRuntime | str:
     except ModuleNotFoundError as error:
         if not _MODULE.startswith(error.name or "-"):
             return f"cuda-python cannot be loaded: {error}"
-        return f"cuda-python is not installed. {_INSTALL}"
+        return f"it needs an NVIDIA GPU and cuda-python, and cuda-python is not installed. {_INSTALL}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"cuda-python cannot be loaded: {error}"
     runtime = CudaRuntime(module)

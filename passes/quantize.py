@@ -130,7 +130,14 @@ def quantize_graph(
 
 def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph) -> dict[str, LinearSpec]:
     heads = {linear.name for linear in find_head(linears, graph)}
-    return recipe.resolve([linear.name for linear in linears], heads)
+    specs = recipe.resolve([linear.name for linear in linears], heads)
+    if recipe.settings.weights is not None and not any(spec.quantized for spec in specs.values()):
+        raise BismoothError(
+            f"recipe {recipe.name}: there is nothing to quantize. Expected linear layers (MatMul or Gemm with a "
+            f"constant matrix) that the recipe does not leave float, got {len(linears)} linears, all float. "
+            "Convolutions are not quantized; take the recipe fp16, or another model."
+        )
+    return specs
 
 
 def _checked_folds(graph: Graph, sites: Sequence[Site], factors: Factors, progress: Progress) -> dict[str, float]:

@@ -60,7 +60,9 @@ class Settings:
         return Settings(
             weights=parsed("weights", _weights),
             activations=parsed("activations", _activations),
-            smoothing=parsed("smoothing", lambda plain, where: _smoothing({**smoothing, **plain}, where)),
+            smoothing=parsed(
+                "smoothing", lambda plain, where: _smoothing({**smoothing, **_fixed(plain), **plain}, where)
+            ),
         )
 
     def to_dict(self) -> Plain:
@@ -138,6 +140,11 @@ def _plain_activations(spec: ActivationSpec) -> Plain:
         return {"granularity": "per_token"}
     percentile = {} if spec.percentile is None else {"percentile": spec.percentile}
     return {"granularity": "per_tensor", "range": str(spec.method), **percentile}
+
+
+def _fixed(plain: Plain) -> Plain:
+    """One α means that α: s then stays at the formula, unless the entry itself asks for steps."""
+    return {"refine_steps": 0} if len(plain.get("alphas", ())) == 1 else {}
 
 
 def _smoothing(plain: Plain, where: str) -> SmoothSpec:

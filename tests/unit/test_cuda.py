@@ -142,9 +142,9 @@ def test_version_12_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)  # importing it raises ModuleNotFoundError
     reason = cuda_available() or ""
-    assert reason.startswith("cuda-python is not installed. Install it with: pip install cuda-python")
+    assert "cuda-python is not installed. Install it with: pip install cuda-python" in reason
     assert "bismooth[tensorrt]" in reason
-    with pytest.raises(BismoothError, match=r"CUDA: cuda-python is not installed\."):
+    with pytest.raises(BismoothError, match=r"cuda-python is not installed\."):
         load_cuda()
 
 

@@ -19,6 +19,7 @@ from bismooth.passes.recipe import Recipe
 from tests.blocks import SITES
 from tests.graphs import Builder, DecoderShape, decoder
 from tests.quantizing import Array, Quantized, quantize, recipe, relative_error, watch
+from tests.textgraphs import make
 
 X = np.random.default_rng(0).standard_normal((2, 20, 8)).astype(np.float32)
 SMOOTH = {"alphas": [0.3, 0.5, 0.7], "refine_steps": 10}
@@ -333,3 +334,10 @@ def test_without_data_walls_are_folded(tmp_path: Path) -> None:
     made = quantize(b, tmp_path, recipe(smoothing=SMOOTH))
     assert [(choice.channels, choice.error) for choice in made.result.choices] == [(1, None)]
     assert made.result.fold_errors["norm"] <= 1e-5
+
+
+def test_a_recipe_that_finds_nothing_to_quantize_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make("(float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }").SerializeToString())
+    with pytest.raises(BismoothError, match=r"nothing to quantize\..*got 0 linears"):
+        quantize_graph(path, tmp_path, Recipe.load("w8a8"), None)
