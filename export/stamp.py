@@ -165,14 +165,14 @@ def _same_value(x: ir.Value, y: ir.Value, same: dict[int, ir.Value], prefixes: t
     """Whether x is in its block what y is in the other: made by twins, shared, equal constants, or twin parameters."""
     if id(x) in same:
         return same[id(x)] is y
-    if x is y:
-        return True
+    name, other = x.name or "", y.name or ""
+    if x is y:  # a parameter of one of the two would be its own there, and a foreign one in the other
+        return not name.startswith(prefixes)
     if not (x.is_initializer() and y.is_initializer()):
         return False
     a, b = x.const_value, y.const_value
     if a is not None and b is not None:
         return a.dtype == b.dtype and np.array_equal(a.numpy(), b.numpy())
-    name, other = cast(str, x.name), cast(str, y.name)
     twins = name.startswith(prefixes[0]) and other == prefixes[1] + name.removeprefix(prefixes[0])
     return twins and a is b is None and x.shape == y.shape
 
