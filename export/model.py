@@ -22,6 +22,7 @@ from .source import (
     read_weights,
     resolve_source,
 )
+from .tokenizer import complete_tokenizer
 from .versions import tool_versions
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def export_model(
     else:
         origin["format"] = "huggingface"
         _place_files(resolved, folder, copy)
-        _complete_tokenizer(resolved.folder, folder, trust_remote_code)
+        complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
         resolved = replace(resolved, weights=_moved(resolved.weights, folder))
     origin["fingerprint"] = resolved.weights.fingerprint()
     return replace(_write_graph(resolved, folder, trust_remote_code, progress), source=origin)
@@ -108,23 +109,6 @@ def _place_files(source: HuggingFaceSource, folder: Path, copy: bool) -> None:
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _complete_tokenizer(source: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Write ``tokenizer.json`` from the vocabulary files of older tokenizers, if that is what there is."""
-    vocabulary = [path for pattern in ("vocab*", "*.model") for path in folder.glob(pattern)]
-    if (folder / "tokenizer.json").is_file() or not vocabulary:
-        return
-    import transformers
-
-    try:
-        tokenizer = cast(Any, transformers).AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raise bare exceptions of many kinds
-        raise BismoothError(
-            f"{source}: the tokenizer cannot be converted to tokenizer.json ({error}). "
-            "Save it with a current transformers, or remove its files to export the model without it."
-        ) from error
 
 
 def _moved(weights: Weights, folder: Path) -> Weights:

@@ -165,10 +165,12 @@ def cannot_trace(name: str) -> Generator[None]:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Silence the exporter's notes on optional packages and deprecations inside torch."""
+    """Silence the exporter's notes on optional packages, on names of axes, and deprecations inside torch."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        for category in (FutureWarning, DeprecationWarning):  # torch uses what it deprecates itself
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")  # the name is used, once
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
