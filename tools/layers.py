@@ -15,7 +15,10 @@ from ..passes.linears import find_linears
 from .metrics import Sqnr
 
 TOKENS = 128
-"""Tokens of the one window that is looked at: all outputs of all linears are held at once, twice."""
+"""Tokens of the one window that is looked at."""
+
+AT_ONCE = 32
+"""Linears whose outputs are held at once, of both graphs; each group is a run of its own."""
 
 
 def layer_sqnr(
@@ -41,13 +44,17 @@ def layer_sqnr(
     if not values:
         return ()
     window = ids[:, :TOKENS]
-    with Session(clean, mode="plain", values=values) as session:
-        signal = session.run(session.token_feeds(window), values)
-    progress("layer errors", 1, 2)
-    with Session(quantized, mode="reference", values=values) as session:
-        noisy = session.run(session.token_feeds(window), values)
-    progress("layer errors", 2, 2)
-    rows = [{"linear": item.name, "sqnr_db": _sqnr(signal[item.output], noisy[item.output])} for item in linears]
+    ratios: dict[str, float] = {}
+    with (
+        Session(clean, mode="plain", values=values) as exact,
+        Session(quantized, mode="reference", values=values) as noisy,
+    ):
+        for start in range(0, len(values), AT_ONCE):
+            group = values[start : start + AT_ONCE]
+            signal, other = (session.run(session.token_feeds(window), group) for session in (exact, noisy))
+            ratios |= {value: _sqnr(signal[value], other[value]) for value in group}
+            progress("layer errors", min(start + AT_ONCE, len(values)), len(values))
+    rows = [{"linear": item.name, "sqnr_db": ratios[item.output]} for item in linears]
     return tuple(sorted(rows, key=lambda row: (row["sqnr_db"] == row["sqnr_db"], row["sqnr_db"])))
 
 

@@ -87,7 +87,7 @@ def calibrate(
     histograms: bool = True,
     output: Path | None = None,
 ) -> CalibrateResult:
-    """Run text through the float graph and write statistics of the inputs of all linears but the head.
+    """Run text through the float graph and write statistics of the inputs of all linears.
 
     Raises:
         BismoothError: the artifact or the text cannot be used.
@@ -95,15 +95,12 @@ def calibrate(
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
     from ..passes.graph import load
-    from ..passes.linears import find_head, find_linears
+    from ..passes.linears import find_linears
 
     start = time.perf_counter()
     loaded = Artifact.load(artifact, "float")
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
-    graph = load(loaded.graph("float32"))
-    linears = find_linears(graph)
-    heads = {linear.name for linear in find_head(linears, graph)}
-    values = list(dict.fromkeys(linear.x for linear in linears if linear.name not in heads))
+    values = list(dict.fromkeys(linear.x for linear in find_linears(load(loaded.graph("float32")))))
     target = output or artifact / STATISTICS
     run(
         artifact,
