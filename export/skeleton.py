@@ -17,6 +17,7 @@ import torch
 from .artifact import Blocks
 from .errors import BismoothError
 from .record import record_blocks
+from .trace import cannot_trace
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,12 @@ def build_skeleton(config: Any, *, shorten: bool = True, trust_remote_code: bool
     chosen = tuple(sorted(i for kind in set(kinds) for i in [i for i, k in enumerate(kinds) if k == kind][:2]))
     if not shorten or len(chosen) == len(kinds):
         return Skeleton(model, blocks, None, ())
-    short = _shorten(config, chosen, len(kinds))
-    trial = record_blocks(cls, short, prefix, _renumbered(buffers, blocks, chosen))
+    try:
+        with cannot_trace(cls.__name__):
+            short = _shorten(config, chosen, len(kinds))
+        trial = record_blocks(cls, short, prefix, _renumbered(buffers, blocks, chosen))
+    except BismoothError:  # the model's code knows no such model
+        return Skeleton(model, blocks, None, ())
     alike = trial.around == record.around and trial.blocks == tuple(record.blocks[i] for i in chosen)
     return Skeleton(model, blocks, short if alike else None, chosen if alike else ())
 
