@@ -67,7 +67,8 @@ class OutputError:
     def of(self, s: Factor) -> float:
         """Mean over tokens of log(‖y − ŷ‖² / ‖y‖²), y being the outputs of all linears side by side.
 
-        A weighted mean of the groups' means; the logarithm keeps single tokens from deciding for all others.
+        Each linear counts by all its rows, not by those sampled. A weighted mean of the groups' means; the logarithm
+        keeps single tokens from deciding for all others.
         """
         lost = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
         total = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
@@ -76,8 +77,8 @@ class OutputError:
             weight = fake_quantize_rows(consumer.weight * columns, consumer.spec.group)
             for group, (tokens, output) in enumerate(zip(consumer.tokens, outputs, strict=True)):
                 difference = consumer.quantized(tokens / columns, columns) @ weight.T - output
-                lost[group] += np.einsum("tn,tn->t", difference, difference)
-                total[group] += np.einsum("tn,tn->t", output, output)
+                lost[group] += consumer.row_share * np.einsum("tn,tn->t", difference, difference)
+                total[group] += consumer.row_share * np.einsum("tn,tn->t", output, output)
         return _mean_of_groups(lost, total)
 
     def operands(self) -> list[Operand] | None:

@@ -60,10 +60,19 @@ class Operand:
     peaks: Float | None
 
 
+def sample(size: int, count: int) -> NDArray[np.intp]:
+    """Sorted indices of ``count`` of ``size`` rows, of all if there are no more; the same ones for the same numbers.
+
+    Drawn at random: rows at a regular distance would be the same few positions of every attention head.
+    """
+    if size <= count:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(0).choice(size, count, replace=False))
+
+
 def sampled_rows(weight: Float) -> tuple[Float, float]:
-    """|W| of evenly spaced rows of [N, K], and how many rows each stands for."""
-    step = max(1, weight.shape[0] // SAMPLED_ROWS)
-    rows = np.abs(weight[::step])
+    """|W| of sampled rows of [N, K], and how many rows each stands for."""
+    rows = np.abs(weight[sample(len(weight), SAMPLED_ROWS)])
     return rows, weight.shape[0] / rows.shape[0]
 
 

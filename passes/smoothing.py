@@ -16,7 +16,7 @@ from ..export.errors import BismoothError
 from .fold import Factor
 from .linears import Linear
 from .output_error import Consumer, OutputError, relative
-from .refine import refine
+from .refine import refine, sample
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec
 from .walls import find_walls
@@ -24,7 +24,7 @@ from .walls import find_walls
 Float = NDArray[np.float32]
 
 SAMPLED_OUTPUTS = 256
-"""Rows of a weight that the search looks at, evenly spaced; a weight of less than twice as many is looked at whole."""
+"""Rows of a weight that the search looks at."""
 
 LARGEST = 2.0**24
 """Bound of s and 1/s. Gammas and scales are float32 in all graphs, so within it the folded ones stay normal numbers."""
@@ -149,7 +149,7 @@ def _consumer(
     activations: Activations,
 ) -> Consumer:
     full = weight(linear)
-    rows = full[:: max(1, full.shape[0] // SAMPLED_OUTPUTS)].copy()
+    rows = full[sample(len(full), SAMPLED_OUTPUTS)]
     return Consumer(
         labels=labels,
         spec=spec,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bismooth.passes.refine import Operand, Tokens, expected_error, refine, sampled_rows
+from bismooth.passes.refine import Operand, Tokens, expected_error, refine, sample, sampled_rows
 
 
 def _operand(seed: int, *, static: bool = False, channels: int = 12) -> Operand:
@@ -60,3 +60,15 @@ def test_the_model_predicts_the_measured_error() -> None:
     tokens = Tokens(np.abs(x), (y**2).sum(axis=1), 1.0)
     operand = Operand(np.arange(96, dtype=np.int32), [tokens], (w**2).sum(axis=0), rows, share, None)
     assert expected_error(np.ones(96), [operand]) == pytest.approx(measured, abs=0.1)
+
+
+def test_sampled_rows_are_all_positions_of_the_heads() -> None:
+    """Every 32nd of 8192 rows would be four positions of each head of 128."""
+    rows = sample(8192, 256)
+    assert len(set((rows % 128).tolist())) > 90
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, sample(8192, 256))
+    assert sample(5, 8).tolist() == [0, 1, 2, 3, 4]
+    magnitudes, share = sampled_rows(np.full((768, 3), -2, np.float32))
+    assert (magnitudes.shape, share) == ((192, 3), 4.0)
+    assert (magnitudes == 2).all()

@@ -185,12 +185,12 @@ def test_the_formula_and_its_bounds() -> None:
     np.testing.assert_allclose(centred, [0.1, 10.0], rtol=1e-6)
 
 
-def _consumer(x: Array, w: Array, spec: LinearSpec) -> Consumer:
+def _consumer(x: Array, w: Array, spec: LinearSpec, row_share: float = 1.0) -> Consumer:
     return Consumer(
         labels=np.arange(K, dtype=np.int32),
         spec=spec,
         weight=w,
-        row_share=1.0,
+        row_share=row_share,
         column_peaks=np.abs(w).max(axis=0),
         column_power=(w**2).sum(axis=0),
         absmax=np.abs(x).max(axis=0),
@@ -228,6 +228,16 @@ def test_static_and_weight_only_linears_are_measured_as_such() -> None:
     assert OutputError([_consumer(x, w, LinearSpec(WeightSpec()))]).of(s) == pytest.approx(
         _mean_log(exact, moved @ weight.T), abs=1e-3
     )
+
+
+def test_a_linear_counts_by_the_rows_its_sample_stands_for() -> None:
+    """A sample of a quarter of the rows, all alike, says what the whole would."""
+    x, w, s = _data()
+    other = w[:20] * np.float32(3)
+    whole = OutputError([_consumer(x, np.tile(w, (4, 1)), _spec()), _consumer(x, other, _spec())]).of(s)
+    sampled = OutputError([_consumer(x, w, _spec(), 4.0), _consumer(x, other, _spec())]).of(s)
+    assert sampled == pytest.approx(whole, abs=1e-5)
+    assert abs(OutputError([_consumer(x, w, _spec()), _consumer(x, other, _spec())]).of(s) - whole) > 1e-3
 
 
 def test_groups_are_measured_as_such_and_not_refined() -> None:
