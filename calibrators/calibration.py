@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ..passes.spec import RangeMethod, StaticActivation
 from .histogram import Histogram
 from .ranges import threshold
-from .statistics import Statistics
+from .statistics import Provenance, Statistics
 
 Float = NDArray[np.float32]
 
@@ -18,6 +18,11 @@ class StatisticsCalibration:
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the statistics were taken from."""
+        return self._statistics.provenance
 
     def absmax(self, value: str) -> Float:
         """max|x| per channel: [K]."""

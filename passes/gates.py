@@ -81,10 +81,13 @@ class Gates:
         """These gates with some limits changed.
 
         Raises:
-            BismoothError: there is no such gate.
+            BismoothError: there is no such gate, or a limit is out of range.
         """
-        for name in limits:
-            _metadata(name)
+        for name, limit in limits.items():
+            share = _metadata(name)["bound"] == "at least"
+            if limit is not None and not (0 <= limit <= 1 if share else limit >= 0):
+                expected = "a share from 0 to 1" if share else "0 or more"
+                raise BismoothError(f"gates: {name}: Expected {expected}, got {limit:g}.")
         return replace(self, **limits)
 
     def to_dict(self) -> dict[str, float | None]:

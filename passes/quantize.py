@@ -43,6 +43,9 @@ from .unsigned import UseUnsignedActivations
 from .weight_file import QuantizedLinear, WeightFile, WeightSources, write_weights
 from .weight_reader import WeightReader
 
+LEAST_OPSET = 18
+"""Reductions take their axes as an input from here on."""
+
 WEIGHTS = "quantized.safetensors"
 
 
@@ -96,6 +99,11 @@ def quantize_graph(
             overflows the compute type, or a fold changes the function.
     """
     graph = load(source)
+    if graph.opset < LEAST_OPSET:
+        raise BismoothError(
+            f"{source}: has opset {graph.opset}. Expected {LEAST_OPSET} or newer, for the quantized graph. Export "
+            "the model at a newer opset, or convert it with onnx.version_converter."
+        )
     reader = WeightReader(graph)
     linears = find_linears(graph)
     specs = _specs(recipe, linears, graph)

@@ -116,6 +116,11 @@ class Recipe:
         return any(item.smoothing or isinstance(item.activations, StaticActivation) for item in self._all_settings)
 
     @property
+    def smooths(self) -> bool:
+        """Whether any linear is smoothed."""
+        return any(item.smoothing for item in self._all_settings)
+
+    @property
     def needs_histograms(self) -> bool:
         """Whether static ranges come from histograms, not from maxima."""
         activations = [item.activations for item in self._all_settings]

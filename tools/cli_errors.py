@@ -65,7 +65,10 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case OSError(strerror=str(reason)):
             return USAGE, f"{reason}."
         case KeyboardInterrupt() | typer.Abort():
-            return INTERRUPTED, "Interrupted. What was finished before is intact; run the same command again."
+            return (
+                INTERRUPTED,
+                "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+            )
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return INTERNAL, f"Internal error, please report it: {what} (rerun with {TRACEBACK}=1 for a traceback)"

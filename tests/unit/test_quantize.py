@@ -341,3 +341,12 @@ def test_a_recipe_that_finds_nothing_to_quantize_says_so(tmp_path: Path) -> None
     path.write_bytes(make("(float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }").SerializeToString())
     with pytest.raises(BismoothError, match=r"nothing to quantize\..*got 0 linears"):
         quantize_graph(path, tmp_path, Recipe.load("w8a8"), None)
+
+
+def test_an_old_opset_is_refused(tmp_path: Path) -> None:
+    model = make("(float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }")
+    model.opset_import[0].version = 17
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BismoothError, match=r"has opset 17\. Expected 18 or newer"):
+        quantize_graph(path, tmp_path, Recipe.load("w8a8"), None)

@@ -151,3 +151,9 @@ def test_contradictions_name_the_linear() -> None:
             extends="w8a16",
             layers=[{"match": DOWN3, "weights": {"granularity": "per_group", "group_size": 64}}],
         )
+
+
+@pytest.mark.parametrize(("name", "limit", "expected"), [("top1", 93, "a share from 0 to 1"), ("kl", -1, "0 or more")])
+def test_a_gate_out_of_range(name: str, limit: float, expected: str) -> None:
+    with pytest.raises(BismoothError, match=f"gates: {name}: Expected {expected}"):
+        Recipe.load("w8a8").gates.replaced({name: limit})
