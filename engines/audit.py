@@ -157,7 +157,7 @@ def audit_log(log: str, linears: Sequence[Linear], meant_int8: Iterable[str] = (
     Args:
         log: the builder's verbose log.
         linears: the linears of the ONNX graph that was built.
-        meant_int8: names of those that are to run in INT8.
+        meant_int8: nodes of those that are to run in INT8.
 
     Raises:
         BismoothError: the log cannot be read, no kernel names a linear, or ``meant_int8`` names something else.
@@ -184,7 +184,7 @@ def audit_kernels(
         )
     used = {kernel.name: kernel for kernel in products.values()}
     return Audit(
-        tuple(_audit_linear(linear, products, by_node, linear.name in meant) for linear in linears),
+        tuple(_audit_linear(linear, products, by_node, linear.node in meant) for linear in linears),
         kinds=dict(Counter(kernel.kind for kernel in kernels)),
         gemms=len(used),
         int8_gemms=sum(map(_is_int8, used.values())),
@@ -197,9 +197,9 @@ def check_meant(linears: Sequence[Linear], meant_int8: Iterable[str]) -> frozens
     """``meant_int8`` as a set.
 
     Raises:
-        BismoothError: one of the names is no linear of the graph.
+        BismoothError: one of the ONNX nodes is no linear of the graph.
     """
-    meant, known = frozenset(meant_int8), {linear.name for linear in linears}
+    meant, known = frozenset(meant_int8), {linear.node for linear in linears}
     for name in sorted(meant - known):
         nearest = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""

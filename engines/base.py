@@ -70,7 +70,7 @@ class BuildRequest:
         onnx: the graph; its external data lies in the same folder.
         engine: the file to write, with :func:`audit_path` beside it. Both are replaced only when the build succeeds.
         capabilities: compute capabilities (``86`` for SM86) of an ahead-of-time build; empty for the host's own GPU.
-        meant_int8: linears (module paths, ``model.layers.0.self_attn.q_proj``) that the recipe computes in INT8.
+        meant_int8: linears that the recipe computes in INT8, by ONNX node: ``model.layers.0.self_attn.q_proj/MatMul``.
         allow_float: accept an engine in which some of ``meant_int8`` run in float; otherwise a :class:`GateError`.
         optimization_level: TensorRT's ``builder_optimization_level``, 0 to 5; ``None`` leaves its default.
         timing_cache: a file of kernel timings to start from and to update (engines built on a GPU).

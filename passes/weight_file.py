@@ -34,9 +34,18 @@ _NARROW: dict[ComputeType, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantized linear: relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding, and its size."""
+    """A quantized linear.
+
+    Attributes:
+        name: The module's path.
+        node: Name of its ONNX node, the same in the float and in the Q/DQ graph.
+        n: Output channels.
+        k: Input channels.
+        weight_error: Relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding.
+    """
 
     name: str
+    node: str
     n: int
     k: int
     weight_error: float
@@ -179,7 +188,7 @@ class _Tensors:
         scale = scale if spec.group is None else scale.T[:, None, :]
         self.writer.write(names.scale, scale)
         self._narrowed(names.scale, scale, linear.weight)
-        return QuantizedLinear(linear.name, linear.n, linear.k, quantized.error)
+        return QuantizedLinear(linear.name, linear.node, linear.n, linear.k, quantized.error)
 
     def _folded(self, linear: Linear) -> None:
         weight = self.sources.folded(linear)

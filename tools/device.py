@@ -165,7 +165,7 @@ def _engine(
 
 def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
     stage = _quantize_stage(artifact)
-    names = [linear["name"] for linear in stage.get("quantized", ())]
+    nodes = [linear["node"] for linear in stage.get("quantized", ())]
     computes_int8 = role in _ROLES and bool(stage) and stage["recipe"]["activations"] is not None
     graph = artifact.graph(role)
     folder = f"device-{target.runtime.name}-sm{target.device.capability}"
@@ -177,7 +177,7 @@ def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
         "content_sha256": stage.get("content_sha256"),
         "graph_sha256": file_sha256(graph),
     }
-    return _Plan(role, graph, engine, source, frozenset(names) if computes_int8 else frozenset())
+    return _Plan(role, graph, engine, source, frozenset(nodes) if computes_int8 else frozenset())
 
 
 def _shipped(artifact: Artifact, role: str) -> list[Path]:

@@ -15,7 +15,10 @@ import pytest
 from bismooth.calibrators.calibration import StatisticsCalibration
 from bismooth.calibrators.run import calibrate
 from bismooth.calibrators.statistics import Statistics
+from bismooth.engines.base import BuildRequest
+from bismooth.engines.null import NullBuilder
 from bismooth.engines.onnxruntime import Mode, Session
+from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.passes.graph import load
 from bismooth.passes.linears import find_head, find_linears
 from bismooth.passes.lint import lint
@@ -151,3 +154,14 @@ def test_linears_that_read_one_tensor_share_its_quantizer(made: Made, name: str)
     source = load(artifact.path("reference"))
     head = set(artifact.result.float_linears)
     assert quantizers == len({linear.x for linear in find_linears(source) if linear.name not in head}) == 4 * 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "llama"])
+def test_engines_know_every_linear_that_is_meant_to_be_int8(made: Made, tmp_path: Path, name: str) -> None:
+    artifact = made(name, "w8a8")
+    meant = frozenset(linear.node for linear in artifact.result.linears)
+    for builder, role in ((OnnxRuntimeBuilder(), "float32"), (NullBuilder(), "float16")):
+        engine = tmp_path / builder.name / "model.engine"
+        audit = builder.build(BuildRequest(artifact.path(role), engine, meant_int8=meant)).audit
+        assert {linear.node for linear in audit.linears if linear.meant_int8} == meant
+        assert audit.meant_share() == 1

@@ -38,7 +38,7 @@ STAGE: dict[str, Any] = {
     "recipe": {"name": "w8a8", "activations": {}},
     "fingerprint": "recipe",
     "content_sha256": "weights",
-    "quantized": [{"name": "head"}],
+    "quantized": [{"name": "head", "node": "head/MatMul"}],
 }
 VERSION = "1"  # NullBuilder's
 
@@ -148,7 +148,7 @@ def test_what_is_built(artifact: Artifact, set_host: SetHost) -> None:
         assert request.capabilities == (89,)
         assert request.profile == Profile(Span(1, 1, 1), Span(1, 6, 6))
         assert request.allow_float
-    assert (plain.meant_int8, int8.meant_int8) == (frozenset(), frozenset({"head"}))
+    assert (plain.meant_int8, int8.meant_int8) == (frozenset(), frozenset({"head/MatMul"}))
 
 
 def test_weight_only_recipes_compute_nothing_in_int8(artifact: Artifact, set_host: SetHost) -> None:

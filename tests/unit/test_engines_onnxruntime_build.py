@@ -43,7 +43,7 @@ def graph(folder: Path, *, quantized: bool = True) -> Path:
 def test_folder_and_audit(tmp_path: Path) -> None:
     phases: list[Phase] = []
     engine = tmp_path / "engine" / "model.onnx"
-    request = BuildRequest(graph(tmp_path / "art"), engine, meant_int8=frozenset({"fc"}), source={"recipe": "r"})
+    request = BuildRequest(graph(tmp_path / "art"), engine, meant_int8=frozenset({"fc/MatMul"}), source={"recipe": "r"})
     result = OnnxRuntimeBuilder().build(request, phases.append)
     assert {path.name for path in engine.parent.iterdir()} == {"model.onnx", "model.audit.json", "tokenizer.json"}
     assert result.audit_file == audit_path(engine)
@@ -57,9 +57,9 @@ def test_a_fallback_fails_and_writes_nothing(tmp_path: Path) -> None:
     engine = tmp_path / "engine" / "model.onnx"
     onnx = graph(tmp_path / "art", quantized=False)
     with pytest.raises(GateError, match=r"1 of the 1 linears .* fell back to float"):
-        OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc"})))
+        OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"})))
     assert list(engine.parent.iterdir()) == []
-    result = OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc"}), allow_float=True))
+    result = OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True))
     assert [linear.node for linear in result.audit.fallbacks] == ["fc/MatMul"]
 
 

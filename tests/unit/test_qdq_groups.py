@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bismooth.engines.linears import summarize
 from bismooth.passes.graph import load
 from bismooth.passes.lint import lint
 from tests.graphs import Builder
@@ -49,6 +50,12 @@ def test_per_token_and_group(tmp_path: Path, k: int, flat: bool) -> None:
         exact = expected(x, b.initializers[f"{name}.weight"]) + b.initializers[f"{name}.bias"]
         assert got.shape == exact.shape
         assert relative_error(exact, got) <= 1e-6
+
+
+def test_the_product_of_all_groups_keeps_the_name_of_the_node(tmp_path: Path) -> None:
+    made = quantize(linears(40)[0], tmp_path, grouped())
+    (linear,) = summarize(made.folder / "model.onnx").linears
+    assert (linear.node, linear.quantized) == (made.result.linears[0].node, True)
 
 
 def test_a_static_scale_is_one_for_all_groups(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_builders_share_an_interface() -> None:
 def test_engine_and_audit(tmp_path: Path) -> None:
     graph, phases = save(per_token("q_proj", "k_proj"), tmp_path), list[Phase]()
     request = BuildRequest(
-        graph, tmp_path / "m.engine", (86,), meant_int8=frozenset({"q_proj"}), source={"recipe": "w8a8"}
+        graph, tmp_path / "m.engine", (86,), meant_int8=frozenset({"q_proj/MatMul"}), source={"recipe": "w8a8"}
     )
     result = NullBuilder().build(request, phases.append)
     content = json.loads(request.engine.read_text())
@@ -58,7 +58,7 @@ def test_documented_keys_are_those_written(tmp_path: Path) -> None:
 
 
 def test_gate(tmp_path: Path) -> None:
-    request = BuildRequest(save(float_linear(), tmp_path), tmp_path / "m.engine", meant_int8=frozenset({"fc"}))
+    request = BuildRequest(save(float_linear(), tmp_path), tmp_path / "m.engine", meant_int8=frozenset({"fc/MatMul"}))
     with pytest.raises(GateError, match=r"model\.onnx: 1 of the 1 linears .*fc/MatMul \(gemm: Float x Float"):
         NullBuilder().build(request)
     assert not request.engine.exists()

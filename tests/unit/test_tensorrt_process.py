@@ -55,7 +55,7 @@ def written(request: BuildRequest) -> list[str]:
 def test_engine_audit_and_log(request_: BuildRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tensorrt.py").write_text(NOISE + FAKE.format(""))
     phases: list[Phase] = []
-    request = replace(request_, meant_int8=frozenset({"fc"}), log=tmp_path / "logs" / "build.log")
+    request = replace(request_, meant_int8=frozenset({"fc/MatMul"}), log=tmp_path / "logs" / "build.log")
     result = TensorRTBuilder(TENSORRT).build(request, phases.append)
     assert request.engine.read_bytes() == b"plan"
     assert (tmp_path / "logs" / "build.log").read_text() == f"{LISTING}\n"
@@ -86,12 +86,12 @@ def test_failed_gate_keeps_the_engine_there_was(request_: BuildRequest, tmp_path
     with pytest.raises(
         GateError, match=r"model\.onnx: 1 of the 1 linears .* got fc/MatMul \(gemm: Half x Half -> Half\)"
     ):
-        build(request_, module, meant_int8=frozenset({"fc"}), log=log)
+        build(request_, module, meant_int8=frozenset({"fc/MatMul"}), log=log)
     assert log.read_text() == f"{FLOAT}\n"
     assert request_.engine.read_bytes() == b"plan"
     assert audit_path(request_.engine).read_bytes() == before
     assert written(request_) == ["model.audit.json", "model.engine"]
-    build(request_, module, meant_int8=frozenset({"fc"}), allow_float=True)
+    build(request_, module, meant_int8=frozenset({"fc/MatMul"}), allow_float=True)
     assert request_.engine.read_bytes() == b"other"
 
 

@@ -25,7 +25,9 @@ def request(model: onnx.ModelProto, folder: Path, *capabilities: int) -> BuildRe
 
 
 def build(model: onnx.ModelProto, folder: Path, *capabilities: int, meant: str = "") -> BuildResult:
-    return TensorRTBuilder().build(replace(request(model, folder, *capabilities), meant_int8=frozenset(meant.split())))
+    return TensorRTBuilder().build(
+        replace(request(model, folder, *capabilities), meant_int8=frozenset(f"{name}/MatMul" for name in meant.split()))
+    )
 
 
 @EACH
@@ -47,7 +49,7 @@ def test_one_engine_for_many_capabilities_is_deterministic(tmp_path: Path) -> No
 
 @EACH
 def test_fallback_is_flagged_unless_allowed(tmp_path: Path, capabilities: tuple[int, ...]) -> None:
-    plain = replace(request(channel_scaled_activation(), tmp_path, *capabilities), meant_int8=frozenset({"fc"}))
+    plain = replace(request(channel_scaled_activation(), tmp_path, *capabilities), meant_int8=frozenset({"fc/MatMul"}))
     with pytest.raises(GateError, match=r"1 of the 1 linears that were meant to be INT8 .* got fc/MatMul \("):
         TensorRTBuilder().build(plain)
     assert not plain.engine.exists()
