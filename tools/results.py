@@ -104,6 +104,17 @@ class BuildStageResult:
             "wall_seconds": self.result.seconds,
         }
 
+    def to_row(self) -> dict[str, Any]:
+        """The engine as a line of a table; ``share`` is that of linear MACs in INT8, without and with the head."""
+        audit = self.result.audit
+        return {
+            "engine": self.folder.name,
+            "engine_bytes": self.result.record.bytes,
+            "int8_gemms": audit.int8_gemms,
+            "int8_share": audit.int8_share(with_head=False),
+            "with_head_share": audit.int8_share(with_head=True),
+        }
+
 
 @dataclass(frozen=True)
 class CompileResult:
@@ -134,3 +145,10 @@ class CompileResult:
         document["wall_seconds"] = self.seconds
         document["peak_rss_bytes"] = self.peak_rss_bytes
         return document
+
+    def brief(self) -> dict[str, Any]:
+        """What a terminal shows: single figures, then one line per engine and per hop."""
+        document = self.to_json()
+        document["engines"] = [engine.to_row() for engine in self.engines]
+        failures = document.pop("failures", [])
+        return {key: document.pop(key) for key in list(document) if key != "hops"} | document | {"failures": failures}
