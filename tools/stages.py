@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact, Manifest, new_folder, place_file, scan_files, write_manifest
 from ..export.errors import BismoothError
@@ -20,6 +20,9 @@ from ..passes.spec import ComputeType
 from . import console
 from .results import BuildStageResult, CalibrateResult, CompileResult, ExportResult, QuantizeStageResult
 from .verify import VerifyResult, verify_artifact
+
+if TYPE_CHECKING:
+    from ..calibrators.calibration import StatisticsCalibration
 
 STATISTICS = "statistics.safetensors"
 _NOT_CARRIED = (".onnx", ".safetensors", ".json.tmp")
@@ -64,6 +67,8 @@ def _lower_export(graph: Any, folder: Path, manifest: Manifest, dtype: ComputeTy
     from ..passes.graph import save
     from ..passes.precision import SetPrecision
 
+    if opset not in (20, 23):
+        raise BismoothError(f"--opset {opset}: Expected 23, or 20 for TensorRT 10.")
     graphs = dict(manifest.graphs)
     if opset == 20:
         Decompose().apply(graph)
@@ -135,9 +140,9 @@ def quantize(
 
     start = time.perf_counter()
     loaded = Artifact.load(artifact, "float")
-    chosen = Recipe.load(recipe)
-    if alpha is not None:
-        chosen = chosen.with_alpha(alpha)
+    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free)
+    if output.absolute() == artifact.absolute():
+        raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
     calibration = None if data_free else _calibration(loaded, statistics, chosen)
     with console.progress() as progress, new_folder(output, force=force) as folder:
         _carry(loaded, folder)
@@ -146,6 +151,7 @@ def quantize(
             "stage": "quantize",
             "recipe": chosen.to_dict() | {"name": chosen.name},
             "fingerprint": chosen.fingerprint,
+            "statistics": None if calibration is None else asdict(calibration.provenance),
             "content_sha256": result.content_sha256,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
@@ -166,9 +172,18 @@ def quantize(
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
 
-def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> Any:
+def _with_alpha(recipe: Recipe, alpha: float | None, data_free: bool) -> Recipe:
+    if alpha is None:
+        return recipe
+    if data_free or not recipe.smooths:
+        reason = "without data, the weights alone decide" if data_free else f"the recipe {recipe.name} does not smooth"
+        raise BismoothError(f"--alpha {alpha:g}: has no effect: {reason}. Leave it out, or smooth with statistics.")
+    return recipe.with_alpha(alpha)
+
+
+def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> StatisticsCalibration | None:
     from ..calibrators.calibration import StatisticsCalibration
-    from ..calibrators.run import hash_file
+    from ..calibrators.run import hash_model
     from ..calibrators.statistics import Statistics
 
     path = statistics or artifact.path / STATISTICS
@@ -180,7 +195,7 @@ def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) ->
             "Run it first, or pass --data none to smooth by the weights alone."
         )
     loaded = Statistics.load(path)
-    loaded.check_graph(hash_file(artifact.graph("float32")))
+    loaded.check_graph(hash_model(artifact.graph("float32")))
     return StatisticsCalibration(loaded)
 
 
