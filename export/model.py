@@ -18,7 +18,6 @@ from .source import (
     GgufSource,
     HuggingFaceSource,
     OnnxSource,
-    Weights,
     read_weights,
     resolve_source,
 )
@@ -96,7 +95,6 @@ def export_model(
         origin["format"] = "huggingface"
         _place_files(resolved, folder, copy)
         complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
-        resolved = replace(resolved, weights=_moved(resolved.weights, folder))
     origin["fingerprint"] = resolved.weights.fingerprint()
     return replace(_write_graph(resolved, folder, trust_remote_code, progress), source=origin)
 
@@ -109,10 +107,6 @@ def _place_files(source: HuggingFaceSource, folder: Path, copy: bool) -> None:
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _moved(weights: Weights, folder: Path) -> Weights:
-    return Weights({name: (folder / path.name, entry) for name, (path, entry) in weights.entries.items()})
 
 
 def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: bool, progress: Progress) -> Manifest:

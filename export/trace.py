@@ -156,7 +156,10 @@ def cannot_trace(name: str) -> Generator[None]:
     except BismoothError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps what happened in advice on itself
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise BismoothError(
             f"{name}: the model cannot be traced: {reason[0]} "
             "Export it to ONNX by its own means and pass the .onnx file."

@@ -22,6 +22,8 @@ from onnx import GraphProto, TensorProto
 from safetensors import torch as _safetensors_torch
 
 from bismooth.export import skeleton
+from bismooth.export.errors import BismoothError
+from bismooth.export.model import export_model
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.export.source import INDEX
 from tests.models import ARCHITECTURES, VOCAB, Exported, export, exported, make_model, random_model, tokens
@@ -277,3 +279,46 @@ def test_the_bytes_of_a_linked_weight_are_those_of_the_parameter() -> None:
     path = model.folder / "model.safetensors"
     name = "model.layers.2.self_attn.k_proj.weight"
     np.testing.assert_array_equal(read_tensor(path, read_header(path)[name]), model.module.state_dict()[name].numpy())
+
+
+def test_an_exported_encoder_is_imported_as_it_is(tmp_path: Path) -> None:
+    model = exported("bert")
+    (tmp_path / "artifact").mkdir()
+    manifest = export_model(model.graph, tmp_path / "artifact")
+    imported = tmp_path / "artifact" / manifest.graphs["float32"]
+    assert imported.read_bytes() == model.graph.read_bytes()
+    feeds = tokens(2, 7, {0: (0, 3)})
+    np.testing.assert_array_equal(run(imported, feeds), run(model.graph, feeds))
+
+
+def test_code_of_the_model_runs_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    random_model("llama", num_hidden_layers=1).save_pretrained(source)
+    (source / "modeling_louder.py").write_text(REMOTE_CODE, "utf-8")
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config |= {"model_type": "louder", "architectures": ["Louder"], "auto_map": AUTO_MAP}
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(BismoothError, match="pass --trust-remote-code"):
+        export(None, source, tmp_path / "refused")
+    module = cast(Any, transformers).AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    model = export(module, source, tmp_path / "artifact", trust_remote_code=True)
+    assert model.manifest.architecture == "Louder"
+    assert_computes_the_same(model)
+
+
+AUTO_MAP = {"AutoConfig": "modeling_louder.LouderConfig", "AutoModelForCausalLM": "modeling_louder.Louder"}
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class LouderConfig(LlamaConfig):
+    model_type = "louder"
+
+class Louder(LlamaForCausalLM):
+    config_class = LouderConfig
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output.logits = output.logits * 2
+        return output
+"""

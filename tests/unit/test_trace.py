@@ -88,6 +88,8 @@ def test_errors_of_models() -> None:
         raise KeyError
     with pytest.raises(BismoothError, match=r"M: the model cannot be traced: first Export it"), cannot_trace("M"):
         raise ValueError("first\nsecond")
+    with pytest.raises(BismoothError, match=r"M: the model cannot be traced: inner Export it"), cannot_trace("M"):
+        raise ValueError("outer") from TypeError("inner")
     with pytest.raises(BismoothError, match=r"^as it was$"), cannot_trace("M"):
         raise BismoothError("as it was")
 
