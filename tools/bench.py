@@ -84,7 +84,10 @@ class Bench:
         return BenchResult(tuple(step.to_row() for step in self._steps), tuple(accuracy), tuple(engines))
 
     def _accuracy(self, folder: Path) -> dict[str, Any]:
-        hops = {hop["hop"]: hop["metrics"] for hop in json.loads((folder / "verify.json").read_text("utf-8"))["hops"]}
+        hops = {
+            hop["hop"]: hop["metrics"]
+            for hop in json.loads((folder / "verify-partial.json").read_text("utf-8"))["hops"]
+        }
         reference = hops["reference"]
         row = {key: reference.get(key) for key in ("kl", "top1", "perplexity", "perplexity_ratio")}
         return row | {"int8_kl_vs_reference": hops.get("int8", {}).get("int8_kl_vs_reference")}

@@ -104,7 +104,11 @@ class VerifyResult:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        return tuple(failure for hop in self.hops for failure in hop.failures)
+        failures = tuple(failure for hop in self.hops for failure in hop.failures)
+        if not failures and not any(hop.verdict in ("passed", "measured") for hop in self.hops):
+            reasons = "; ".join(f"{hop.hop}: {hop.skipped}" for hop in self.hops)
+            return (f"no hop was judged: {reasons}.",)
+        return failures
 
     @property
     def verdict(self) -> str:

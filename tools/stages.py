@@ -18,6 +18,7 @@ from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
 from ..passes.spec import ComputeType
 from . import console
+from .meant import engine_source, meant_int8, quantize_stage
 from .results import BuildStageResult, CalibrateResult, CompileResult, ExportResult, QuantizeStageResult
 from .verify import VerifyResult, verify_artifact
 
@@ -244,9 +245,6 @@ def build(
     lint_for(graph, engine, capabilities)
     name = "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
     target = output or artifact / "engines" / name
-    quantize_stage = next((stage for stage in loaded.manifest.stages if stage["stage"] == "quantize"), None)
-    meant = frozenset(linear["node"] for linear in quantize_stage["quantized"]) if quantize_stage else frozenset[str]()
-    weight_only = quantize_stage is not None and quantize_stage["recipe"]["activations"] is None
     profile = Profile(
         batch=Span(*batch) if batch else Profile().batch, sequence=Span(*sequence) if sequence else Profile().sequence
     )
@@ -256,9 +254,9 @@ def build(
             engine=folder / engine_file(engine),
             capabilities=tuple(capabilities),
             profile=profile,
-            meant_int8=frozenset() if weight_only else meant,
+            meant_int8=meant_int8(loaded),
             allow_float=allow_float,
-            source=_engine_source(loaded, quantize_stage),
+            source=engine_source(loaded) | {"architecture": loaded.manifest.architecture},
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
@@ -266,17 +264,6 @@ def build(
         _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)))
     moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
     return BuildStageResult(target, moved)
-
-
-def _engine_source(artifact: Artifact, stage: Mapping[str, Any] | None) -> dict[str, Any]:
-    source = {
-        "fingerprint": artifact.manifest.source.get("fingerprint"),
-        "architecture": artifact.manifest.architecture,
-    }
-    if stage is not None:
-        source |= {"recipe": stage["recipe"]["name"], "recipe_fingerprint": stage["fingerprint"]}
-        source |= {"content_sha256": stage["content_sha256"]}
-    return source
 
 
 def verify(
@@ -292,6 +279,8 @@ def verify(
 ) -> VerifyResult:
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
 
+    A run of some ``hops`` alone is no verdict on the artifact: its report goes to ``verify-partial.json``.
+
     Raises:
         BismoothError: the artifact or the text cannot be used.
     """
@@ -303,17 +292,15 @@ def verify(
     with console.progress() as progress:
         result = verify_artifact(loaded, text.ids[skip_windows:], gates, tuple(hops) or tuple(Hop), progress)
     result = replace(result, data={"data": list(map(str, data)), "data_sha256": text.sha256})
-    _write_json(output or artifact / "verify.json", result.to_json())
+    _write_json(output or artifact / ("verify-partial.json" if hops else "verify.json"), result.to_json())
     return result
 
 
 def _gates(artifact: Artifact) -> Gates:
-    for stage in artifact.manifest.stages:
-        if stage["stage"] == "quantize":
-            return Recipe.from_dict(
-                {key: value for key, value in stage["recipe"].items() if key != "name"}, name=stage["recipe"]["name"]
-            ).gates
-    return Recipe.load("fp16").gates
+    if not (stage := quantize_stage(artifact)):
+        return Recipe.load("fp16").gates
+    plain = {key: value for key, value in stage["recipe"].items() if key != "name"}
+    return Recipe.from_dict(plain, name=stage["recipe"]["name"]).gates
 
 
 def inspect(path: Path) -> Any:

@@ -162,3 +162,10 @@ def test_the_documented_keys_are_those_written() -> None:
     row = next(line for line in keys.splitlines() if line.startswith("| `hops`"))
     assert set(re.findall(r"`(\w+)`", row)) == {"hops", *document["hops"][0]}
     assert all(f"`{name}`" in hops for name in Gates().to_dict())
+
+
+def test_a_run_that_judged_nothing_fails() -> None:
+    skipped = HopResult(Hop.DEVICE, "FP16 → INT8 engine", {}, skipped="there is no GPU")
+    result = VerifyResult(Path("art"), 1, 8, (skipped,), Gates())
+    assert result.failures == ("no hop was judged: device: there is no GPU.",)
+    assert result.verdict == "failed"
