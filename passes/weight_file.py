@@ -41,6 +41,7 @@ class QuantizedLinear:
         node: Name of its ONNX node, the same in the float and in the Q/DQ graph.
         n: Output channels.
         k: Input channels.
+        int8: Its activation is quantized as well, so it is to run as an INT8 product.
         weight_error: Relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding.
     """
 
@@ -48,6 +49,7 @@ class QuantizedLinear:
     node: str
     n: int
     k: int
+    int8: bool
     weight_error: float
 
 
@@ -188,7 +190,7 @@ class _Tensors:
         scale = scale if spec.group is None else scale.T[:, None, :]
         self.writer.write(names.scale, scale)
         self._narrowed(names.scale, scale, linear.weight)
-        return QuantizedLinear(linear.name, linear.node, linear.n, linear.k, quantized.error)
+        return QuantizedLinear(linear.name, linear.node, linear.n, linear.k, not weight_only, quantized.error)
 
     def _folded(self, linear: Linear) -> None:
         weight = self.sources.folded(linear)

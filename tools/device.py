@@ -23,6 +23,7 @@ from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from .compare import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for
+from .meant import engine_source, meant_int8
 
 Progress = Callable[[str, int, int], None]
 Update = Callable[[Ids, Values, Values], None]
@@ -164,20 +165,12 @@ def _engine(
 
 
 def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
-    stage = _quantize_stage(artifact)
-    nodes = [linear["node"] for linear in stage.get("quantized", ())]
-    computes_int8 = role in _ROLES and bool(stage) and stage["recipe"]["activations"] is not None
     graph = artifact.graph(role)
     folder = f"device-{target.runtime.name}-sm{target.device.capability}"
     # two folders deep: `engines/*/` are those that the audit judges
     engine = artifact.path / "engines" / folder / role / "model.engine"
-    source = {
-        "fingerprint": artifact.manifest.source.get("fingerprint"),
-        "recipe_fingerprint": stage.get("fingerprint"),
-        "content_sha256": stage.get("content_sha256"),
-        "graph_sha256": file_sha256(graph),
-    }
-    return _Plan(role, graph, engine, source, frozenset(nodes) if computes_int8 else frozenset())
+    source = engine_source(artifact) | {"graph_sha256": file_sha256(graph)}
+    return _Plan(role, graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
 
 
 def _shipped(artifact: Artifact, role: str) -> list[Path]:
@@ -225,7 +218,3 @@ def _windows(session: EngineSession, ids: Ids, step: str, progress: Progress) ->
 def _latency(session: EngineSession, ids: Ids) -> float:
     """Median in milliseconds."""
     return 1e3 * statistics.median(session.latencies(ids[:1], RUNS))
-
-
-def _quantize_stage(artifact: Artifact) -> dict[str, Any]:
-    return next((stage for stage in artifact.manifest.stages if stage["stage"] == "quantize"), dict[str, Any]())

@@ -13,6 +13,7 @@ from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
+from .meant import quantize_stage
 from .verify import read_audit
 
 VERDICT = "verify.json"
@@ -69,8 +70,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         "verify": document["verify"] or "not run",
     }
     del shown["tools"]
-    stage = next((stage for stage in manifest.stages if stage["stage"] == "quantize"), None)
-    if stage is None:
+    if not (stage := quantize_stage(artifact)):
         return Inspection(document, shown)
     return Inspection(document | _quantized(stage), shown | _quantized_brief(stage))
 

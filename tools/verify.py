@@ -24,6 +24,7 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
 from .hops import HopResult, Judge, VerifyResult
+from .meant import engine_source, quantize_stage
 
 __all__ = ["HopResult", "VerifyResult", "read_audit", "verify_artifact"]
 
@@ -70,7 +71,7 @@ def verify_artifact(
     results = verifier.run(wanted)
     layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
     return VerifyResult(
-        artifact.path, len(ids), ids.shape[1], results, gates, layers, _source(artifact), tools=tool_versions()
+        artifact.path, len(ids), ids.shape[1], results, gates, layers, engine_source(artifact), tools=tool_versions()
     )
 
 
@@ -270,7 +271,7 @@ class _Verifier:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
         from .layers import layer_sqnr
 
-        names = {linear["name"] for linear in _quantize_stage(self._artifact)["quantized"]}
+        names = {linear["name"] for linear in quantize_stage(self._artifact)["quantized"]}
         reference = self._artifact.graph("reference")
         clean = self._artifact.graph("folded") if "folded" in self._graphs else reference
         graph = self._artifact.graph("float32")
@@ -301,20 +302,6 @@ class _Track:
 def _renamed(figures: Figures, names: Mapping[str, str]) -> Figures:
     """Figures under the names of their gates."""
     return {gate: figures[name] for gate, name in names.items() if name in figures}
-
-
-def _quantize_stage(artifact: Artifact) -> Mapping[str, Any]:
-    return next((stage for stage in artifact.manifest.stages if stage["stage"] == "quantize"), dict[str, Any]())
-
-
-def _source(artifact: Artifact) -> dict[str, Any]:
-    """What was judged."""
-    stage = _quantize_stage(artifact)
-    source: dict[str, Any] = {"fingerprint": artifact.manifest.source.get("fingerprint")}
-    if stage:
-        source |= {"recipe": stage["recipe"]["name"], "recipe_fingerprint": stage["fingerprint"]}
-        source["content_sha256"] = stage["content_sha256"]
-    return source
 
 
 def read_audit(path: Path) -> Audit:

@@ -15,6 +15,8 @@ import pytest
 
 from bismooth.engines.onnxruntime import Session
 from bismooth.export.artifact import Artifact
+from bismooth.passes.recipe import Recipe
+from bismooth.tools import stages
 from bismooth.tools.cli import main
 from tests.quantized import make
 from tests.tiny import SIZES, Tiny, listing, make_tiny, snapshot
@@ -92,6 +94,22 @@ def test_onnxruntime_engine_is_a_folder_of_its_own(
     ids = np.arange(3, 15)[None]
     with Session(moved / "model.onnx") as alone, Session(artifacts.quantized / "model.onnx") as whole:
         np.testing.assert_array_equal(alone.logits(ids), whole.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "activations", "counts"),
+    [("w8a8-per-channel", None, (18, 21)), ("w8a16", {"granularity": "per_token"}, (3, 21))],
+)
+def test_rules_decide_per_linear_what_is_to_be_int8(
+    artifacts: Run, tmp_path: Path, recipe: str, activations: Any, counts: tuple[int, int]
+) -> None:
+    rule = {"match": "*.down_proj", "activations": activations}
+    chosen = Recipe.from_dict({"extends": recipe, "layers": [rule]}, name="mixed")
+    quantized = stages.quantize(artifacts.float, chosen, tmp_path / "mixed", data_free=True)
+    audit = stages.build(quantized.artifact, "onnxruntime").result.audit
+    meant = [linear for linear in audit.linears if linear.meant_int8]
+    assert (len(meant), len(quantized.result.linears)) == counts
+    assert audit.meant_share() == 1
 
 
 @needs_rtx

@@ -35,10 +35,10 @@ IDS = np.random.default_rng(1).integers(0, VOCAB, (3, 6))
 GRAPHS = {"float16": "model.float16.onnx", "reference_float16": "reference.float16.onnx"}
 STAGE: dict[str, Any] = {
     "stage": "quantize",
-    "recipe": {"name": "w8a8", "activations": {}},
+    "recipe": {"name": "w8a8"},
     "fingerprint": "recipe",
     "content_sha256": "weights",
-    "quantized": [{"name": "head", "node": "head/MatMul"}],
+    "quantized": [{"name": "head", "node": "head/MatMul", "int8": True}],
 }
 VERSION = "1"  # NullBuilder's
 
@@ -153,7 +153,7 @@ def test_what_is_built(artifact: Artifact, set_host: SetHost) -> None:
 
 def test_weight_only_recipes_compute_nothing_in_int8(artifact: Artifact, set_host: SetHost) -> None:
     set_host()
-    stage = STAGE | {"recipe": {"name": "w8a16", "activations": None}}
+    stage = STAGE | {"quantized": [{"name": "head", "node": "head/MatMul", "int8": False}]}
     builder = Recorder()
     run(replace(artifact, manifest=replace(artifact.manifest, stages=(stage,))), builder)
     assert [request.meant_int8 for request in builder.requests] == [frozenset()] * 2
