@@ -12,6 +12,7 @@ from typing import Any, cast
 import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import _trace as _export_trace
 
 from .errors import BismoothError
 from .scopes import SCOPES
@@ -168,7 +169,8 @@ def cannot_trace(name: str) -> Generator[None]:
 
 @contextmanager
 def quiet() -> Generator[None]:
-    """Silence the exporter's notes on optional packages, on names of axes, and deprecations inside torch."""
+    """Silence the exporter: notes on optional packages and axes, its own deprecations, dumps of graphs that fail."""
+    exporter = cast(Any, _export_trace)
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):  # torch uses what it deprecates itself
@@ -176,8 +178,14 @@ def quiet() -> Generator[None]:
         warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")  # the name is used, once
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
+        exporter.print = _say_nothing  # shadows the builtin in that one module
         try:
             yield
         finally:
+            del exporter.print
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    return

@@ -141,7 +141,7 @@ def test_views_of_one_storage_are_tensors_of_their_own(tmp_path: Path) -> None:
     assert read_header(tmp_path / "model.safetensors").keys() == {"first", "second"}
 
 
-def test_a_module_that_cannot_be_traced(tmp_path: Path) -> None:
+def test_a_module_that_cannot_be_traced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Moody(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
@@ -150,6 +150,7 @@ def test_a_module_that_cannot_be_traced(tmp_path: Path) -> None:
         BismoothError, match=r"Moody: the model cannot be traced: .* Export it to ONNX by its own means"
     ):
         export_module(Moody(), tmp_path, (torch.zeros(2),))
+    assert capfd.readouterr() == ("", ""), "the exporter's dumps are no message for users"
 
 
 def test_a_tensor_that_cannot_be_stored(tmp_path: Path) -> None:
