@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,6 +350,9 @@ def compile(
     start = time.perf_counter()
     chosen = Recipe.load(recipe)
     plans = _engine_plans(engines, capabilities)
+    if force:
+        with suppress(OSError):  # then nothing can be written there: the export says so
+            (output / "compile.json").unlink()
     exported = export(
         source,
         output / "float",

@@ -181,6 +181,17 @@ def test_compile_runs_every_stage(artifacts: Run, tmp_path: Path, capsys: pytest
     assert {"float", "quantized", "compile.json"} <= listing(tmp_path)
 
 
+def test_compile_that_fails_leaves_no_old_report(artifacts: Run, tmp_path: Path) -> None:
+    report = tmp_path / "compile.json"
+    report.write_text("passed")
+    words = ("compile", artifacts.tiny.source, "--engine", "onnxruntime", "-o", tmp_path, "--data", "nowhere.txt")
+    assert run(*words, "--force") == 2
+    assert not report.exists()
+    report.write_text("passed")
+    assert run(*words) == 2
+    assert report.read_text() == "passed"
+
+
 def test_a_float_artifact_is_verified_without_quantized_hops(
     artifacts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
