@@ -20,6 +20,10 @@ S0 = 2.0**-14
 """The scalar that an INT8 GEMM dequantizes its weight with: K · 127² · 2⁻¹⁴ < 65504 for all K ≤ 66 000, so the float16
 result cannot overflow, and an accumulator of 1 is still a normal number. The rest of the scale follows in float32."""
 
+_SUBNORMAL = 2.0**-2
+"""How far below the normal numbers a stored scale may be. In float16, 8 of its 10 bits are left there, so rounding a
+scale up costs less than 2⁻⁸ of it; rows with max|W| above 127 · 2⁻¹⁶ = 0.0019 keep all their levels."""
+
 _CHUNK = 1 << 22
 Float = NDArray[np.float32]
 
@@ -63,10 +67,7 @@ def quantize_weight(
     rows = weight if group is None else split_groups(weight, group).reshape(-1, group)
     scale = weight_scale(rows)
     if not np.isfinite(scale).all():
-        row = int(np.flatnonzero(~np.isfinite(scale))[0]) * len(weight) // len(rows)
-        raise BismoothError(
-            f"{name}: the weight holds NaN or infinity in row {row}. Expected finite values. Check the checkpoint."
-        )
+        require_finite(weight, name)
     if storage is not None:
         scale = _stored_scale(scale, storage, name)
     values = np.empty(rows.shape, np.int8)
@@ -85,15 +86,30 @@ def quantize_weight(
     return QuantizedWeight(values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1), error)
 
 
+def require_finite(weight: Float, name: str) -> None:
+    """Check W [N, K].
+
+    Raises:
+        BismoothError: W holds NaN or infinity; the message names the row.
+    """
+    for part in row_chunks(weight.shape):
+        finite = np.isfinite(weight[part]).all(axis=1)
+        if not finite.all():
+            row = part.start + int(np.argmin(finite))
+            raise BismoothError(
+                f"{name}: the weight holds NaN or infinity in row {row}. Expected finite values. Check the checkpoint."
+            )
+
+
 def _stored_scale(scale: Float, storage: np.dtype[Any], name: str) -> Float:
-    """The least normal numbers of the type that are not below the scales."""
+    """The least numbers of the type that are not below the scales, nor below :data:`_SUBNORMAL` of its normal ones."""
     limits = float_limits(storage)
     if (largest := float(scale.max())) > limits.largest:
         raise BismoothError(
             f"{name}: the scale of its largest row does not fit into {storage}. Expected weights within "
             f"±{QMAX * limits.largest:.5g}, got {QMAX * largest:.5g}. Compute in bfloat16 or float32 instead."
         )
-    stored = np.maximum(scale, np.float32(limits.smallest_normal)).astype(storage)
+    stored = np.maximum(scale, np.float32(limits.smallest_normal * _SUBNORMAL)).astype(storage)
     upward = np.nextafter(stored, np.array(np.inf, storage))
     return np.where(stored.astype(np.float32) < scale, upward, stored).astype(np.float32)
 

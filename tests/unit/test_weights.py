@@ -72,18 +72,29 @@ def test_what_is_not_finite_is_named_with_its_row(broken: float, group: int | No
 
 
 @pytest.mark.parametrize("storage", [HALF, BF16])
-def test_a_stored_scale_is_a_normal_number_of_its_type_and_clips_nothing(storage: np.dtype[np.generic]) -> None:
+def test_a_stored_scale_keeps_its_precision_and_clips_nothing(storage: np.dtype[np.generic]) -> None:
     weight = _weight(n=200)
     weight[:3] *= np.array([[1e-6], [0], [1e3]], np.float32)
     result = quantize_weight(weight, "w", storage=storage)
     np.testing.assert_array_equal(result.scale, result.scale.astype(storage).astype(np.float32))
-    smallest = 2.0**-14 if storage == HALF else 2.0**-126
+    smallest = 2.0**-16 if storage == HALF else 2.0**-128
     assert (result.scale >= smallest).all()
     assert (np.abs(weight).max(axis=1) <= 127 * result.scale * (1 + 1e-6)).all()
     fitting = weight_scale(weight) > smallest
     ulp = 2.0**-10 if storage == HALF else 2.0**-7
     assert (result.scale[fitting] <= weight_scale(weight)[fitting] * (1 + ulp)).all()
     assert result.error < 1.1 * quantize_weight(weight, "w").error
+
+
+def test_a_row_of_small_weights_keeps_its_levels_in_float16() -> None:
+    """max|W| / 127 = 1.57e-5 is no normal float16."""
+    weight = _weight(n=1, k=4000)
+    weight *= np.float32(0.002) / np.abs(weight).max()
+    stored, exact = quantize_weight(weight, "w", storage=HALF), quantize_weight(weight, "w")
+    assert 2**-16 < stored.scale[0] < 2**-14
+    assert exact.scale[0] <= stored.scale[0] <= exact.scale[0] * (1 + 2**-8)
+    assert stored.error <= exact.error * (1 + 2**-7)
+    assert np.abs(stored.values.astype(int)).max() == 127
 
 
 def test_a_scale_that_overflows_its_type_is_an_error() -> None:
