@@ -1,23 +1,22 @@
 """The output error of the linears behind a site, measured on token rows with weights and activations quantized."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
+from .quantizers import static_scale
 from .refine import Operand, Tokens, sampled_rows
 from .spec import LinearSpec, StaticActivation
-from .weights import QMAX, fake_quantize_rows, fake_quantize_tensor
+from .weights import fake_quantize_rows, fake_quantize_tensor
 
 Float = NDArray[np.float32]
 
 GROUP_WEIGHTS = (1.0, 0.3)
 """Weight of the sampled tokens, and of those with the largest activations. The latter are few, and a plain sample
 misses them, but attention to them carries their error to all tokens."""
-
-_TINY = float(np.finfo(np.float32).tiny) * QMAX
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +31,7 @@ class Consumer:
         column_peaks: maxₙ|W[n,k]| over all rows, [K].
         column_power: Σₙ W[n,k]² over all rows, [K].
         absmax: maxₜ|x[t,k]|, [K].
+        limit: The range ±limit that a static scale will have after division by a factor per column, None for no factor.
         tokens: The groups of tokens that ``GROUP_WEIGHTS`` weighs, float32 [T, K] each.
     """
 
@@ -42,6 +42,7 @@ class Consumer:
     column_peaks: Float
     column_power: Float
     absmax: Float
+    limit: Callable[[StaticActivation, Float | None], float]
     tokens: tuple[Float, Float]
 
     def spread(self, s: Factor) -> Float:
@@ -53,7 +54,8 @@ class Consumer:
         if self.spec.activations is None:
             return x
         if isinstance(self.spec.activations, StaticActivation):
-            return fake_quantize_tensor(x, max(float((self.absmax / columns).max()), _TINY) / QMAX)
+            limit = self.limit(self.spec.activations, None if (columns == 1).all() else columns)
+            return fake_quantize_tensor(x, static_scale(limit))
         return fake_quantize_rows(x, self.spec.group)
 
 

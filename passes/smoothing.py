@@ -7,6 +7,7 @@ X. Without activations only such channels are touched, found from the weights al
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +19,13 @@ from .linears import Linear
 from .output_error import Consumer, OutputError, relative
 from .refine import refine, sample
 from .sites import Site
-from .spec import LinearSpec, SiteKind, SmoothSpec
+from .spec import LinearSpec, SiteKind, SmoothSpec, StaticActivation
+from .static_ranges import Ranges
 from .walls import find_walls
+from .weights import require_finite
 
 Float = NDArray[np.float32]
+Limit = Callable[[str, StaticActivation, Float | None], float]
 
 SAMPLED_OUTPUTS = 256
 """Rows of a weight that the search looks at."""
@@ -32,7 +36,7 @@ LARGEST = 2.0**24
 _FLOOR = 1e-8
 
 
-class Activations(Protocol):
+class Activations(Ranges, Protocol):
     """What calibration knows of the activations, by value name."""
 
     def absmax(self, value: str) -> Float:
@@ -90,7 +94,7 @@ def choose_factors(
         on_site: Called with the name of each site that is done.
 
     Raises:
-        BismoothError: the quantized linears behind a site disagree on smoothing.
+        BismoothError: the quantized linears behind a site disagree on smoothing, or a weight holds NaN or infinity.
     """
     factors: dict[str, Factor] = {}
     choices: list[Choice] = []
@@ -117,9 +121,11 @@ def _choose(
     if site.kind not in smoothing.kinds:
         return None, _left(site, f"the recipe does not smooth {site.kind} sites")
     if activations is None:
-        return _from_weights(site, [(weight(linears[item.linear]), item.labels) for item in quantized])
+        return _from_weights(site, [(_read(linears[item.linear], weight), item.labels) for item in quantized])
+    limit = _remembered(activations.limit)
     consumers = [
-        _consumer(linears[item.linear], item.labels, specs[item.linear], weight, activations) for item in quantized
+        _consumer(linears[item.linear], item.labels, specs[item.linear], weight, activations, limit)
+        for item in quantized
     ]
     return _search(site, consumers, smoothing)
 
@@ -147,8 +153,9 @@ def _consumer(
     spec: LinearSpec,
     weight: Callable[[Linear], Float],
     activations: Activations,
+    limit: Limit,
 ) -> Consumer:
-    full = weight(linear)
+    full = _read(linear, weight)
     rows = full[sample(len(full), SAMPLED_OUTPUTS)]
     return Consumer(
         labels=labels,
@@ -158,8 +165,28 @@ def _consumer(
         column_peaks=np.maximum(full.max(axis=0), -full.min(axis=0)),
         column_power=np.einsum("nk,nk->k", full, full),
         absmax=activations.absmax(linear.x),
+        limit=partial(limit, linear.x),
         tokens=(activations.rows(linear.x), activations.outliers(linear.x)),
     )
+
+
+def _remembered(limit: Limit) -> Limit:
+    """The same, computed once for linears that read one tensor: a histogram of all its rows is made for each range."""
+    known: dict[tuple[str, StaticActivation, bytes], float] = {}
+
+    def look_up(value: str, activation: StaticActivation, divisor: Float | None) -> float:
+        key = (value, activation, b"" if divisor is None else divisor.tobytes())
+        if key not in known:
+            known[key] = limit(value, activation, divisor)
+        return known[key]
+
+    return look_up
+
+
+def _read(linear: Linear, weight: Callable[[Linear], Float]) -> Float:
+    values = weight(linear)
+    require_finite(values, linear.weight)
+    return values
 
 
 def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) -> tuple[Factor | None, Choice]:

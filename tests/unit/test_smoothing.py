@@ -24,9 +24,10 @@ from bismooth.passes.spec import (
 )
 from tests.blocks import gated_mlp
 from tests.graphs import Builder
-from tests.quantizing import Array, per_channel, per_token, watch
+from tests.quantizing import Array, Seen, per_channel, per_token, watch
 
 K, N = 64, 96
+_KEPT = {RangeMethod.MINMAX: 1.0, RangeMethod.MSE: 0.4}
 GRID = SmoothSpec((0.3, 0.4, 0.5, 0.6, 0.7))
 FREE = np.ones(K, np.bool_)
 
@@ -194,6 +195,7 @@ def _consumer(x: Array, w: Array, spec: LinearSpec, row_share: float = 1.0) -> C
         column_peaks=np.abs(w).max(axis=0),
         column_power=(w**2).sum(axis=0),
         absmax=np.abs(x).max(axis=0),
+        limit=lambda spec, columns: float(np.abs(x if columns is None else x / columns).max()) * _KEPT[spec.method],
         tokens=(x, np.zeros((4, K), np.float32)),
     )
 
@@ -228,6 +230,42 @@ def test_static_and_weight_only_linears_are_measured_as_such() -> None:
     assert OutputError([_consumer(x, w, LinearSpec(WeightSpec()))]).of(s) == pytest.approx(
         _mean_log(exact, moved @ weight.T), abs=1e-3
     )
+
+
+def test_a_static_linear_is_measured_with_the_range_that_will_be_deployed() -> None:
+    x, w, s = _data()
+    wq, scale = per_channel((w * s).astype(np.float32))
+    moved = x / s
+    step = 0.4 * np.abs(moved).max() / 127
+    expected = _mean_log(
+        x.astype(np.float64) @ w.T, (np.clip(np.rint(moved / step), -128, 127) * step) @ (wq * scale).T
+    )
+    static = LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MSE))
+    assert OutputError([_consumer(x, w, static)]).of(s) == pytest.approx(expected, abs=1e-3)
+
+
+def test_ranges_are_asked_for_once_per_tensor_and_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the divided channels, or None where nothing is divided, as when the chosen range is computed."""
+    asked: list[Array | None] = []
+
+    def limit(seen: Seen, value: str, activation: StaticActivation, divisor: Array | None) -> float:
+        asked.append(divisor)
+        return float(np.abs(seen.values[value] / (1 if divisor is None else divisor)).max())
+
+    monkeypatch.setattr(Seen, "limit", limit)
+    static = LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MSE), GRID)
+    _choose(_norm_and_linears({3: 40}, "ab"), tmp_path, {"a": static, "b": static})
+    assert len(asked) == 1 + len(GRID.alphas)
+    assert [divisor is None for divisor in asked] == [True] + [False] * len(GRID.alphas)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("broken", [np.inf, -np.inf, np.nan])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, broken: float, data: bool) -> None:
+    b = _norm_and_linears({}, "ab")
+    b.initializers["b.weight"][7, 2] = broken
+    with pytest.raises(BismoothError, match=r"^b\.weight: the weight holds NaN or infinity in row 7\. Expected finite"):
+        _choose(b, tmp_path, {"a": _spec(), "b": _spec()}, data=data)
 
 
 def test_a_linear_counts_by_the_rows_its_sample_stands_for() -> None:
