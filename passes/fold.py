@@ -16,6 +16,9 @@ from ..passes.graph import Index, new_constant
 from ..passes.linears import WEIGHT_OPERAND, Layout, Linear, find_linears
 from ..passes.sites import Site
 
+FOLDED = "/folded"
+"""What the name of a constant ends in that factors were folded into."""
+
 Factor = NDArray[np.float64]
 Factors = Mapping[str, Factor]
 """Per site name the divisor s of its channels: float64 [C], positive, 1 where the site is not free."""
@@ -113,7 +116,7 @@ def fold_constants(graph: Graph, edits: Mapping[str, Edit]) -> None:
         if values is None or edit.values is None:
             raise ValueError(f"{name} is no small constant of the graph")
         old = index.values[name]
-        new = new_constant(f"{name}/folded", apply_edit(values, edit), old)
+        new = new_constant(f"{name}{FOLDED}", apply_edit(values, edit), old)
         for node in index.users(name):
             for place, tensor in enumerate(node.inputs):
                 if tensor is old:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ..export.safetensors_file import SafetensorsWriter, TensorEntry
 from ._gs import Graph, Tensor, make_external, read, shape_of
-from .fold import Edit, apply_edit
+from .fold import FOLDED, Edit, apply_edit
 from .fold_passes import folded_name
+from .fold_underflow import require_kept
 from .graph import Index
 from .linears import Linear
 from .precision import StoredCast, narrow, store
@@ -141,7 +142,8 @@ def write_weights(
         What became of the quantized linears.
 
     Raises:
-        BismoothError: a weight holds NaN or infinity, or does not fit into the 16-bit type.
+        BismoothError: a weight holds NaN or infinity, or does not fit into the 16-bit type, or
+            was made too small for it by folding.
     """
     for cast in casts:
         file.declare(narrow_name(cast), cast.dtype, tuple(int(str(dim)) for dim in shape_of(cast.initializer) or ()))
@@ -173,7 +175,10 @@ class _Tensors:
             progress("write weights", number + 1, total)
         for name, casts in list(self.casts.items()):
             reader = self.sources.reader
-            self._narrowed(name, reader.raw(name) if name in reader else read(casts[0].initializer), name)
+            values = reader.raw(name) if name in reader else read(casts[0].initializer)
+            self._narrowed(name, values, name)
+            if (edit := self.sources.edits.get(name.removesuffix(FOLDED))) is not None and name.endswith(FOLDED):
+                _require_kept(values, edit, casts, name)
             progress("write weights", total - len(self.casts), total)
         progress("write weights", total, total)
         return tuple(done)
@@ -196,9 +201,16 @@ class _Tensors:
         weight = self.sources.folded(linear)
         stored = weight if linear.layout == "NK" else weight.T
         self.writer.write(folded_name(linear), stored)
+        casts = self.casts.get(folded_name(linear), ())
         self._narrowed(folded_name(linear), stored, linear.weight)
+        _require_kept(weight, self.sources.edits[linear.weight], casts, linear.weight)
 
     def _narrowed(self, name: str, values: NDArray[Any], origin: str) -> None:
         """Write the copies of a tensor that the 16-bit graph asks for; ``origin`` names it in messages."""
         for cast in self.casts.pop(name, ()):
             self.writer.write(narrow_name(cast), narrow(values, cast.dtype, origin))
+
+
+def _require_kept(folded: NDArray[Any], edit: Edit, casts: Sequence[StoredCast], name: str) -> None:
+    for dtype in {cast.dtype for cast in casts}:
+        require_kept(folded, edit, dtype, name)
