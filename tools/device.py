@@ -24,6 +24,7 @@ from ..export.errors import BismoothError
 from .compare import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for
 from .meant import engine_source, meant_int8
+from .shipped import find_engines
 
 Progress = Callable[[str, int, int], None]
 Update = Callable[[Ids, Values, Values], None]
@@ -147,8 +148,9 @@ def _engine(
     """An engine of the graph ``role`` for this GPU and these windows: one that is there, or a new one."""
     plan = _plan(target, artifact, role)
     length = ids.shape[1]
-    for engine in (*_shipped(artifact, role), plan.engine):
-        if (record := _intact(engine)) and target.runs(record) and _covers(record, length) and _made_of(record, plan):
+    candidates = [*_shipped(artifact, role), (plan.engine, _intact(plan.engine))]
+    for engine, record in candidates:
+        if record and target.runs(record) and _covers(record, length) and _made_of(record, plan):
             return engine
     lint_for(plan.graph, target.runtime.name, (target.device.capability,))
     request = BuildRequest(
@@ -173,13 +175,13 @@ def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
     return _Plan(role, graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
 
 
-def _shipped(artifact: Artifact, role: str) -> list[Path]:
+def _shipped(artifact: Artifact, role: str) -> list[tuple[Path, EngineRecord | None]]:
     """The engines that ``bismooth build`` made of the artifact, which are all of its quantized 16-bit graph."""
     if role not in _ROLES:
         return []
-    engines = sorted(artifact.path.glob("engines/*/model.engine"))
+    engines, _ = find_engines(artifact)
     # what was built on a GPU does not say on which
-    return [engine for engine in engines if (record := _record(engine)) and record.capabilities]
+    return [(engine.file, engine.record) for engine in engines if engine.record.capabilities]
 
 
 def _made_of(record: EngineRecord, plan: _Plan) -> bool:
@@ -197,16 +199,12 @@ def _covers(record: EngineRecord, length: int) -> bool:
     )
 
 
-def _record(engine: Path) -> EngineRecord | None:
-    with suppress(BismoothError):
-        return read_record(engine)
-    return None
-
-
 def _intact(engine: Path) -> EngineRecord | None:
     """The record, if the engine is the one that was recorded."""
-    record = _record(engine)
-    return record if record and engine.is_file() and file_sha256(engine) == record.sha256 else None
+    with suppress(BismoothError):
+        record = read_record(engine)
+        return record if engine.is_file() and file_sha256(engine) == record.sha256 else None
+    return None
 
 
 def _windows(session: EngineSession, ids: Ids, step: str, progress: Progress) -> Iterator[Values]:

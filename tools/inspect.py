@@ -14,6 +14,7 @@ from ..export.errors import BismoothError
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import quantize_stage
+from .shipped import engine_folders
 from .verify import read_audit
 
 VERDICT = "verify.json"
@@ -58,7 +59,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         if manifest.blocks is None
         else {"prefix": manifest.blocks.prefix, "kinds": manifest.blocks.kinds},
         "stages": [stage["stage"] for stage in manifest.stages],
-        "engines": sorted(folder.name for folder in artifact.path.glob("engines/*") if (folder / MANIFEST).is_file()),
+        "engines": [folder.name for folder in engine_folders(artifact)],
         "verify": _verdict(artifact.path / VERDICT),
         "tools": manifest.tools,
     }

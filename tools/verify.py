@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.audit import Audit
+from ..engines.base import audit_path
 from ..engines.linears import LOGITS
 from ..engines.onnxruntime import Session
 from ..export.artifact import Artifact
@@ -25,6 +26,7 @@ from ..passes.gates import Gates, Hop
 from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
 from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
+from .shipped import find_engines
 
 __all__ = ["HopResult", "VerifyResult", "read_audit", "verify_artifact"]
 
@@ -47,7 +49,6 @@ COMPARED = {
 }
 _QUANTIZED_ONLY = frozenset({Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.AUDIT, Hop.DEVICE})
 _NEED_REFERENCE = frozenset({Hop.FLOAT, Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.HALF})
-_AUDITS = "engines/*/*.audit.json"
 _SHOWN = 5
 
 
@@ -242,13 +243,16 @@ class _Verifier:
 
     def _audit(self) -> list[HopResult]:
         judge = self._judge(Hop.AUDIT)
-        audits = {path.parent.name: read_audit(path) for path in sorted(self._artifact.path.glob(_AUDITS))}
-        if not audits:
+        engines, problems = find_engines(self._artifact)
+        failures = [f"{Hop.AUDIT}: {problem}" for problem in problems]
+        audits = {engine.folder.name: read_audit(audit_path(engine.file)) for engine in engines}
+        if not audits and not failures:
             return [judge.skip("no engine was built")]
         shares = {name: share for name, audit in audits.items() if (share := audit.meant_share()) is not None}
         if not shares:
-            return [judge.skip("the recipe computes nothing in INT8")]
-        return [judge.result({"int8_mac_share": min(shares.values()), "engines": shares})]
+            nothing = judge.skip("the recipe computes nothing in INT8")
+            return [judge.result({}, failures) if failures else nothing]
+        return [judge.result({"int8_mac_share": min(shares.values()), "engines": shares}, failures)]
 
     def _device(self) -> list[HopResult]:
         from .device import compare_engines, find_target

@@ -15,9 +15,13 @@ import pytest
 
 from bismooth.engines.onnxruntime import Session
 from bismooth.export.artifact import Artifact
+from bismooth.passes.gates import Gates, Hop
 from bismooth.passes.recipe import Recipe
 from bismooth.tools import stages
 from bismooth.tools.cli import main
+from bismooth.tools.hops import HopResult
+from bismooth.tools.inspect import inspect_path
+from bismooth.tools.verify import verify_artifact
 from tests.quantized import make
 from tests.tiny import SIZES, Tiny, listing, make_tiny, snapshot
 
@@ -151,6 +155,37 @@ def test_verify_passes_hop_by_hop(artifacts: Run, tmp_path: Path, capsys: pytest
     assert listing(quantized) - listing(artifacts.quantized) > {"verify.json", "engines"}
     assert inspect(quantized) == 0
     assert "passed; not judged: reference, device" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_audit_trusts_whole_engines_of_this_artifact_only(artifacts: Run, tmp_path: Path) -> None:
+    quantized = Path(shutil.copytree(artifacts.quantized, tmp_path / "copy"))
+
+    def audit() -> HopResult:
+        loaded = Artifact.load(quantized)
+        (hop,) = verify_artifact(loaded, np.zeros((1, 4), np.int64), Gates(), [Hop.AUDIT]).hops
+        return hop
+
+    engine = stages.build(quantized, "null").folder
+    shutil.copytree(engine, engine.with_name(".null.tmp-1"))
+    assert audit().metrics["engines"] == {"null": 1.0}
+    assert inspect_path(quantized).to_json()["engines"] == ["null"]
+
+    intact = (engine / "model.engine").read_bytes()
+    (engine / "model.engine").write_bytes(intact.swapcase())
+    (failure,) = audit().failures
+    assert re.search(r"audit: .*model\.engine: expected SHA-256 \w+, got \w+\. Build the engine again", failure)
+    (engine / "model.engine").unlink()
+    (failure,) = audit().failures
+    assert "the manifest lists this file, but it is missing" in failure
+
+    shutil.rmtree(engine)
+    assert audit().skipped == "no engine was built"
+    other = Recipe.from_dict({"extends": "w8a16"}, name="other")
+    stages.build(
+        stages.quantize(artifacts.float, other, tmp_path / "q", data_free=True).artifact, "null", output=engine
+    )
+    (failure,) = audit().failures
+    assert "the engine was not made of this artifact. Expected recipe w8a8, got other" in failure
 
 
 def test_a_gate_that_cannot_pass(artifacts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.null import NullBuilder
 from bismooth.engines.publish import file_sha256, read_record
 from bismooth.engines.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, load_module
-from bismooth.export.artifact import Artifact, Manifest
+from bismooth.export.artifact import Artifact, Manifest, scan_files, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import device
@@ -215,6 +215,8 @@ def shipped(artifact: Artifact, **changes: Any) -> Path:
     source = {"fingerprint": "model", "recipe": "w8a8", "recipe_fingerprint": "recipe", "content_sha256": "weights"}
     plain = BuildRequest(artifact.graph("float16"), engine, (86, 89), source=source)
     NullBuilder("tensorrt-rtx").build(replace(plain, **changes))
+    built = Manifest("engine", {}, {}, files=scan_files(engine.parent), stages=({"engine": "tensorrt-rtx"},))
+    write_manifest(engine.parent, built)
     return engine
 
 
@@ -244,6 +246,20 @@ def test_engines_that_ship_for_something_else_are_left_alone(
     figures, _ = run(artifact, Recorder())
     assert figures["engine_files"][1] == "engines/device-tensorrt-rtx-sm89/float16/model.engine"
     assert file_sha256(engine) == sha256
+
+
+@pytest.mark.parametrize("damage", ["changed", "incomplete", "hidden"])
+def test_engines_that_ship_damaged_are_left_alone(artifact: Artifact, set_host: SetHost, damage: str) -> None:
+    set_host()
+    engine = shipped(artifact)
+    if damage == "changed":
+        engine.write_bytes(engine.read_bytes().swapcase())
+    elif damage == "incomplete":
+        (engine.parent / "bismooth.json").unlink()
+    else:
+        engine.parent.rename(engine.parent.with_name(".tensorrt-rtx-sm86-sm89.tmp-1"))
+    figures, _ = run(artifact, Recorder())
+    assert figures["engine_files"][1] == "engines/device-tensorrt-rtx-sm89/float16/model.engine"
 
 
 def test_tensorrt_where_tensorrt_rtx_cannot_build(artifact: Artifact, set_host: SetHost) -> None:

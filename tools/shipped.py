@@ -1,0 +1,55 @@
+"""Find the engines that ``bismooth build`` has put into an artifact, and say which of them are not to be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engines.base import EngineRecord
+from ..engines.publish import file_sha256, read_record
+from ..export.artifact import MANIFEST, Artifact
+from ..export.errors import BismoothError
+from .engines import engine_file
+from .meant import engine_source
+
+
+@dataclass(frozen=True)
+class ShippedEngine:
+    """An engine whose folder is whole, whose file is the one recorded, and which was made of the artifact."""
+
+    folder: Path
+    file: Path
+    record: EngineRecord
+
+
+def engine_folders(artifact: Artifact) -> list[Path]:
+    """Finished engine folders in ``engines/``; those of builds under way or killed are hidden."""
+    folders = sorted(artifact.path.glob("engines/*"))
+    return [folder for folder in folders if not folder.name.startswith(".") and (folder / MANIFEST).is_file()]
+
+
+def find_engines(artifact: Artifact) -> tuple[list[ShippedEngine], list[str]]:
+    """The artifact's engines, and a sentence for each that is damaged or was made of something else."""
+    engines: list[ShippedEngine] = []
+    problems: list[str] = []
+    for folder in engine_folders(artifact):
+        try:
+            engines.append(_load(folder, artifact))
+        except BismoothError as error:
+            problems.append(str(error))
+    return engines, problems
+
+
+def _load(folder: Path, artifact: Artifact) -> ShippedEngine:
+    stage = Artifact.load(folder, "engine").manifest.stages[-1]
+    file = folder / engine_file(stage["engine"])
+    record = read_record(file)
+    if (got := file_sha256(file)) != record.sha256:
+        raise BismoothError(f"{file}: expected SHA-256 {record.sha256}, got {got}. Build the engine again.")
+    for key, expected in engine_source(artifact).items():
+        if (found := record.source.get(key)) != expected:
+            raise BismoothError(
+                f"{folder}: the engine was not made of this artifact. Expected {key} {expected}, got {found}. "
+                "Build the engine again."
+            )
+    return ShippedEngine(folder, file, record)
