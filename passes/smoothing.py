@@ -27,7 +27,7 @@ from .weights import require_finite
 Float = NDArray[np.float32]
 Limit = Callable[[str, StaticActivation, Float | None], float]
 
-SAMPLED_OUTPUTS = 256
+SAMPLED_OUTPUTS = 512
 """Rows of a weight that the search looks at."""
 
 LARGEST = 2.0**24
