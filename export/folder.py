@@ -20,6 +20,8 @@ from pathlib import Path
 
 from .errors import BismoothError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Generator[Path]:
@@ -41,23 +43,29 @@ def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path
         _remove_leftovers(target)
         temporary, lock = _make_temporary(target)
     except OSError as error:
-        raise BismoothError(
-            f"{target.parent}: cannot write there ({error.strerror}). Choose a folder that can be written."
-        ) from error
+        raise _cannot_write(target, error) from error
     try:
         yield temporary
         _flush(temporary)
         _check_free(target, force, replaceable)
         _put_in_place(temporary, target)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
-        raise BismoothError(
-            f"{target.parent}: the disk is full. Free some space and run the command again; nothing was changed."
-        ) from error
+        raise _cannot_write(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
+
+
+def _cannot_write(target: Path, error: OSError) -> BismoothError:
+    if error.errno in _FULL:
+        return BismoothError(
+            f"{target.parent}: the disk is full. Free some space and run the command again; nothing was changed."
+        )
+    return BismoothError(
+        f"{target.parent}: cannot write there ({error.strerror}). Choose a folder that can be written."
+    )
 
 
 def recover(target: Path) -> None:
