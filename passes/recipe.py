@@ -113,7 +113,12 @@ class Recipe:
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration takes part: to choose α, or for static scales."""
-        return any(item.smoothing or isinstance(item.activations, StaticActivation) for item in self._all_settings)
+        return self.smooths or self.has_static_scales
+
+    @property
+    def has_static_scales(self) -> bool:
+        """Whether any activation has a constant scale."""
+        return any(isinstance(item.activations, StaticActivation) for item in self._all_settings)
 
     @property
     def smooths(self) -> bool:

@@ -9,6 +9,7 @@ from ..engines.base import EngineBuilder
 from ..engines.null import NullBuilder
 from ..engines.onnxruntime_build import OnnxRuntimeBuilder
 from ..engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTBuilder
+from ..engines.tensorrt_runtime import require_package
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..passes.lint import Severity, Target, lint
@@ -27,6 +28,13 @@ def find_builder(engine: str) -> EngineBuilder:
     if engine not in _BUILDERS:
         raise BismoothError(f"engine {engine!r}: Expected one of {', '.join(_BUILDERS)}.")
     return _BUILDERS[engine]
+
+
+def require_engine(engine: str) -> None:
+    """Raise :class:`BismoothError` now if the engine is unknown or its package is not installed."""
+    builder = find_builder(engine)
+    if isinstance(builder, TensorRTBuilder):
+        require_package(builder.runtime)
 
 
 def deployment_graph(artifact: Artifact, engine: str) -> Path:

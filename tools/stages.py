@@ -348,8 +348,9 @@ def compile(
         GateError: linears that were meant to be INT8 fell back to float.
     """
     start = time.perf_counter()
-    chosen = Recipe.load(recipe)
+    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free=not data)
     plans = _engine_plans(engines, capabilities)
+    _check_inputs(chosen, engines, [*data, *verify_data], data_free=not data)
     if force:
         with suppress(OSError):  # then nothing can be written there: the export says so
             (output / "compile.json").unlink()
@@ -361,6 +362,9 @@ def compile(
         trust_remote_code=trust_remote_code,
         force=force,
     )
+    if verify_data or data:
+        skipped = 0 if verify_data else calibrate_windows
+        _check_text(exported.artifact, verify_data or data, skipped + verify_windows, length)
     if data:
         calibrate(
             exported.artifact,
@@ -389,6 +393,35 @@ def compile(
     result = CompileResult(exported, quantized, tuple(built), verified, time.perf_counter() - start, peak_rss())
     _write_json(output / "compile.json", result.to_json())
     return result
+
+
+def _check_inputs(recipe: Recipe, engines: Sequence[str], sources: Sequence[str], *, data_free: bool) -> None:
+    """Find out now what a later stage would refuse, before the first stage has run.
+
+    Raises:
+        BismoothError: an engine or a text that cannot be used, or a recipe that needs text where there is none.
+    """
+    from ..calibrators.data import RANDOM
+    from ..calibrators.sources import check_source
+    from .engines import require_engine
+
+    for engine in engines:
+        require_engine(engine)
+    for source in sources:
+        if source != RANDOM:
+            check_source(source)
+    if data_free and recipe.has_static_scales:
+        raise BismoothError(
+            f"recipe {recipe.name}: has static activation scales, which come from text. Expected --data FILE, "
+            "got none. Or take a recipe with per-token activations."
+        )
+
+
+def _check_text(artifact: Path, sources: Sequence[str], windows: int, length: int) -> None:
+    """Raise :class:`BismoothError` now if there is too little text for verification."""
+    from ..calibrators.data import load_tokenizer, load_windows
+
+    load_windows(sources, load_tokenizer(artifact), windows=windows, length=length)
 
 
 def _engine_plans(engines: Sequence[str], capabilities: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:

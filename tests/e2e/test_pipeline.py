@@ -219,11 +219,12 @@ def test_compile_runs_every_stage(artifacts: Run, tmp_path: Path, capsys: pytest
 def test_compile_that_fails_leaves_no_old_report(artifacts: Run, tmp_path: Path) -> None:
     report = tmp_path / "compile.json"
     report.write_text("passed")
-    words = ("compile", artifacts.tiny.source, "--engine", "onnxruntime", "-o", tmp_path, "--data", "nowhere.txt")
-    assert run(*words, "--force") == 2
+    words = ("compile", artifacts.tiny.source, "--engine", "onnxruntime", "-o", tmp_path, "--data", artifacts.tiny.text)
+    assert run(*words, "--verify-windows", 90_000, "--force") == 2
     assert not report.exists()
     report.write_text("passed")
     assert run(*words) == 2
+    assert run(*words[:-1], "nowhere.txt", "--force") == 2
     assert report.read_text() == "passed"
 
 

@@ -193,7 +193,11 @@ def test_bad_usage_is_one_line_and_status_2(
         ),
         (PermissionError(13, "Permission denied", "/art"), 2, "/art: Permission denied."),
         (OSError(28, "No space left on device"), 2, "No space left on device."),
-        (KeyboardInterrupt(), 130, "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force."),
+        (
+            KeyboardInterrupt(),
+            130,
+            "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+        ),
         (
             ValueError("two\nlines"),
             70,

@@ -59,7 +59,8 @@ def test_a_fallback_fails_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"1 of the 1 linears .* fell back to float"):
         OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"})))
     assert list(engine.parent.iterdir()) == []
-    result = OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True))
+    request = BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True)
+    result = OnnxRuntimeBuilder().build(request)
     assert [linear.node for linear in result.audit.fallbacks] == ["fc/MatMul"]
 
 

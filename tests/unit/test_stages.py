@@ -43,3 +43,17 @@ def test_an_unknown_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(BismoothError, match=r"--opset 12: Expected 23, or 20"):
         stages.export(source, tmp_path / "out", dtype=ComputeType.FLOAT32, opset=12)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "engine", "data", "message"),
+    [
+        ("w8a8", "onnx", "random", r"engine 'onnx': Expected one of"),
+        ("w8a8", "onnxruntime", "nowhere.txt", r"nowhere\.txt"),
+        ("w8a8-static", "onnxruntime", "", r"has static activation scales.*Expected --data FILE"),
+    ],
+)
+def test_compile_refuses_before_it_starts(tmp_path: Path, recipe: str, engine: str, data: str, message: str) -> None:
+    with pytest.raises(BismoothError, match=message):
+        stages.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
