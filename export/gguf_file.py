@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +27,11 @@ def convert_gguf(path: Path, folder: Path, progress: Callable[[str, int, int], N
     Raises:
         BismoothError: the file is damaged or its architecture is unknown to transformers.
     """
-    import gguf
     import torch
     import transformers
 
     auto: Any = transformers
-    with _unreadable(path):
-        reader = cast(Any, gguf).GGUFReader(str(path))
+    with _unreadable(path), _read_once(path) as reader:
         config = auto.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = auto.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         with torch.device("meta"):
@@ -60,6 +59,28 @@ def convert_gguf(path: Path, folder: Path, progress: Callable[[str, int, int], N
         del config.quantization_config
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _read_once(path: Path) -> Generator[Any]:
+    """A reader of the file. Transformers gets the same one, and tables of names are made once.
+
+    It would parse the file for each of configuration and tokenizer, and make the tables for each module, for seconds.
+    """
+    import gguf
+
+    package: Any = gguf
+    reader_class, name_map = package.GGUFReader, package.get_tensor_name_map
+    reader = reader_class(str(path))
+
+    def known(_path: Any) -> Any:
+        return reader
+
+    package.GGUFReader, package.get_tensor_name_map = known, cache(name_map)
+    try:
+        yield reader
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = reader_class, name_map
 
 
 def _converter(reader: Any, config: Any, skeleton: Any) -> tuple[Callable[[Any], NDArray[np.float32]], dict[str, str]]:
