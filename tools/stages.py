@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from .results import BuildStageResult, CalibrateResult, CompileResult, ExportRes
 from .verify import VerifyResult, verify_artifact
 
 if TYPE_CHECKING:
+    import torch
+
     from ..calibrators.calibration import StatisticsCalibration
 
 STATISTICS = "statistics.safetensors"
@@ -45,12 +47,75 @@ def export(
     Raises:
         BismoothError: the source or the output folder cannot be used.
     """
+    with console.progress() as progress:
+        return _exported(
+            lambda folder: export_model(source, folder, trust_remote_code=trust_remote_code, progress=progress),
+            output,
+            dtype,
+            opset,
+            force,
+        )
+
+
+def export_module(
+    module: torch.nn.Module,
+    output: Path,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dtype: ComputeType = ComputeType.FLOAT16,
+    opset: int = 23,
+    force: bool = False,
+) -> ExportResult:
+    """Turn any torch module, with example inputs, into a float artifact; the module is not changed.
+
+    Args:
+        module: as it is in evaluation mode.
+        output: the folder to write.
+        args: example inputs.
+        kwargs: example inputs by name.
+        dynamic_shapes: which sizes may vary, as for ``torch.onnx.export``: ``({0: "batch"},)``.
+        input_names: names of the graph's inputs.
+        output_names: names of the graph's outputs.
+        dtype: see :func:`export`.
+        opset: see :func:`export`.
+        force: replace an artifact at ``output``.
+
+    Raises:
+        BismoothError: the module cannot be traced, or the output folder cannot be used.
+    """
+    from ..export.module import export_module as write
+
+    return _exported(
+        lambda folder: write(
+            module,
+            folder,
+            args,
+            kwargs,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
+        ),
+        output,
+        dtype,
+        opset,
+        force,
+    )
+
+
+def _exported(
+    write: Callable[[Path], Manifest], output: Path, dtype: ComputeType, opset: int, force: bool
+) -> ExportResult:
+    """The artifact whose float32 graph and weights ``write`` puts into a folder."""
     from ..passes.graph import load
     from ..passes.linears import find_linears
 
     start = time.perf_counter()
-    with console.progress() as progress, new_folder(output, force=force) as folder:
-        manifest = export_model(source, folder, trust_remote_code=trust_remote_code, progress=progress)
+    with new_folder(output, force=force) as folder:
+        manifest = write(folder)
         graph = load(folder / manifest.graphs["float32"])
         linears = len(find_linears(graph))
         graphs = _lower_export(graph, folder, manifest, dtype, opset)

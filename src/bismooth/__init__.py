@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
-    from .tools.stages import build, calibrate, inspect, quantize, verify
+    from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
     from .tools.stages import compile as compile_model
     from .tools.stages import export as export_model
 
@@ -31,6 +31,7 @@ __all__ = [
     "calibrate",
     "compile_model",
     "export_model",
+    "export_module",
     "inspect",
     "quantize",
     "verify",
@@ -46,6 +47,7 @@ _HOME = {
     "calibrate": (_STAGES, "calibrate"),
     "compile_model": (_STAGES, "compile"),
     "export_model": (_STAGES, "export"),
+    "export_module": (_STAGES, "export_module"),
     "inspect": (_STAGES, "inspect"),
     "quantize": (_STAGES, "quantize"),
     "verify": (_STAGES, "verify"),

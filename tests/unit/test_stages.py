@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bismooth.export.artifact import Manifest, write_manifest
+from bismooth.export.artifact import Artifact, Manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.spec import ComputeType
 from bismooth.tools import stages
@@ -57,3 +57,17 @@ def test_compile_refuses_before_it_starts(tmp_path: Path, recipe: str, engine: s
     with pytest.raises(BismoothError, match=message):
         stages.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_module_becomes_an_artifact(tmp_path: Path) -> None:
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    result = stages.export_module(
+        module, tmp_path / "mlp", (torch.zeros(2, 8),), dynamic_shapes=({0: "batch"},), input_names=["x"]
+    )
+    assert result.linears == 2
+    artifact = Artifact.load(tmp_path / "mlp", "float")
+    assert set(artifact.manifest.graphs) == {"float32", "float16"}
+    quantized = stages.quantize(tmp_path / "mlp", "w8a8", tmp_path / "int8", data_free=True)
+    assert len(quantized.result.linears) == 1  # the last linear makes the output: the head stays float
