@@ -24,6 +24,7 @@ from .errors import BismoothError
 MANIFEST = "bismooth.json"
 FORMAT_VERSION = 1
 Kind = Literal["float", "quantized", "engine"]
+_JSON_TYPES = {"source": dict, "graphs": dict, "files": dict, "dims": dict, "tools": dict, "stages": list}
 RESERVED = (".onnx", ".json", "quantized.safetensors", "statistics.safetensors")
 """How the names end that stages give to files of their own: no weight file of a source may be called so."""
 
@@ -95,6 +96,8 @@ class Manifest:
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"it has format version {data['version']}, this bismooth reads version {FORMAT_VERSION}")
         fields = {key: value for key, value in data.items() if key not in ("format", "version")}
+        if wrong := [key for key, kind in _JSON_TYPES.items() if not isinstance(fields[key], kind)]:
+            raise TypeError(f"{wrong[0]} is of another type than expected")
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
         if (blocks := fields["blocks"]) is not None:
             fields["blocks"] = Blocks(blocks["prefix"], tuple(blocks["kinds"]))
@@ -102,6 +105,9 @@ class Manifest:
         manifest = Manifest(**fields)
         if manifest.kind not in get_args(Kind):
             raise ValueError(f"it has kind {manifest.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        for name, record in manifest.files.items():
+            if type(record.size) is not int:
+                raise TypeError(f"{name} has size {record.size!r}")
         for name in (*manifest.files, *manifest.graphs.values()):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"it names a file outside of the folder: {name}")
@@ -139,7 +145,7 @@ class Artifact:
             )
         try:
             manifest = Manifest.from_json(cast(dict[str, Any], json.loads(manifest_path.read_text("utf-8"))))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BismoothError(
                 f"{manifest_path}: the manifest cannot be read: {error}. Make the artifact again."
             ) from error

@@ -113,7 +113,7 @@ def _try_lock(descriptor: int) -> bool:
 
 def _remove_leftovers(target: Path) -> None:
     """Delete the temporary folders that no process holds, and the previous version after a complete replacement."""
-    for path in target.parent.glob(f".{escape(target.name)}.tmp-*"):
+    for path in target.parent.glob(f".{escape(target.name)}.tmp-{'[0-9a-f]' * 8}"):
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY)
             if _try_lock(descriptor):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from .artifact import Blocks, Manifest, place_file
+from .artifact import Manifest, place_file
 from .errors import BismoothError
 from .source import (
     INDEX,
@@ -93,15 +93,17 @@ def export_model(
         resolved = HuggingFaceSource(folder, config, read_weights([folder / WEIGHTS]))
     else:
         origin["format"] = "huggingface"
-        _place_files(resolved, folder, copy)
+        _place_files(resolved, folder, copy, progress)
         complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
     origin["fingerprint"] = resolved.weights.fingerprint()
     return replace(_write_graph(resolved, folder, trust_remote_code, progress), source=origin)
 
 
-def _place_files(source: HuggingFaceSource, folder: Path, copy: bool) -> None:
-    for path in source.weights.files:
-        place_file(path, folder / path.name, copy=copy)
+def _place_files(source: HuggingFaceSource, folder: Path, copy: bool, progress: Progress) -> None:
+    files = source.weights.files
+    for done, path in enumerate(files, 1):
+        if not place_file(path, folder / path.name, copy=copy):
+            progress("copy the weights", done, len(files))
     sharded = (source.folder / INDEX).is_file()
     for pattern in (*SIDE_FILES, *([INDEX] if sharded else [])):
         for path in sorted(source.folder.glob(pattern)):
@@ -158,15 +160,14 @@ def _trace(config: Any, skeleton: Skeleton, trust_remote_code: bool, progress: P
     from .trace import simplify, trace_transformer
 
     cls = model_class(config, trust_remote_code=trust_remote_code)
-    blocks = skeleton.blocks or Blocks("", ())
-    if skeleton.short_config is not None:
-        step = f"trace {len(skeleton.short_blocks)} of {len(blocks.kinds)} blocks"
+    if skeleton.blocks is not None and skeleton.short_config is not None:
+        step = f"trace {len(skeleton.short_blocks)} of {len(skeleton.blocks.kinds)} blocks"
         progress(step, 0, 1)
         model = trace_transformer(cls, skeleton.short_config, skeleton.short_buffers)
         simplify(model)
         progress(step, 1, 1)
         try:
-            stamp(model, blocks, skeleton.short_blocks)
+            stamp(model, skeleton.blocks, skeleton.short_blocks)
             return model
         except NotAlikeError as difference:
             step = f"trace the whole model: its blocks are no copies of each other ({difference})"

@@ -61,6 +61,8 @@ def export_module(
     """
     name = type(module).__name__
     state = cast(dict[str, torch.Tensor], module.state_dict(keep_vars=True))
+    if any(tensor.is_meta for tensor in state.values()):
+        raise BismoothError(f"{name}: the module has tensors without values (device meta). Load its weights first.")
     names = _distinct(state)
     _write_state({stored: state[stored] for stored in dict.fromkeys(names.values())}, folder / WEIGHTS, name)
     buffers = dict(module.named_buffers())

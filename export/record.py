@@ -59,16 +59,15 @@ def record_blocks(cls: Any, config: Any, prefix: str, buffers: Mapping[str, torc
 
 
 def _contents(buffers: Mapping[str, torch.Tensor], prefix: str) -> Operations:
-    """Name, type, shape and SHA-256 of the buffers below ``prefix``."""
-    return tuple(
-        (name.removeprefix(prefix), str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest())
-        for name, tensor in sorted(buffers.items())
-        if name.startswith(prefix)
-    )
+    """Names and contents of the buffers below ``prefix``."""
+    names = sorted(name for name in buffers if name.startswith(prefix))
+    return tuple((name.removeprefix(prefix), *_content(buffers[name])) for name in names)
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _content(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
+    """Type, shape, and SHA-256 of the values."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(values.tobytes()).hexdigest()
 
 
 class _Recorder(dispatch.TorchDispatchMode):
@@ -148,10 +147,10 @@ class _Recorder(dispatch.TorchDispatchMode):
     def _name_constant(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         constant = tensor.constant if isinstance(tensor, FakeTensor) else tensor
         self._alive.append(tensor)
-        if constant is None:  # equal to nothing but itself
-            return ("unknown", id(tensor))
+        if constant is None:
+            return ("unknown", object())  # equal to nothing but itself
         with _without_modes():
-            return ("constant", str(constant.dtype), tuple(constant.shape), repr(constant.numpy().tolist()))
+            return ("constant", *_content(constant))
 
 
 def _flat(value: Any) -> list[Any]:

@@ -65,8 +65,9 @@ def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
         from transformers import dynamic_module_utils
 
         return cast(Any, dynamic_module_utils).get_class_from_dynamic_module(remote[auto], config.name_or_path)
-    if names and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
+    named = getattr(transformers, names[0], None) if names else None
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
     for auto in autos:
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:

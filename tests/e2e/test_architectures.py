@@ -270,6 +270,7 @@ def test_weights_can_be_copied(tmp_path: Path) -> None:
     module = make_model("opt", tmp_path / "source", num_hidden_layers=1)
     copied = export(module, tmp_path / "source", tmp_path / "artifact", weights="copy")
     assert not (tmp_path / "artifact/model.safetensors").samefile(tmp_path / "source/model.safetensors")
+    assert copied.steps[0] == "copy the weights"
     onnx.checker.check_model(str(copied.graph))  # pyright: ignore[reportUnknownMemberType]: it refuses hard links
     assert_computes_the_same(copied)
 

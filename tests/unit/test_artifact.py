@@ -73,6 +73,8 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "future": (lambda m: m.update(version=9), "it has format version 9, this bismooth reads version 1"),
     "kind": (lambda m: m.update(kind="toy"), "it has kind 'toy', expected one of float, quantized, engine"),
     "missing key": (lambda m: m.pop("files"), "'files'"),
+    "type": (lambda m: m.update(stages="export"), "stages is of another type than expected"),
+    "size": (lambda m: m["files"]["model.onnx"].update(size="5"), "model.onnx has size '5'"),
     "unknown key": (lambda m: m.update(colour="red"), "unexpected keyword argument 'colour'"),
     "files": (lambda m: m["files"].update(x={"bytes": 1}), "unexpected keyword argument 'bytes'"),
     "outside": (lambda m: m["graphs"].update(float32="../model.onnx"), "names a file outside of the folder: ../model"),

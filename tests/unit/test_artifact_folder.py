@@ -186,12 +186,13 @@ def test_a_second_rename_that_fails_undoes_the_first(tmp_path: Path, monkeypatch
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    for name in (".art.tmp-0123", ".artist.tmp-0123", ".[art].tmp-9"):
+    others = {".artist.tmp-01234567", ".art.tmp-of-mine"}
+    for name in (".art.tmp-01234567", ".[art].tmp-89abcdef", *others):
         make(tmp_path / name)
     make(tmp_path / "art")
-    assert names(tmp_path) == {"art", ".artist.tmp-0123", ".[art].tmp-9"}
+    assert names(tmp_path) == {"art", ".[art].tmp-89abcdef", *others}
     make(tmp_path / "[art]")
-    assert names(tmp_path) == {"art", ".artist.tmp-0123", "[art]"}
+    assert names(tmp_path) == {"art", "[art]", *others}
 
 
 def test_folders_that_a_process_still_works_on_stay(tmp_path: Path) -> None:

@@ -153,6 +153,13 @@ def test_a_module_that_cannot_be_traced(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", ""), "the exporter's dumps are no message for users"
 
 
+def test_a_module_without_values(tmp_path: Path) -> None:
+    with pytest.raises(
+        BismoothError, match=r"Linear: the module has tensors without values \(device meta\)\. Load its"
+    ):
+        export_module(nn.Linear(2, 2, device="meta"), tmp_path, (torch.zeros(2),))
+
+
 def test_a_tensor_that_cannot_be_stored(tmp_path: Path) -> None:
     module = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(

@@ -222,8 +222,9 @@ def test_an_architecture_that_transformers_does_not_know() -> None:
         match=r"model type 'novel' \(no architecture named\) is unknown to transformers\. Expected a model",
     ):
         build_skeleton(NovelConfig())
-    with pytest.raises(BismoothError, match=r"model type 'novel' \(NovelModel\) is unknown"):
-        build_skeleton(NovelConfig(architectures=["NovelModel"]))
+    for name in ("NovelModel", "pipeline", "AutoModel"):
+        with pytest.raises(BismoothError, match=rf"model type 'novel' \({name}\) is unknown"):
+            build_skeleton(NovelConfig(architectures=[name]))
 
 
 def test_code_of_the_model_is_used_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
