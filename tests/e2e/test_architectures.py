@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]: the package has no stubs
 import pytest
 import torch
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto
 from safetensors import torch as _safetensors_torch
 
-from bismooth.export import skeleton
+from bismooth.export import skeleton, trace
 from bismooth.export.errors import BismoothError
 from bismooth.export.model import export_model
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.export.source import INDEX
+from tests.gguf_models import llama, write_gguf
 from tests.models import ARCHITECTURES, VOCAB, Exported, export, exported, make_model, random_model, tokens
 
 ORT: Any = onnxruntime
@@ -264,6 +266,37 @@ def test_a_block_that_differs_and_is_not_among_the_first_is_seen(
     assert model.manifest.blocks is not None
     assert model.manifest.blocks.kinds == (0, 0, 0, 1, 0)
     assert_computes_the_same(model)
+
+
+def test_a_trace_that_cannot_be_repeated_is_made_again_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_transformer, calls = trace.trace_transformer, 0
+
+    def first_in_vain(cls: Any, config: Any, buffers: Any) -> ir.Model:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}), ir_version=10)
+        return trace_transformer(cls, config, buffers)
+
+    monkeypatch.setattr(trace, "trace_transformer", first_in_vain)
+    module = make_model("opt", tmp_path / "source")
+    model = export(module, tmp_path / "source", tmp_path / "artifact")
+    reason = "no traced node belongs to model.decoder.layers.0"
+    assert f"trace the whole model: its blocks are no copies of each other ({reason})" in model.steps
+    assert_computes_the_same(model)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    write_gguf(llama(), tmp_path / "tiny.gguf")
+    (tmp_path / "artifact").mkdir()
+    manifest = export_model(tmp_path / "tiny.gguf", tmp_path / "artifact")
+    assert manifest.source["format"] == "gguf"
+    assert {"config.json", "model.onnx", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "artifact").iterdir()
+    }
+    module = cast(Any, transformers).AutoModelForCausalLM.from_pretrained(tmp_path / "artifact")
+    feeds = tokens(2, 7)
+    assert_equal(run(tmp_path / "artifact/model.onnx", feeds), torch_output(module, feeds))
 
 
 def test_weights_can_be_copied(tmp_path: Path) -> None:

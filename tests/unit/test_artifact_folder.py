@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -61,6 +62,13 @@ def test_linux_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with new_folder(tmp_path / "art", force=True) as folder:
         write(folder, b"newer")
         monkeypatch.setattr(Path, "rename", fail)
+    assert content(tmp_path / "art") == b"newer"
+
+
+def test_systems_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    make(tmp_path / "art", b"old")
+    make(tmp_path / "art", b"newer", force=True)
     assert content(tmp_path / "art") == b"newer"
 
 

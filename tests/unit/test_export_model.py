@@ -40,6 +40,7 @@ LLAMA: dict[str, Any] = {
 BROKEN: dict[str, dict[str, Any]] = {
     "no model type": {},
     "unknown model type": {"model_type": "novel"},
+    "not a text model": {"model_type": "vit", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2},
     "a size that is text": LLAMA | {"hidden_size": "sixteen"},
     "heads that do not fit": LLAMA | {"num_attention_heads": 3, "hidden_size": 16},
     "an unknown activation": LLAMA | {"hidden_act": "wobble"},
