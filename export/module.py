@@ -21,7 +21,7 @@ from .link import link_weights
 from .naming import name_constants, name_nodes
 from .safetensors_file import SafetensorsWriter, dtype_name
 from .source import WEIGHTS, read_weights
-from .trace import cannot_trace, give_values, quiet, simplify, trace
+from .trace import cannot_trace, give_values, own_tensors, quiet, simplify, trace
 from .versions import tool_versions
 
 GRAPH = "model.onnx"
@@ -65,8 +65,8 @@ def export_module(
         raise BismoothError(f"{name}: the module has tensors without values (device meta). Load its weights first.")
     names = _distinct(state)
     _write_state({stored: state[stored] for stored in dict.fromkeys(names.values())}, folder / WEIGHTS, name)
-    buffers = dict(module.named_buffers())
-    computed = {key: _floats(t) for key, t in buffers.items() if key not in state or not t.is_floating_point()}
+    made = own_tensors(module)
+    computed = {key: _floats(t) for key, t in made.items() if key not in state or not t.is_floating_point()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with cannot_trace(name), quiet(), torch.no_grad():
         double = _without_storage(module, mode)
@@ -136,7 +136,8 @@ def _without_storage(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.
             empty = torch.empty(tensor.shape, dtype=_float(tensor.dtype))
         return torch.nn.Parameter(empty, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else empty
 
-    memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    tensors = [*module.parameters(), *own_tensors(module).values()]
+    memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
     return copy.deepcopy(module, memo).eval()
 
 

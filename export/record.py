@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch as dispatch
 
-from .trace import fake_transformer
+from .trace import fake_transformer, own_tensors
 
 _without_modes: Any = cast(Any, dispatch)._disable_current_modes
 Operations = tuple[Any, ...]
@@ -46,7 +46,7 @@ def record_blocks(cls: Any, config: Any, prefix: str, buffers: Mapping[str, torc
     with fake_transformer(cls, config) as (model, inputs):
         blocks = list(cast(torch.nn.ModuleList, model.get_submodule(prefix)))
         recorder = _Recorder(prefix, len(blocks))
-        for name, tensor in [*model.named_parameters(), *model.named_buffers(), *inputs.items()]:
+        for name, tensor in [*model.named_parameters(), *own_tensors(model).items(), *inputs.items()]:
             recorder.know(tensor, ("name", name))
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(recorder.entering(number), with_kwargs=True)

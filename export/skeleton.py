@@ -17,7 +17,7 @@ import torch
 from .artifact import Blocks
 from .errors import BismoothError
 from .record import record_blocks
-from .trace import cannot_trace
+from .trace import cannot_trace, own_tensors
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Skeleton:
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Tensors that the model's code makes, by name."""
-        return dict(self.model.named_buffers())
+        return own_tensors(self.model)
 
     @property
     def short_buffers(self) -> dict[str, torch.Tensor]:
@@ -109,7 +109,7 @@ def build_skeleton(config: Any, *, shorten: bool = True, trust_remote_code: bool
     with parameters_without_storage():
         model = cls(copy.deepcopy(config)).eval()
         model.tie_weights()
-    buffers = dict(model.named_buffers())
+    buffers = own_tensors(model)
     prefix = _find_blocks(model, config)
     if prefix is None:
         return Skeleton(model, None, None, ())

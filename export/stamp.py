@@ -166,8 +166,8 @@ def _same_value(x: ir.Value, y: ir.Value, same: dict[int, ir.Value], prefixes: t
     if id(x) in same:
         return same[id(x)] is y
     name, other = x.name or "", y.name or ""
-    if x is y:  # a parameter of one of the two would be its own there, and a foreign one in the other
-        return not name.startswith(prefixes)
+    if x is y:  # a parameter of one of the two is its own there, and a foreign one in the other
+        return x.const_value is not None or not name.startswith(prefixes)
     if not (x.is_initializer() and y.is_initializer()):
         return False
     a, b = x.const_value, y.const_value

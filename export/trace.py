@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -57,7 +57,7 @@ def trace_transformer(cls: Any, config: Any, buffers: Mapping[str, torch.Tensor]
 
     Inputs ``input_ids`` and ``attention_mask`` are int64 [batch, sequence]; outputs are the tensors of the model's
     output. Parameters become graph initializers without data; ``buffers`` gives the values of those that no
-    checkpoint stores.
+    checkpoint stores (:func:`own_tensors`).
 
     Raises:
         BismoothError: the model cannot be traced.
@@ -98,6 +98,17 @@ def trace(
         verbose=False,
     )
     return cast(ir.Model, program.model)
+
+
+def own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that a module's code makes, by path: its buffers, and attributes that are registered as nothing."""
+    result = dict(module.named_buffers())
+    modules: Iterable[tuple[str, torch.nn.Module]] = cast(Any, module).named_modules()
+    for path, part in modules:
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor) and not value.is_meta:
+                result[f"{path}.{name}" if path else name] = value
+    return result
 
 
 def give_values(model: ir.Model, buffers: Mapping[str, torch.Tensor]) -> None:

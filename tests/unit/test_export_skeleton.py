@@ -182,26 +182,44 @@ def test_a_value_of_an_inner_block_that_is_used_at_the_end_is_seen(monkeypatch: 
     assert [name[1] for name in used] == [2]
 
 
-def test_tensors_that_are_no_parameters_or_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real values are compared; those that are made without storage, with the model, are equal to nothing."""
+@pytest.mark.parametrize(
+    ("values", "expected"), [([2.0, 2.0, 2.0], (0, 0, 0)), ([2.0, 2.0, 3.0], (0, 0, 1))], ids=["equal", "different"]
+)
+@pytest.mark.parametrize("made", ["with the model", "while it runs"])
+def test_tensors_that_are_no_parameters_or_buffers(
+    values: list[float], expected: tuple[int, ...], made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     init, forward = llama.LlamaMLP.__init__, llama.LlamaMLP.forward
+    numbers = iter(range(100))
 
-    def record(make: Callable[[], torch.Tensor]) -> int:
-        def changed_init(self: Any, config: Any) -> None:
-            init(self, config)
-            object.__setattr__(self, "hidden", make())
-
-        monkeypatch.setattr(llama.LlamaMLP, "__init__", changed_init)
-        return len(set(record_blocks(transformers.LlamaForCausalLM, config_of("llama"), "model.layers", {}).blocks))
+    def changed_init(self: Any, config: Any) -> None:
+        init(self, config)
+        self.gain = values[next(numbers) % len(values)]
+        if made == "with the model":
+            object.__setattr__(self, "gain", torch.full((32,), self.gain))
 
     def changed(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return forward(self, x) + self.hidden
+        return forward(self, x) * (torch.tensor([self.gain] * 32) if made == "while it runs" else self.gain)
 
+    monkeypatch.setattr(llama.LlamaMLP, "__init__", changed_init)
     monkeypatch.setattr(llama.LlamaMLP, "forward", changed)
-    values = iter([torch.ones(1), torch.ones(1), torch.zeros(1)])
-    assert record(lambda: next(values)) == 2
-    assert record(lambda: torch.tensor(2.0)) == 1
-    assert record(lambda: torch.ones(1)) == 3
+    assert kinds(build_skeleton(config_of("llama"))) == expected
+
+
+def test_tensors_of_unknown_origin_are_equal_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here they hide in a list of the module."""
+    init, forward = llama.LlamaMLP.__init__, llama.LlamaMLP.forward
+
+    def changed_init(self: Any, config: Any) -> None:
+        init(self, config)
+        self.hidden = [torch.ones(1)]
+
+    def changed(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) + self.hidden[0]
+
+    monkeypatch.setattr(llama.LlamaMLP, "__init__", changed_init)
+    monkeypatch.setattr(llama.LlamaMLP, "forward", changed)
+    assert kinds(build_skeleton(config_of("llama"))) == (0, 1, 2)
 
 
 def test_the_class_that_the_configuration_names() -> None:

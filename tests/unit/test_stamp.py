@@ -155,6 +155,19 @@ def test_a_model_that_ends_with_its_last_block() -> None:
     assert model.graph.outputs[0].producer() is model.graph[-1]
 
 
+def test_a_constant_that_all_blocks_share() -> None:
+    """The optimizer merges equal constants; the one that is left has the name of the first block's."""
+    t = Traced()
+    gain = t.constant("layers.0.gain", 2.0)
+
+    def scaled(number: int, stream: ir.Value) -> ir.Value:
+        return t.node("Mul", [t.block(number, stream), gain], f"layers layers.{number}")
+
+    model = t.model(t.node("MatMul", [scaled(1, scaled(0, t.x)), t.parameter("head")], "head"))
+    stamp(model, Blocks("layers", (0, 0, 0)), (0, 1))
+    assert [rest for kind, _, *rest in nodes(model) if kind == "Mul"] == [["gain_1"], ["layers.0.gain"]] * 3
+
+
 def test_what_depends_on_no_parameter_is_shared() -> None:
     """Also where it was traced inside of a block."""
     t = Traced()
