@@ -2,8 +2,6 @@
 
 Every observed value x, flattened to rows [T, K] with channels last, gets the outputs of :class:`Taps`. What nothing
 observed needs is removed, as a rule the last layers' tail and the head.
-
-NOTE: sums run over one row in float32 and over rows in float64, so they hardly depend on how rows are batched.
 """
 
 from __future__ import annotations
@@ -48,19 +46,16 @@ class Taps:
 
     Attributes:
         absmax: float32 [K], max |x| per channel.
-        sum2, sum4: float64 [], sums of x² and x⁴ over all elements.
+        power: float32 [], the sum of x² over all elements; finite only if all of them are and no |x| is above 1e19.
         rows: float32 [r, K], the rows asked for through the input ``ROWS``.
-        size: int64 [2], T and K.
         outliers: float32 [o, K], the rows with the largest |x|, at most ``OUTLIERS``, largest first.
         outlier_peaks: float32 [o], their max |x|.
         histogram: int32 [BINS], counts of |x|.
     """
 
     absmax: str
-    sum2: str
-    sum4: str
+    power: str
     rows: str
-    size: str
     outliers: str
     outlier_peaks: str
     histogram: str
@@ -125,12 +120,7 @@ def _reductions(value: str) -> Iterator[onnx.NodeProto]:
     yield node("Cast", ["::flat"], "::x", to=TensorProto.FLOAT)
     yield node("Abs", ["::x"], "::abs")
     yield node("ReduceMax", ["::abs", "bismooth::first_axis"], "::absmax", keepdims=0)
-    yield node("Mul", ["::x", "::x"], "::square")
-    yield node("ReduceSum", ["::square", "bismooth::last_axis"], "::row_sum2", keepdims=0)
-    yield node("ReduceSumSquare", ["::square", "bismooth::last_axis"], "::row_sum4", keepdims=0)
-    for kind in ("sum2", "sum4"):
-        yield node("Cast", [f"::row_{kind}"], f"::double_{kind}", to=TensorProto.DOUBLE)
-        yield node("ReduceSum", [f"::double_{kind}"], f"::{kind}", keepdims=0)
+    yield node("ReduceSumSquare", ["::x"], "::power", keepdims=0)
     yield node("Shape", ["::x"], "::size")
     # A value with m rows per token (or one row per m tokens) is sampled at the same share of its rows.
     yield node("Gather", ["::size", "bismooth::zero"], "::row_count")

@@ -22,7 +22,7 @@ from .data import hash_ids
 from .histogram import BINS
 from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
 from .replacing import replacing
-from .statistics import Moments, Provenance, Statistics
+from .statistics import Provenance, Statistics
 from .writer import StatisticsWriter
 
 _Result = Mapping[str, NDArray[Any]]
@@ -39,9 +39,6 @@ class _Totals:
     counts: NDArray[np.int64] | None
     outliers: NDArray[np.float32]
     outlier_peaks: NDArray[np.float32]
-    elements: int = 0
-    sum2: float = 0.0
-    sum4: float = 0.0
 
     @staticmethod
     def like(value: str, result: _Result) -> _Totals:
@@ -53,9 +50,9 @@ class _Totals:
         return _Totals(value, taps, absmax, counts, outliers, np.zeros(OUTLIERS, np.float32))
 
     def add(self, result: _Result) -> None:
-        absmax, sum2 = result[self.taps.absmax], float(result[self.taps.sum2])
-        if not np.isfinite(sum2):
-            kind = "NaN" if np.isnan(sum2) else f"magnitudes up to {absmax.max():.3g}"
+        absmax, power = result[self.taps.absmax], float(result[self.taps.power])
+        if not np.isfinite(power):
+            kind = "NaN" if np.isnan(power) else f"magnitudes up to {absmax.max():.3g}"
             raise BismoothError(
                 f"value {self.value}: holds {kind} on this text. Expected finite activations below 1e19. "
                 "Check the weights with 'bismooth inspect', or leave the value out."
@@ -67,9 +64,6 @@ class _Totals:
         largest = np.argsort(-peaks, kind="stable")[:OUTLIERS]
         self.outliers = np.concatenate([self.outliers, result[self.taps.outliers]])[largest]
         self.outlier_peaks = peaks[largest]
-        self.elements += int(np.prod(result[self.taps.size]))
-        self.sum2 += sum2
-        self.sum4 += float(result[self.taps.sum4])
 
 
 def calibrate(
@@ -82,15 +76,15 @@ def calibrate(
     batch_size: int = 1,
     rows: int = 256,
     seed: int = 0,
-    histograms: bool = True,
+    histograms: bool = False,
     threads: int | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
     The artifact folder is not written to, and memory does not grow with the number of windows. The same windows and
-    batch size give the same bytes; another batch size changes sums and rows by rounding only, and moves single counts
-    between neighbouring bins.
+    batch size give the same bytes; another batch size changes rows by rounding only, and moves single counts between
+    neighbouring bins.
 
     Args:
         artifact: folder with the float graph and its weights.
@@ -128,7 +122,10 @@ def calibrate(
     values = list(dict.fromkeys(values))
     instrument(model, values, histograms=histograms)
     observed = InMemoryGraph(str(path), model.SerializeToString(), artifact)
-    with Session(observed, mode="plain", threads=threads) as session, replacing(output) as temporary:
+    with (
+        Session(observed, mode="plain", threads=threads, constant_folding=False) as session,
+        replacing(output) as temporary,
+    ):
         batches = _runs(session, windows, batch_size, chosen)
         total = -(-len(windows) // batch_size)
         if progress and sys.stderr.isatty():
@@ -172,10 +169,10 @@ def _collect(
                 total.add(result)
                 writer.rows(total.value, written, result[total.taps.rows])
             written += len(result[totals[0].taps.rows])
+            result.clear()  # before the next run, which needs as much
         for total in totals:
             writer.absmax(total.value, total.absmax)
             writer.outliers(total.value, total.outliers)
-            writer.moments(total.value, Moments(total.elements, total.sum2, total.sum4))
             if total.counts is not None:
                 writer.histogram(total.value, total.counts)
 

@@ -3,7 +3,6 @@
 For each observed value (an activation with K channels, flattened to rows [T, K]) the file has the tensors
 
 ==================  ===============  =================================================================================
-``NAME/moments``    float64 [3]      number of elements, Σ x², Σ x⁴
 ``NAME/histogram``  int64 [2562]     counts of \\|x\\| on the grid of :mod:`.histogram`; only if they were asked for
 ``NAME/absmax``     float32 [K]      max \\|x\\| of each channel
 ``NAME/outliers``   float32 [16, K]  the rows with the largest \\|x\\|, largest first; zeros where there are fewer rows
@@ -16,7 +15,6 @@ and its metadata say what was run on what (:class:`Provenance`).
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,25 +53,6 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Of all elements of a value: their number, Σ x² and Σ x⁴."""
-
-    count: float
-    sum2: float
-    sum4: float
-
-    @property
-    def rms(self) -> float:
-        """Root mean square."""
-        return math.sqrt(self.sum2 / self.count)
-
-    @property
-    def kurtosis(self) -> float:
-        """E[x⁴] / E[x²]², about zero: 3 for a normal distribution, large for outliers, NaN if all elements are zero."""
-        return self.count * self.sum4 / self.sum2**2 if self.sum2 else math.nan
-
-
-@dataclass(frozen=True)
 class Statistics:
     """A loaded statistics file. Nothing but its header is held: every access reads that one tensor."""
 
@@ -107,9 +86,6 @@ class Statistics:
         """The rows with the largest |x|, [16, K], largest first; zeros where there are fewer rows."""
         return self._read(f"{name}/outliers")
 
-    def moments(self, name: str) -> Moments:
-        return Moments(*(float(x) for x in self._read(f"{name}/moments")))
-
     def histogram(self, name: str) -> Histogram:
         """Histogram of |x|.
 
@@ -118,7 +94,7 @@ class Statistics:
         """
         if not self.has_histograms:
             raise BismoothError(
-                f"{self.path}: has no histograms. Expected some. Run 'bismooth calibrate' with histograms."
+                f"{self.path}: has no histograms. Expected some. Run 'bismooth calibrate' with --histograms."
             )
         return Histogram(self._read(f"{name}/histogram"), float(self.absmax(name).max(initial=0)))
 
@@ -195,7 +171,6 @@ def _check_tensors(statistics: Statistics) -> None:
     for name in statistics.names:
         channels = entries[f"{name}/absmax"].shape
         expected = {
-            "moments": ("F64", (3,)),
             "absmax": ("F32", channels),
             "outliers": ("F32", (OUTLIERS, *channels)),
             "rows": ("F32", (*row_count, *channels)),

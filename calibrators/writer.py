@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..export.safetensors_file import dtype_name
 from .histogram import BINS
 from .observe import OUTLIERS
-from .statistics import FORMAT, ROW_NUMBERS, VERSION, Moments, Provenance
+from .statistics import FORMAT, ROW_NUMBERS, VERSION, Provenance
 
 
 class StatisticsWriter:
@@ -57,9 +57,6 @@ class StatisticsWriter:
     def outliers(self, name: str, outliers: NDArray[np.float32]) -> None:
         self._put(f"{name}/outliers", outliers)
 
-    def moments(self, name: str, moments: Moments) -> None:
-        self._put(f"{name}/moments", np.array([moments.count, moments.sum2, moments.sum4], np.float64))
-
     def histogram(self, name: str, counts: NDArray[np.int64]) -> None:
         self._put(f"{name}/histogram", counts)
 
@@ -72,8 +69,6 @@ def _layout(
     channels: Mapping[str, int], rows: int, histograms: bool
 ) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
     yield ROW_NUMBERS, np.dtype(np.int64), (rows,)
-    for name in channels:
-        yield f"{name}/moments", np.dtype(np.float64), (3,)
     for name in channels if histograms else ():
         yield f"{name}/histogram", np.dtype(np.int64), (BINS,)
     for name, count in channels.items():

@@ -92,6 +92,8 @@ class Session:
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
         threads: threads per operator; one per core by default.
+        constant_folding: False leaves a Transpose or Cast of a weight to the run. Loading takes no copies of weights
+            for them then.
         values: names of inner values to offer as further outputs (needs the package ``onnx``).
 
     Raises:
@@ -106,6 +108,7 @@ class Session:
         mode: Mode = "int8",
         provider: Provider = "cpu",
         threads: int | None = None,
+        constant_folding: bool = True,
         values: Sequence[str] = (),
     ) -> None:
         self.label = str(model) if isinstance(model, Path) else model.name
@@ -116,7 +119,11 @@ class Session:
         source = str(graph) if isinstance(graph, Path) else graph.data
         try:
             session: _InferenceSession = runtime.InferenceSession(
-                source, options, providers=[PROVIDERS[provider]], enable_fallback=0
+                source,
+                options,
+                providers=[PROVIDERS[provider]],
+                enable_fallback=0,
+                disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
             )
         except Exception as error:
             raise BismoothError(

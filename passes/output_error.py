@@ -21,11 +21,13 @@ misses them, but attention to them carries their error to all tokens."""
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A quantized linear behind a site, and what its input was seen to be.
+    """Linears behind a site that read one tensor and are quantized alike, and what that tensor was seen to be.
+
+    Their weights count as one W, with the rows of all of them.
 
     Attributes:
         labels: int32 [K], which channel of the site each input column reads, −1 for none.
-        spec: How the linear is quantized.
+        spec: How each of them is quantized.
         weight: Sampled rows of W, float32 [R, K].
         row_share: How many rows of W each sampled row stands for.
         column_peaks: maxₙ|W[n,k]| over all rows, [K].
@@ -65,29 +67,32 @@ class OutputError:
     def __init__(self, consumers: Sequence[Consumer]) -> None:
         self._consumers = consumers
         self._outputs = [[tokens @ c.weight.T for tokens in c.tokens] for c in consumers]
+        self._power = [
+            [c.row_share * np.einsum("tn,tn->t", y, y) for y in outputs]
+            for c, outputs in zip(consumers, self._outputs, strict=True)
+        ]
 
     def of(self, s: Factor) -> float:
         """Mean over tokens of log(‖y − ŷ‖² / ‖y‖²), y being the outputs of all linears side by side.
 
-        Each linear counts by all its rows, not by those sampled. A weighted mean of the groups' means; the logarithm
-        keeps single tokens from deciding for all others.
+        Each W counts by all its rows, not by those sampled. A weighted mean of the groups' means; the logarithm keeps
+        single tokens from deciding for all others.
         """
         lost = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
-        total = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
         for consumer, outputs in zip(self._consumers, self._outputs, strict=True):
             columns = consumer.spread(s)
             weight = fake_quantize_rows(consumer.weight * columns, consumer.spec.group)
             for group, (tokens, output) in enumerate(zip(consumer.tokens, outputs, strict=True)):
-                difference = consumer.quantized(tokens / columns, columns) @ weight.T - output
+                difference = consumer.quantized(tokens / columns, columns) @ weight.T
+                difference -= output
                 lost[group] += consumer.row_share * np.einsum("tn,tn->t", difference, difference)
-                total[group] += consumer.row_share * np.einsum("tn,tn->t", output, output)
-        return _mean_of_groups(lost, total)
+        return _mean_of_groups(lost, [np.sum(power, axis=0) for power in zip(*self._power, strict=True)])
 
     def operands(self) -> list[Operand] | None:
         """What the refinement needs of the linears; None if one has a scale per group: there is no formula for that."""
         if any(consumer.spec.group is not None for consumer in self._consumers):
             return None
-        return [_operand(c, outputs) for c, outputs in zip(self._consumers, self._outputs, strict=True)]
+        return [_operand(c, power) for c, power in zip(self._consumers, self._power, strict=True)]
 
 
 def relative(error: float) -> float:
@@ -104,10 +109,9 @@ def _mean_of_groups(lost: Sequence[NDArray[np.float64]], total: Sequence[NDArray
     return result / weights if weights else 0.0
 
 
-def _operand(consumer: Consumer, outputs: Sequence[Float]) -> Operand:
-    power = [np.einsum("tn,tn->t", output, output) * consumer.row_share for output in outputs]
+def _operand(consumer: Consumer, power: Sequence[Float]) -> Operand:
     groups = [
-        Tokens(np.abs(tokens[p > 0]), p[p > 0], weight)
+        Tokens(np.square(tokens[p > 0]), p[p > 0], weight)
         for tokens, p, weight in zip(consumer.tokens, power, GROUP_WEIGHTS, strict=True)
         if (p > 0).any()
     ]

@@ -32,22 +32,22 @@ _DECAY = (0.9, 0.999)
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A group of tokens of one linear: |X| [T, K], ‖y_t‖² [T], and the group's weight in the objective."""
+    """A group of tokens: X² [T, K], ‖y_t‖² [T] of all rows of W, and the group's weight in the objective."""
 
-    magnitudes: Float
+    squares: Float
     power: Float
     weight: float
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A linear behind the site.
+    """Linears behind the site that read one tensor: W [N, K] holds the rows of all of them.
 
     Attributes:
         labels: Which channel of the site each input column reads, −1 for none.
         tokens: Groups of tokens.
         column_power: ‖W[:,k]‖², [K].
-        rows: |W| of sampled rows, [R, K].
+        rows: W² of sampled rows, [R, K].
         row_share: How many rows each sampled row stands for.
         peaks: maxₜ|x[t,k]| if the activation has one constant scale, [K]; None if each token has its own.
     """
@@ -71,19 +71,20 @@ def sample(size: int, count: int) -> NDArray[np.intp]:
 
 
 def sampled_rows(weight: Float) -> tuple[Float, float]:
-    """|W| of sampled rows of [N, K], and how many rows each stands for."""
-    rows = np.abs(weight[sample(len(weight), SAMPLED_ROWS)])
+    """W² of sampled rows of [N, K], and how many rows each stands for."""
+    rows = np.square(weight[sample(len(weight), SAMPLED_ROWS)])
     return rows, weight.shape[0] / rows.shape[0]
 
 
 def refine(start: Factor, operands: Sequence[Operand], free: NDArray[np.bool_], steps: int) -> Factor:
     """The factor [C] after ``steps`` steps of Adam (arXiv 1412.6980) with a rate that falls to 0; 1 where not free."""
     logarithm = np.log(start)
+    scratch = [_Scratch.like(operand) for operand in operands]
     first, second = np.zeros_like(logarithm), np.zeros_like(logarithm)
     for step in range(steps):
         slope = np.zeros_like(logarithm)
-        for operand in operands:
-            _add_gradient(slope, logarithm, operand)
+        for operand, arrays in zip(operands, scratch, strict=True):
+            _add_gradient(slope, logarithm, operand, arrays)
         slope[~free] = 0.0
         first = _DECAY[0] * first + (1 - _DECAY[0]) * slope
         second = _DECAY[1] * second + (1 - _DECAY[1]) * slope**2
@@ -97,59 +98,78 @@ def expected_error(s: Factor, operands: Sequence[Operand]) -> float:
     """The objective: the weighted mean of log(e_t / ‖y_t‖²) over the groups of tokens of all linears."""
     loss = 0.0
     for operand in operands:
-        state = _State.of(np.log(s), operand)
+        scratch = _Scratch.like(operand)
+        state = _State.of(np.log(s), operand, scratch)
         a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
-        for group in operand.tokens:
-            x = group.magnitudes / state.s
-            step = _step(x, state.s, operand)[0]
-            error = (step**2 * a + b * np.einsum("tk,tk->t", x, x)) / 12 / group.power
+        for group, room in zip(operand.tokens, scratch.tokens, strict=True):
+            step2 = _squared_steps(group, state, operand, room)[0]
+            error = (step2 * a + b * (group.squares @ state.shrunk)) / 12 / group.power
             loss += group.weight * float(np.log(error).mean())
     return loss
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """At one s: s by column, the summands of A [K] and of B [R], and the column that sets each row's scale."""
+class _Scratch:
+    """Room for the scaled squares of one operand, since new memory for them in every step costs more than the step."""
 
-    s: Float
+    rows: Float
+    tokens: Sequence[Float]
+
+    @staticmethod
+    def like(operand: Operand) -> "_Scratch":
+        return _Scratch(np.empty_like(operand.rows), [np.empty_like(group.squares) for group in operand.tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """At one s: s² and 1 / s² by column, the summands of A [K] and B [R], and the column that sets each row's scale."""
+
+    grown: Float
+    shrunk: Float
     column_noise: Float
     row_noise: Float
     row_peaks: NDArray[np.intp]
 
     @staticmethod
-    def of(logarithm: Factor, operand: Operand) -> "_State":
-        s = np.exp(np.where(operand.labels < 0, 0.0, logarithm[operand.labels])).astype(np.float32)
-        scaled = operand.rows * s
-        peaks = scaled.argmax(axis=1)
-        row_noise = (scaled[np.arange(len(scaled)), peaks] / np.float32(QMAX)) ** 2 * np.float32(operand.row_share)
-        return _State(s, s**2 * operand.column_power, row_noise, peaks)
+    def of(logarithm: Factor, operand: Operand, scratch: _Scratch) -> "_State":
+        by_column = np.where(operand.labels < 0, 0.0, logarithm[operand.labels])
+        grown = np.exp(2 * by_column).astype(np.float32)
+        row_noise, peaks = _largest(operand.rows, grown, scratch.rows)
+        row_noise *= np.float32(operand.row_share / QMAX**2)
+        shrunk = np.exp(-2 * by_column).astype(np.float32)
+        return _State(grown, shrunk, grown * operand.column_power, row_noise, peaks)
 
 
-def _step(x: Float, s: Float, operand: Operand) -> tuple[Float, NDArray[np.intp]]:
-    """Step of each token's grid, and the column that sets it."""
+def _largest(squares: Float, by_column: Float, room: Float) -> tuple[Float, NDArray[np.intp]]:
+    """The largest scaled square of each row, and its column."""
+    np.multiply(squares, by_column, out=room)
+    columns = room.argmax(axis=1)
+    return room[np.arange(len(room)), columns], columns
+
+
+def _squared_steps(group: Tokens, state: _State, operand: Operand, room: Float) -> tuple[Float, NDArray[np.intp]]:
+    """d² of each token's grid, and the column that sets it."""
     if operand.peaks is None:
-        columns = x.argmax(axis=1)
-        return x[np.arange(len(x)), columns] / np.float32(QMAX), columns
-    scaled = operand.peaks / s
+        squares, columns = _largest(group.squares, state.shrunk, room)
+        return squares / np.float32(QMAX**2), columns
+    scaled = np.square(operand.peaks) * state.shrunk
     column = int(scaled.argmax())
-    return np.full(len(x), scaled[column] / QMAX, np.float32), np.full(len(x), column)
+    return np.full(len(room), scaled[column] / QMAX**2, np.float32), np.full(len(room), column)
 
 
-def _add_gradient(slope: Factor, logarithm: Factor, operand: Operand) -> None:
-    """Add ∂/∂log s of the objective for one linear."""
-    state = _State.of(logarithm, operand)
-    s, a, b = state.s, float(state.column_noise.sum()), float(state.row_noise.sum())
-    columns = np.zeros(len(s))
-    b_slope = 2 * np.bincount(state.row_peaks, state.row_noise, minlength=len(s))
-    for group in operand.tokens:
-        x = group.magnitudes / s
-        step, peak = _step(x, s, operand)
-        squares = x * x
-        q, step2 = squares.sum(axis=1), step**2
-        inverse = group.weight / len(x) / np.maximum(step2 * a + b * q, 1e-30)
-        columns -= 2 * a * np.bincount(peak, inverse * step2, minlength=len(s))
+def _add_gradient(slope: Factor, logarithm: Factor, operand: Operand, scratch: _Scratch) -> None:
+    """Add ∂/∂log s of the objective for one operand."""
+    state = _State.of(logarithm, operand, scratch)
+    a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
+    columns = np.zeros(len(state.grown))
+    b_slope = 2 * np.bincount(state.row_peaks, state.row_noise, minlength=len(columns))
+    for group, room in zip(operand.tokens, scratch.tokens, strict=True):
+        step2, peak = _squared_steps(group, state, operand, room)
+        q = group.squares @ state.shrunk
+        inverse = (group.weight / len(q)) / np.maximum(step2 * a + b * q, np.float32(1e-30))
+        columns -= 2 * a * np.bincount(peak, inverse * step2, minlength=len(columns))
         columns += 2 * state.column_noise * float(inverse @ step2)
         columns += b_slope * float(inverse @ q)
-        columns -= 2 * b * (inverse @ squares)
+        columns -= 2 * b * (inverse @ group.squares) * state.shrunk
     used = operand.labels >= 0
     np.add.at(slope, operand.labels[used], columns[used])

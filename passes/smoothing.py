@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .flow import Absorption
 from .fold import Factor
 from .linears import Linear
 from .output_error import Consumer, OutputError, relative
+from .parallel import ordered_map
 from .refine import refine, sample
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec, StaticActivation
@@ -27,8 +29,8 @@ from .weights import require_finite
 Float = NDArray[np.float32]
 Limit = Callable[[str, StaticActivation, Float | None], float]
 
-SAMPLED_OUTPUTS = 512
-"""Rows of a weight that the search looks at."""
+SAMPLED_OUTPUTS = 256
+"""Rows that the search looks at, of all weights together that read one tensor."""
 
 LARGEST = 2.0**24
 """Bound of s and 1/s. Gammas and scales are float32 in all graphs, so within it the folded ones stay normal numbers."""
@@ -98,8 +100,8 @@ def choose_factors(
     """
     factors: dict[str, Factor] = {}
     choices: list[Choice] = []
-    for site in sites:
-        factor, choice = _choose(site, linears, specs, weight, activations)
+    choose = partial(_choose, linears=linears, specs=specs, weight=weight, activations=activations)
+    for site, (factor, choice) in zip(sites, ordered_map(choose, sites), strict=True):
         choices.append(choice)
         if factor is not None:
             factors[site.name] = factor
@@ -123,9 +125,12 @@ def _choose(
     if activations is None:
         return _from_weights(site, [(_read(linears[item.linear], weight), item.labels) for item in quantized])
     limit = _remembered(activations.limit)
+    alike: dict[tuple[str, bytes, LinearSpec], list[Absorption]] = {}
+    for item in quantized:
+        alike.setdefault((linears[item.linear].x, item.labels.tobytes(), specs[item.linear]), []).append(item)
     consumers = [
-        _consumer(linears[item.linear], item.labels, specs[item.linear], weight, activations, limit)
-        for item in quantized
+        _consumer([linears[item.linear] for item in items], items[0].labels, spec, weight, activations, limit)
+        for (_, _, spec), items in alike.items()
     ]
     return _search(site, consumers, smoothing)
 
@@ -148,25 +153,35 @@ def _left(site: Site, reason: str) -> Choice:
 
 
 def _consumer(
-    linear: Linear,
+    linears: Sequence[Linear],
     labels: NDArray[np.int32],
     spec: LinearSpec,
     weight: Callable[[Linear], Float],
     activations: Activations,
     limit: Limit,
 ) -> Consumer:
-    full = _read(linear, weight)
-    rows = full[sample(len(full), SAMPLED_OUTPUTS)]
+    """All ``linears`` read one tensor; their weights pass through memory one at a time."""
+    x, size = linears[0].x, len(labels)
+    total = sum(linear.n for linear in linears)
+    chosen, first = sample(total, SAMPLED_OUTPUTS), 0
+    rows: list[Float] = []
+    peaks, power = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    for linear in linears:
+        full = _read(linear, weight)
+        rows.append(full[chosen[(chosen >= first) & (chosen < first + len(full))] - first])
+        np.maximum(peaks, np.maximum(full.max(axis=0), -full.min(axis=0)), out=peaks)
+        power += np.einsum("nk,nk->k", full, full)
+        first += len(full)
     return Consumer(
         labels=labels,
         spec=spec,
-        weight=rows,
-        row_share=full.shape[0] / rows.shape[0],
-        column_peaks=np.maximum(full.max(axis=0), -full.min(axis=0)),
-        column_power=np.einsum("nk,nk->k", full, full),
-        absmax=activations.absmax(linear.x),
-        limit=partial(limit, linear.x),
-        tokens=(activations.rows(linear.x), activations.outliers(linear.x)),
+        weight=np.concatenate(rows),
+        row_share=total / len(chosen),
+        column_peaks=peaks,
+        column_power=power,
+        absmax=activations.absmax(x),
+        limit=partial(limit, x),
+        tokens=(activations.rows(x), activations.outliers(x)),
     )
 
 

@@ -103,7 +103,9 @@ def calibrate(
     rows: o.Rows = 256,
     seed: o.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Windows per run.")] = 1,
-    histograms: Annotated[bool, typer.Option(help="Keep histograms too, for per-tensor activations.")] = True,
+    histograms: Annotated[
+        bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
+    ] = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,

@@ -156,7 +156,7 @@ def calibrate(
     rows: int = 256,
     seed: int = 0,
     batch_size: int = 1,
-    histograms: bool = True,
+    histograms: bool = False,
     output: Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.

@@ -87,7 +87,7 @@ def activations(artifact: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def run(artifact: Path, output: Path, **options: Any) -> Statistics:
-    settings: dict[str, Any] = {"rows": 9, "threads": 1, "progress": False}
+    settings: dict[str, Any] = {"rows": 9, "threads": 1, "progress": False, "histograms": True}
     return calibrate(artifact, VALUES, WINDOWS, output, **(settings | options))
 
 
@@ -98,11 +98,6 @@ def test_statistics_against_float64(
     assert statistics.names == VALUES
     for name, x in activations.items():
         assert (statistics.absmax(name) == np.abs(x).max(axis=0)).all(), name
-        moments = statistics.moments(name)
-        assert moments.count == x.size
-        np.testing.assert_allclose([moments.sum2, moments.sum4], [(x**2).sum(), (x**4).sum()], rtol=1e-6)
-        np.testing.assert_allclose(moments.kurtosis, (x**4).mean() / (x**2).mean() ** 2, rtol=1e-6)
-        np.testing.assert_allclose(moments.rms, np.sqrt((x**2).mean()), rtol=1e-6)
         histogram = statistics.histogram(name)
         assert histogram.total == x.size
         assert histogram.absmax == np.abs(x).max()

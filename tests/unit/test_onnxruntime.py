@@ -63,6 +63,26 @@ def expected_logits(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]
     return np.tanh(weights[ids]) @ weights.T
 
 
+def test_weights_can_be_left_as_they_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kept = language_model(tmp_path), dict[bool, set[str]]()
+    for folding in (True, False):
+        optimized = tmp_path / f"optimized-{folding}.onnx"
+        options = engine._session_options  # pyright: ignore[reportPrivateUsage]
+
+        def keep(*args: Any, options: Callable[..., Any] = options, optimized: Path = optimized) -> Any:
+            result = options(*args)
+            result.optimized_model_filepath = str(optimized)
+            return result
+
+        monkeypatch.setattr(engine, "_session_options", keep)
+        with Session(path, mode="plain", threads=1, constant_folding=folding) as session:
+            np.testing.assert_allclose(session.logits(IDS), expected_logits(tmp_path, IDS), rtol=1e-5, atol=1e-6)
+        monkeypatch.undo()
+        kept[folding] = {item.name for item in load_graph(optimized).graph.initializer}
+    assert kept[False] == {"embed"}
+    assert kept[True] > {"embed"}, "a transposed copy"
+
+
 def test_logits_and_inner_values(tmp_path: Path) -> None:
     path = language_model(tmp_path)
     with Session(path, values=["hidden", "logits"], threads=1) as session:

@@ -27,7 +27,7 @@ from bismooth.passes.spec import (
 LINEARS = [f"model.layers.{block}.{path}" for block in range(4) for path in ("self_attn.q_proj", "mlp.down_proj")]
 HEADS = ["lm_head"]
 Q0, DOWN3 = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
-GRID = SmoothSpec((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), refine_steps=60)
+GRID = SmoothSpec((0.4, 0.55, 0.7, 0.85), refine_steps=30)
 
 
 def resolve(**keys: Any) -> dict[str, LinearSpec]:

@@ -17,7 +17,7 @@ def _operand(seed: int, *, static: bool = False, channels: int = 12) -> Operand:
         np.float32
     )
     power = ((x @ w.T) ** 2).sum(axis=1)
-    groups = [Tokens(np.abs(x[:16]), power[:16], 1.0), Tokens(np.abs(x[16:]), power[16:], 0.3)]
+    groups = [Tokens(x[:16] ** 2, power[:16], 1.0), Tokens(x[16:] ** 2, power[16:], 0.3)]
     rows, share = sampled_rows(w)
     return Operand(labels, groups, (w**2).sum(axis=0), rows, share, np.abs(x).max(axis=0) if static else None)
 
@@ -57,7 +57,7 @@ def test_the_model_predicts_the_measured_error() -> None:
     y, quantized = x @ w.T, (np.rint(x / t) * t) @ (np.rint(w / s) * s).T
     measured = np.log(((y - quantized) ** 2).sum(axis=1) / (y**2).sum(axis=1)).mean()
     rows, share = sampled_rows(w)
-    tokens = Tokens(np.abs(x), (y**2).sum(axis=1), 1.0)
+    tokens = Tokens(x**2, (y**2).sum(axis=1), 1.0)
     operand = Operand(np.arange(96, dtype=np.int32), [tokens], (w**2).sum(axis=0), rows, share, None)
     assert expected_error(np.ones(96), [operand]) == pytest.approx(measured, abs=0.1)
 
@@ -69,6 +69,6 @@ def test_sampled_rows_are_all_positions_of_the_heads() -> None:
     assert (np.diff(rows) > 0).all()
     np.testing.assert_array_equal(rows, sample(8192, 256))
     assert sample(5, 8).tolist() == [0, 1, 2, 3, 4]
-    magnitudes, share = sampled_rows(np.full((768, 3), -2, np.float32))
-    assert (magnitudes.shape, share) == ((192, 3), 4.0)
-    assert (magnitudes == 2).all()
+    squares, share = sampled_rows(np.full((768, 3), -2, np.float32))
+    assert (squares.shape, share) == ((192, 3), 4.0)
+    assert (squares == 4).all()

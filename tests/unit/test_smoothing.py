@@ -278,6 +278,29 @@ def test_a_linear_counts_by_the_rows_its_sample_stands_for() -> None:
     assert abs(OutputError([_consumer(x, w, _spec()), _consumer(x, other, _spec())]).of(s) - whole) > 1e-3
 
 
+def test_linears_that_read_one_tensor_and_are_quantized_alike_count_as_one_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w, s = _data()
+    parts = [_consumer(x, w[:30], _spec()), _consumer(x, w[30:], _spec())]
+    assert OutputError([_consumer(x, w, _spec())]).of(s) == pytest.approx(OutputError(parts).of(s), abs=1e-6)
+
+    rows: list[list[int]] = []
+
+    def measure(consumers: list[Consumer]) -> OutputError:
+        rows.append([len(consumer.weight) for consumer in consumers])
+        return OutputError(consumers)
+
+    monkeypatch.setattr("bismooth.passes.smoothing.OutputError", measure)
+    b = _norm_and_linears({3: 40}, "abc")
+    static = LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MINMAX), GRID)
+    _, choices, _ = _choose(b, tmp_path / "sampled", {"a": _spec(), "b": _spec(), "c": static})
+    assert rows == [[192, 96]]
+    _, whole, _ = _choose(b, tmp_path / "whole", {"a": _spec(), "b": _spec(), "c": _spec()})
+    assert rows[1:] == [[256]]
+    assert whole["norm"].error == pytest.approx(choices["norm"].error, rel=0.2)
+
+
 def test_groups_are_measured_as_such_and_not_refined() -> None:
     x, w, s = _data()
     spec = LinearSpec(WeightSpec(PerGroup(16)), DynamicActivation())
