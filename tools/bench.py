@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from .demo import demo_model, write_demo_text
 RECIPES = ("w8a8", "w8a8-per-channel", "w8a8-static", "w8a16", "fp16")
 ALPHAS = (0.4, 0.5, 0.6, 0.7)
 ENGINES = (("75",), ("80", "86", "89", "120"))
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class BenchResult:
     steps: tuple[dict[str, Any], ...]
     accuracy: tuple[dict[str, Any], ...]
     engines: tuple[dict[str, Any], ...]
+    peer: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"steps": list(self.steps), "accuracy": list(self.accuracy), "engines": list(self.engines)}
+        return {key: list(getattr(self, key)) for key in ("steps", "accuracy", "engines", "peer")}
 
 
 class Bench:
@@ -64,7 +67,7 @@ class Bench:
         """All measurements of one model."""
         art = self._output / "float"
         self._bismooth("export", model, "-o", art, "--force")
-        self._bismooth("calibrate", art, "--data", *self._calibration)
+        peer = self._beside_peer(art)
         accuracy: list[dict[str, Any]] = []
         variants = [(name, [name]) for name in RECIPES]
         variants += [(f"w8a8, alpha {alpha}", ["w8a8", "--alpha", str(alpha)]) for alpha in ALPHAS]
@@ -80,8 +83,7 @@ class Bench:
             if name not in RECIPES:
                 shutil.rmtree(folder)
         engines = [self._engine(self._output / "w8a8", capabilities) for capabilities in ENGINES]
-        self._peer(art)
-        return BenchResult(tuple(step.to_row() for step in self._steps), tuple(accuracy), tuple(engines))
+        return BenchResult(tuple(step.to_row() for step in self._steps), tuple(accuracy), tuple(engines), peer)
 
     def _accuracy(self, folder: Path) -> dict[str, Any]:
         hops = {
@@ -98,12 +100,27 @@ class Bench:
         keys = ("capabilities", "engine_bytes", "int8_linears", "int8_gemms", "kernels", "int8_mac_share")
         return {key: built[key] for key in keys}
 
-    def _peer(self, art: Path) -> None:
-        """ONNX Runtime's static quantization of the same model on the same text; its files are deleted."""
+    def _beside_peer(self, art: Path) -> tuple[dict[str, Any], ...]:
+        """Calibration and quantization, and ONNX Runtime's static quantization of the same graph on the same text.
+
+        Medians of alternating rounds. The peer's files are deleted.
+        """
         folder = self._output / "peer"
         command = [sys.executable, "-m", "bismooth.tools.bench_peer", str(art), str(folder), *self._calibration]
-        self._process("onnxruntime quantize_static", command)
-        shutil.rmtree(folder, ignore_errors=True)
+        ours: list[list[Step]] = []
+        peers: list[list[Step]] = []
+        for _ in range(ROUNDS):
+            calibrated = self._bismooth("calibrate", art, "--data", *self._calibration)
+            ours.append([calibrated, self._bismooth("quantize", art, "-o", self._output / "w8a8", "--force")])
+            peers.append([self._process("onnxruntime quantize_static", command)])
+            shutil.rmtree(folder, ignore_errors=True)
+        mine = _median("bismooth calibrate + quantize", ours)
+        other = _median("onnxruntime quantize_static", peers)
+        shares = {
+            "seconds_share": mine["wall_seconds"] / other["wall_seconds"],
+            "peak_share": mine["peak_bytes"] / other["peak_bytes"],
+        }
+        return mine | shares, other
 
     def _bismooth(self, *arguments: str | Path, label: str = "") -> Step:
         command = [sys.executable, "-m", "bismooth", *map(str, arguments), "--json", "--quiet"]
@@ -124,6 +141,15 @@ class Bench:
         step = Step(name, json.loads(text or "{}"), seconds, usage.ru_maxrss * 1024)
         self._steps.append(step)
         return step
+
+
+def _median(tool: str, rounds: Sequence[Sequence[Step]]) -> dict[str, Any]:
+    """Median wall time of the rounds, and the largest peak of any of their processes."""
+    return {
+        "tool": tool,
+        "wall_seconds": statistics.median(sum(step.seconds for step in steps) for steps in rounds),
+        "peak_bytes": max(step.peak_bytes for steps in rounds for step in steps),
+    }
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
