@@ -15,12 +15,14 @@ from typing import Any
 
 from ..export.artifact import place_file
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
+from ..export.replacing import scratch_folder
 from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
 from .onnxruntime import MODES, PROVIDERS, import_onnxruntime
-from .publish import file_sha256, publish, staging_folder
+from .publish import publish
 
 _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
 """Operators with integer operands, both of them."""
@@ -44,7 +46,7 @@ class OnnxRuntimeBuilder:
         summary = summarize(request.onnx)
         check_meant(summary.linears, request.meant_int8)
         shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
-        with staging_folder(request.engine) as folder:
+        with scratch_folder(request.engine) as folder:
             optimized = _optimize(runtime, request.onnx, folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:

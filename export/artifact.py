@@ -20,6 +20,7 @@ from typing import Any, Literal, cast, get_args
 
 from . import folder as _folder
 from .errors import BismoothError
+from .replacing import replacing
 
 MANIFEST = "bismooth.json"
 FORMAT_VERSION = 1
@@ -207,11 +208,9 @@ def scan_files(folder: Path, known: dict[str, FileRecord] | None = None) -> dict
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, last of all files, under a temporary name first."""
-    text = json.dumps(manifest.to_json(), indent=2) + "\n"
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(text, "utf-8")
-    temporary.replace(folder / MANIFEST)
+    """Write the manifest, last of all files."""
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", "utf-8")
 
 
 @contextmanager

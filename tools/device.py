@@ -16,11 +16,12 @@ from typing import Any
 
 from ..engines.base import BuildRequest, EngineBuilder, EngineRecord, Profile, Span
 from ..engines.cuda import Device, cuda_available, load_cuda
-from ..engines.publish import file_sha256, read_record
+from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES, Runtime, known_capabilities, load_module
 from ..engines.tensorrt_session import EngineSession
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
 from .compare import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for
 from .meant import engine_source, meant_int8

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..export.artifact import Artifact, Manifest, new_folder, place_file, scan_files, write_manifest
 from ..export.errors import BismoothError
 from ..export.model import export_model
+from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..calibrators.calibration import StatisticsCalibration
 
 STATISTICS = "statistics.safetensors"
-_NOT_CARRIED = (".onnx", ".safetensors", ".json.tmp")
 Sizes = tuple[int, int, int]
 
 
@@ -513,13 +513,5 @@ def _finish(folder: Path, manifest: Manifest) -> None:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(console.json_text(document), "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise BismoothError(
-            f"{path}: cannot be written ({error.strerror}). Choose another place with --output."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,10 +17,11 @@ from bismooth.engines import tensorrt_session
 from bismooth.engines.base import BuildRequest, BuildResult, EngineBuilder, PhaseCallback, Profile, Span
 from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.null import NullBuilder
-from bismooth.engines.publish import file_sha256, read_record
+from bismooth.engines.publish import read_record
 from bismooth.engines.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, load_module
 from bismooth.export.artifact import Artifact, Manifest, scan_files, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.hashing import file_sha256
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import device
 from bismooth.tools.compare import Figures, Ids, Values

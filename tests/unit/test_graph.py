@@ -52,7 +52,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BismoothError, match=r"model\.onnx: cannot be written \(disk full\)"):
         graph.save(graph.load(path), path)
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]

@@ -13,9 +13,9 @@ from rich.console import Console
 from bismooth.engines.base import BuildRequest, EngineBuilder, Phase, Profile, Span, audit_path
 from bismooth.engines.null import NullBuilder
 from bismooth.engines.progress import build_bar
-from bismooth.engines.publish import file_sha256
 from bismooth.engines.tensorrt import TensorRTBuilder
 from bismooth.export.errors import BismoothError, GateError
+from bismooth.export.hashing import file_sha256
 from tests.quantized import K, N, float_linear, make, per_token, save
 
 
