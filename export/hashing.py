@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,18 @@ def file_sha256(path: Path) -> str:
     """Of a file's content, which is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def hashing(paths: Mapping[str, Path]) -> Generator[Callable[[], dict[str, str]]]:
+    """:func:`file_sha256` of files by name, on a thread of its own while the block runs; a call waits for the rest."""
+    with ThreadPoolExecutor(1) as pool:
+        futures = {name: pool.submit(file_sha256, path) for name, path in paths.items()}
+        try:
+            yield lambda: {name: future.result() for name, future in futures.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def array_sha256(array: NDArray[Any]) -> str:
