@@ -67,7 +67,7 @@ class Manifest:
     Attributes:
         kind: what the folder holds.
         source: where the model came from: ``path``, ``format``, ``fingerprint`` (SHA-256 over the weight files'
-            headers), …
+            headers), ``remote_code`` (true where the model's class was its own Python code), …
         graphs: role → ONNX file. Roles: ``float32``, ``float16``, ``bfloat16`` (compute types), ``reference``,
             ``folded``.
         files: every file of the folder but the manifest, by its path in the folder.

@@ -107,7 +107,8 @@ def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> So
         raise BismoothError(f"{source}: no such file or folder.")
     from .hub import hub_folder
 
-    return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES), INDEX), trust_remote_code)
+    code = ["*.py"] if trust_remote_code else []
+    return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES, *code), INDEX), trust_remote_code)
 
 
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:

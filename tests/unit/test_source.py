@@ -260,9 +260,11 @@ def test_what_is_downloaded(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append([pattern for pattern in allow_patterns if "safetensors" in pattern])
+        asked.append([pattern for pattern in allow_patterns if "safetensors" in pattern or ".py" in pattern])
         return str(hub)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     resolve_source("org/tiny")
     assert asked == [[WEIGHTS, INDEX], [WEIGHTS, INDEX, "1.safetensors"]]
+    resolve_source("org/tiny", trust_remote_code=True)
+    assert asked[2:] == [[WEIGHTS, "*.py", INDEX], [WEIGHTS, "*.py", INDEX, "1.safetensors"]]
