@@ -6,6 +6,7 @@ become an integer kernel, or has not.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -75,6 +76,7 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     import onnx
 
     target = folder / "optimized.onnx"
+    (folder / "optimized.bin").symlink_to(os.devnull)  # ONNX Runtime writes all weights anew, and nobody reads them
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions
     options.optimized_model_filepath = str(target)
@@ -93,7 +95,6 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
             f"{graph}: ONNX Runtime cannot load the graph: {reason}. "
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
-    (folder / "optimized.bin").unlink(missing_ok=True)
     return onnx.ModelProto.FromString(target.read_bytes())
 
 
