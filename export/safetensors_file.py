@@ -179,8 +179,19 @@ class SafetensorsWriter:
         entry = self.entries[name]
         if array.shape != entry.shape or array.dtype != DTYPES[entry.dtype]:
             raise ValueError(f"{name}: declared {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
+        self.write_pieces(name, [array])
+
+    def write_pieces(self, name: str, pieces: Iterable[NDArray[Any]]) -> None:
+        """Write one declared tensor from arrays that hold its elements, one after the other in row-major order."""
+        entry = self.entries[name]
         self._file.seek(entry.offset)
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        length = 0
+        for piece in pieces:
+            if piece.dtype != DTYPES[entry.dtype]:
+                raise ValueError(f"{name}: declared {entry.dtype}, got a piece of {piece.dtype}")
+            length += self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        if length != entry.length:
+            raise ValueError(f"{name}: declared {entry.length} bytes, got pieces of {length}")
         self._pending.discard(name)
 
     def __enter__(self) -> Self:

@@ -5,8 +5,10 @@ initializer that a 16-bit node reads gets a Cast too, so the weight file stays a
 for whoever writes a new file, and ``store`` puts a 16-bit initializer in the place of one.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
@@ -126,18 +128,33 @@ def narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
     Raises:
         BismoothError: A finite value overflows, or one is not finite; the message names the tensor.
     """
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if not np.all(np.isfinite(result)):
-        if not np.all(np.isfinite(values)):
-            raise BismoothError(
+    (result,) = narrow_pieces([values], dtype, name)
+    return result
+
+
+def narrow_pieces(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> Iterator[Array]:
+    """The same for a tensor that comes in pieces; what it raises does not depend on how it was cut."""
+    rest = iter(pieces)
+    for piece in rest:
+        with np.errstate(over="ignore"):
+            result = piece.astype(dtype)
+        if not np.all(np.isfinite(result)):
+            raise _does_not_fit(chain([piece], rest), dtype, name)
+        yield result
+
+
+def _does_not_fit(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> BismoothError:
+    largest = 0.0
+    for piece in pieces:
+        if not np.all(np.isfinite(piece)):
+            return BismoothError(
                 f"{name}: the tensor is damaged. Expected finite values, got NaN or infinity. Check the checkpoint."
             )
-        raise BismoothError(
-            f"{name}: does not fit into {dtype}. Expected values within ±{float_limits(dtype).largest:.5g}, got "
-            f"{float(np.max(np.abs(values))):.5g}. Compute in bfloat16 or float32 instead."
-        )
-    return result
+        largest = max(largest, float(np.max(np.abs(piece))))
+    return BismoothError(
+        f"{name}: does not fit into {dtype}. Expected values within ±{float_limits(dtype).largest:.5g}, got "
+        f"{largest:.5g}. Compute in bfloat16 or float32 instead."
+    )
 
 
 def _require_float32(graph: Graph) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gs import Graph, read
+from ._gs import Graph, Tensor, read
 from .graph import Index
 from .linears import Linear
 
@@ -23,7 +23,11 @@ class WeightReader:
 
     def raw(self, name: str) -> NDArray[Any]:
         """An initializer as it is stored."""
-        return read(self._values[name])
+        return read(self.tensor(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """An initializer that has not been read."""
+        return self._values[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

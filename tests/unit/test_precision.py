@@ -1,6 +1,8 @@
 """float32 graphs turned into 16-bit ones: which node computes in which type, where Casts stand, equal numbers."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 
 from bismooth.export.errors import BismoothError
 from bismooth.passes._gs import Graph, dtype_of, make_constant, make_variable, read
-from bismooth.passes.precision import SetPrecision, narrow, store, stored_casts
+from bismooth.passes.precision import SetPrecision, narrow, narrow_pieces, store, stored_casts
 from tests.textgraphs import Array, check, externalize, make, open_graph, ops, run, tiny_llama, tokens, types
 
-F2, F4 = np.dtype(np.float16), np.dtype(np.float32)
+F2, F4, BF16 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 BF = np.dtype(ml_dtypes.bfloat16)
 RNG = np.random.default_rng(0)
 
@@ -436,3 +438,22 @@ def test_a_value_without_a_type_is_refused(tmp_path: Path) -> None:
     graph.nodes[0].outputs[0] = untyped
     with pytest.raises(BismoothError, match=r"^precision: value h of node h/Relu has no recorded type\. Expected one"):
         SetPrecision("float16").apply(graph)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.parametrize("dtype", [F2, BF16])
+def test_a_tensor_in_pieces_is_narrowed_like_the_whole(dtype: np.dtype[Any], size: int) -> None:
+    values = np.random.default_rng(0).standard_normal(30).astype(np.float32)
+
+    def pieces() -> list[Any]:
+        return [values[start : start + size] for start in range(0, 30, size)]
+
+    whole = narrow(values, dtype, "w")
+    np.testing.assert_array_equal(np.concatenate(list(narrow_pieces(pieces(), dtype, "w"))), whole, strict=True)
+    for changes in ({5: 3.39e38, 20: -3.4e38, 29: 3.395e38}, {5: 3.4e38, 29: np.nan}, {0: np.inf}):
+        for place, value in changes.items():
+            values[place] = value
+        with pytest.raises(BismoothError) as expected:
+            narrow(values, dtype, "w")
+        with pytest.raises(BismoothError, match=f"^{re.escape(str(expected.value))}$"):
+            list(narrow_pieces(pieces(), dtype, "w"))
