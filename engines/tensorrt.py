@@ -58,8 +58,6 @@ class TensorRTBuilder:
             log=str(log),
             capabilities=request.capabilities,
             spans=spans,
-            optimization_level=request.optimization_level,
-            timing_cache=str(request.timing_cache) if request.timing_cache else None,
         )
 
     def _record(self, request: BuildRequest, report: PlanReport, plan: Path) -> EngineRecord:

@@ -94,8 +94,7 @@ def export_model(
 
         convert_gguf(resolved.path, folder, progress)
         origin["format"] = "gguf"
-        config = cast(dict[str, Any], json.loads((folder / "config.json").read_text("utf-8")))
-        resolved = HuggingFaceSource(folder, config, read_weights([folder / WEIGHTS]))
+        resolved = HuggingFaceSource(folder, read_weights([folder / WEIGHTS]))
     else:
         origin["format"] = "huggingface"
         _place_files(resolved, folder, copy, progress)

@@ -7,7 +7,6 @@ for whoever writes a new file, and ``store`` puts a 16-bit initializer in the pl
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -58,11 +57,9 @@ class SetPrecision:
 
     Attributes:
         dtype: The 16-bit type.
-        keep: Patterns (``*``, ``?``) of node names that compute in float32 whatever the policy says.
     """
 
     dtype: Literal["float16", "bfloat16"]
-    keep: tuple[str, ...] = ()
 
     name: ClassVar[str] = "precision"
 
@@ -70,13 +67,12 @@ class SetPrecision:
         """Rewrite the graph in place.
 
         Raises:
-            BismoothError: A need is not met, a pattern matches no node, or a constant of a 16-bit node overflows.
+            BismoothError: A need is not met, or a constant of a 16-bit node overflows.
         """
         narrow = _NARROW_TYPES[self.dtype]
         _require_float32(graph)
-        _require_matches(graph, self.keep)
         _drop_idle_casts(graph)
-        _Rewriter(graph, Planner(graph, narrow, self.keep).plan(), narrow).run()
+        _Rewriter(graph, Planner(graph, narrow).plan(), narrow).run()
         graph.cleanup()
         return _report(graph, narrow)
 
@@ -177,15 +173,6 @@ def _require_float32(graph: Graph) -> None:
                     f"precision: value {tensor.name} of node {node.name} is {dtype_of(tensor)} already. Expected a "
                     "graph that computes in float32, got a mixed one. Start from the float32 graph of the artifact."
                 )
-
-
-def _require_matches(graph: Graph, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(node.name, pattern) for node in graph.nodes):
-            raise BismoothError(
-                f"precision: the pattern {pattern!r} in 'keep' matches no node. Expected names such as "
-                f"{graph.nodes[0].name!r}, got none that match. List the nodes with 'bismooth inspect'."
-            )
 
 
 @dataclass(slots=True)

@@ -59,7 +59,6 @@ class Target:
 class _Plan:
     """One of the two engines: the graph that it is made of, and where it is or will be."""
 
-    role: str
     graph: Path
     engine: Path
     source: dict[str, Any]
@@ -173,7 +172,7 @@ def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
     # two folders deep: `engines/*/` are those that the audit judges
     engine = artifact.path / "engines" / folder / role / "model.engine"
     source = engine_source(artifact) | {"graph_sha256": file_sha256(graph)}
-    return _Plan(role, graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
+    return _Plan(graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
 
 
 def _shipped(artifact: Artifact, role: str) -> list[tuple[Path, EngineRecord | None]]:

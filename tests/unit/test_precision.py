@@ -24,10 +24,10 @@ def values(*shape: int) -> Array:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def half(text: str, folder: Path, keep: tuple[str, ...] = (), /, **constants: Array) -> Graph:
+def half(text: str, folder: Path, /, **constants: Array) -> Graph:
     """The graph of a text in float16."""
     graph = open_graph(make(text, **constants), folder)
-    SetPrecision("float16", keep).apply(graph)
+    SetPrecision("float16").apply(graph)
     check(graph)
     return graph
 
@@ -237,18 +237,6 @@ def test_moved_activations_are_widened_after_the_move(tmp_path: Path) -> None:
         a = MatMul(x, w)  t = Transpose<perm = [1, 0, 2]>(a)  y = RMSNormalization(t, g)
     }"""
     assert types(half(text, tmp_path, w=values(8, 8), g=values(8)), "Transpose") == ["float16"]
-
-
-def test_kept_nodes_compute_in_float32(tmp_path: Path) -> None:
-    text = "(float[n, 8] x) => (float[n, 8] y) { h = MatMul(x, w)  y = MatMul(h, w) }"
-    graph = half(text, tmp_path, ("h/*",), w=values(8, 8))
-    assert types(graph, "MatMul") == ["float32", "float16"]
-
-
-def test_a_pattern_without_a_node_is_an_error(tmp_path: Path) -> None:
-    text = "(float[n, 8] x) => (float[n, 8] y) { y = MatMul(x, w) }"
-    with pytest.raises(BismoothError, match=r"^precision: the pattern 'z\*' in 'keep' matches no node\. .*'y/MatMul'"):
-        half(text, tmp_path, ("z*",), w=values(8, 8))
 
 
 def test_new_names_do_not_collide_with_old_ones(tmp_path: Path) -> None:
