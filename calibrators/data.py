@@ -6,7 +6,6 @@ windows; the first N are taken.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..export.errors import BismoothError
+from ..export.hashing import array_sha256
 from .sources import check_source, read_pieces
 
 RANDOM = "random"
@@ -33,14 +33,7 @@ class TokenWindows:
 
     @property
     def sha256(self) -> str:
-        return hash_ids(self.ids)
-
-
-def hash_ids(ids: NDArray[np.int64]) -> str:
-    """SHA-256 over the shape and the little-endian bytes of token ids [N, L]."""
-    digest = hashlib.sha256(f"{ids.shape[0]} {ids.shape[1]} ".encode())
-    digest.update(np.ascontiguousarray(ids, dtype="<i8").data)
-    return digest.hexdigest()
+        return array_sha256(self.ids)
 
 
 def load_tokenizer(artifact: Path) -> Tokenizer:

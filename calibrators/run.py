@@ -18,10 +18,10 @@ from rich.progress import track
 from ..engines.onnxruntime import InMemoryGraph, Session
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
-from .data import hash_ids
+from ..export.hashing import array_sha256, file_sha256
+from ..export.replacing import replacing
 from .histogram import BINS
 from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
-from .replacing import replacing
 from .statistics import Provenance, Statistics
 from .writer import StatisticsWriter
 
@@ -108,12 +108,12 @@ def calibrate(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
-    path = artifact / graph
+    path, tokenizer = artifact / graph, artifact / "tokenizer.json"
     model = load_graph(path)
     provenance = Provenance(
         graph_sha256=hash_model(path),
-        tokenizer_sha256=hash_file(artifact / "tokenizer.json"),
-        data_sha256=hash_ids(windows),
+        tokenizer_sha256=file_sha256(tokenizer) if tokenizer.is_file() else "",
+        data_sha256=array_sha256(windows),
         windows=windows.shape[0],
         length=windows.shape[1],
         seed=seed,
@@ -175,11 +175,6 @@ def _collect(
             writer.outliers(total.value, total.outliers)
             if total.counts is not None:
                 writer.histogram(total.value, total.counts)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, empty if there is no such file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def hash_model(path: Path) -> str:

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from ..export.replacing import replacing
 from ..export.safetensors_file import TensorEntry, read_header, read_tensor
 from .histogram import BINS, Histogram
 from .observe import OUTLIERS
-from .replacing import replacing
 
 FORMAT = "bismooth-statistics"
 VERSION = "1"

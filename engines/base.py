@@ -72,8 +72,6 @@ class BuildRequest:
         capabilities: compute capabilities (``86`` for SM86) of an ahead-of-time build; empty for the host's own GPU.
         meant_int8: linears that the recipe computes in INT8, by ONNX node: ``model.layers.0.self_attn.q_proj/MatMul``.
         allow_float: accept an engine in which some of ``meant_int8`` run in float; otherwise a :class:`GateError`.
-        optimization_level: TensorRT's ``builder_optimization_level``, 0 to 5; ``None`` leaves its default.
-        timing_cache: a file of kernel timings to start from and to update (engines built on a GPU).
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
     """
@@ -84,8 +82,6 @@ class BuildRequest:
     profile: Profile = Profile()
     meant_int8: frozenset[str] = frozenset()
     allow_float: bool = False
-    optimization_level: int | None = None
-    timing_cache: Path | None = None
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

@@ -29,13 +29,11 @@ class Device:
 
     Attributes:
         capability: compute capability, ``86`` for SM86.
-        memory: bytes.
     """
 
     index: int
     name: str
     capability: int
-    memory: int
 
 
 class CudaRuntime:
@@ -48,14 +46,11 @@ class CudaRuntime:
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
 
-    def device_count(self) -> int:
-        return int(self._call("cudaGetDeviceCount"))
-
     def device(self, index: int = 0) -> Device:
         """Device ``index``, among those that CUDA_VISIBLE_DEVICES leaves."""
         properties = self._call("cudaGetDeviceProperties", index)
         name = bytes(properties.name).partition(b"\0")[0].decode("utf-8", "replace")
-        return Device(index, name, 10 * properties.major + properties.minor, int(properties.totalGlobalMem))
+        return Device(index, name, 10 * properties.major + properties.minor)
 
     def use(self, index: int) -> None:
         """Make device ``index`` the one that this thread allocates and runs on."""

@@ -9,11 +9,13 @@ import json
 import time
 from dataclasses import dataclass
 
+from ..export.hashing import file_sha256
+from ..export.replacing import scratch_folder
 from .audit import Audit, audit_kernels
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import GraphSummary, Linear, summarize
-from .publish import file_sha256, publish, staging_folder
+from .publish import publish
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class NullBuilder:
         if not request.allow_float:
             audit.check(str(request.onnx))
         shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
-        with staging_folder(request.engine) as folder:
+        with scratch_folder(request.engine) as folder:
             staged = folder / request.engine.name
             content = {"format": "bismooth-null-engine", "onnx": file_sha256(request.onnx), "shapes": shapes}
             staged.write_text(json.dumps(content) + "\n", "utf-8")

@@ -6,6 +6,7 @@ become an integer kernel, or has not.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -15,12 +16,14 @@ from typing import Any
 
 from ..export.artifact import place_file
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
+from ..export.replacing import scratch_folder
 from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
 from .onnxruntime import MODES, PROVIDERS, import_onnxruntime
-from .publish import file_sha256, publish, staging_folder
+from .publish import publish
 
 _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
 """Operators with integer operands, both of them."""
@@ -44,7 +47,7 @@ class OnnxRuntimeBuilder:
         summary = summarize(request.onnx)
         check_meant(summary.linears, request.meant_int8)
         shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
-        with staging_folder(request.engine) as folder:
+        with scratch_folder(request.engine) as folder:
             optimized = _optimize(runtime, request.onnx, folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
@@ -73,6 +76,7 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     import onnx
 
     target = folder / "optimized.onnx"
+    (folder / "optimized.bin").symlink_to(os.devnull)  # ONNX Runtime writes all weights anew, and nobody reads them
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions
     options.optimized_model_filepath = str(target)
@@ -91,7 +95,6 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
             f"{graph}: ONNX Runtime cannot load the graph: {reason}. "
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
-    (folder / "optimized.bin").unlink(missing_ok=True)
     return onnx.ModelProto.FromString(target.read_bytes())
 
 

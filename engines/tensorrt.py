@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
+from ..export.replacing import scratch_folder
 from .audit import audit_log, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, PhaseCallback
 from .linears import summarize
-from .publish import file_sha256, publish, staging_folder
+from .publish import publish
 from .tensorrt_build import PlanReport, PlanRequest
 from .tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, require_package
 from .tensorrt_worker import run_worker
@@ -37,7 +39,7 @@ class TensorRTBuilder:
         require_package(self.runtime)
         linears = summarize(request.onnx).linears
         check_meant(linears, request.meant_int8)
-        with staging_folder(request.engine) as folder, _kept_log(folder / "build.log", request.log) as log:
+        with scratch_folder(request.engine) as folder, _kept_log(folder / "build.log", request.log) as log:
             plan = folder / "engine"
             report = run_worker(self._plan_request(request, plan, log), on_phase)
             audit = audit_log(log.read_text("utf-8"), linears, request.meant_int8)
@@ -56,8 +58,6 @@ class TensorRTBuilder:
             log=str(log),
             capabilities=request.capabilities,
             spans=spans,
-            optimization_level=request.optimization_level,
-            timing_cache=str(request.timing_cache) if request.timing_cache else None,
         )
 
     def _record(self, request: BuildRequest, report: PlanReport, plan: Path) -> EngineRecord:

@@ -10,7 +10,6 @@ log to that one, and a fault in its compiler kills the process.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -42,8 +41,6 @@ class PlanRequest:
     log: str
     capabilities: tuple[int, ...]
     spans: dict[str, tuple[int, int, int]]
-    optimization_level: int | None = None
-    timing_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,6 @@ def _build(
     if plan is None:
         raise BismoothError(f"{request.onnx}: {_title(trt, runtime)} cannot build an engine: {_reasons(log.errors)}")
     Path(request.plan).write_bytes(memoryview(plan))
-    if request.timing_cache:
-        _store_timing_cache(config, Path(request.timing_cache))
     if not log.listed:
         sink.write(_inspect(trt, runtime, log, plan))
     return shapes
@@ -179,14 +174,10 @@ def _title(trt: Any, runtime: Runtime) -> str:
 def _configure(trt: Any, builder: Any, network: Any, request: PlanRequest) -> tuple[Any, dict[str, _ShapeTriple]]:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request.optimization_level is not None:
-        config.builder_optimization_level = request.optimization_level
     if request.capabilities:
         config.num_compute_capabilities = len(request.capabilities)
         for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
-    if request.timing_cache:
-        _load_timing_cache(config, Path(request.timing_cache))
     shapes = _shapes(network, request)
     profile = builder.create_optimization_profile()
     for name, triple in shapes.items():
@@ -207,20 +198,6 @@ def _shapes(network: Any, request: PlanRequest) -> dict[str, _ShapeTriple]:
 
 def _dimensions(tensor: Any) -> tuple[int | str | None, ...]:
     return tuple(size if size >= 0 else tensor.get_dimension_name(axis) for axis, size in enumerate(tensor.shape))
-
-
-def _load_timing_cache(config: Any, path: Path) -> None:
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, False):
-        raise BismoothError(
-            f"{path}: the timing cache cannot be used. It may be from another version or GPU; delete it."
-        )
-
-
-def _store_timing_cache(config: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    temporary.replace(path)
 
 
 def _inspect(trt: Any, runtime: Runtime, log: Any, plan: Any) -> str:

@@ -1,7 +1,6 @@
 """Typed faces of the functions of onnx and onnx-ir whose own annotations type checkers cannot use.
 
-Files are written under a temporary name and renamed: a file that was there before, perhaps a hard link of somebody's
-own, is replaced and never written to.
+A file that was there before, perhaps a hard link of somebody's own, is replaced and never written to.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
+
+from .replacing import replacing
 
 _onnx: Any = onnx
 _ir: Any = ir
@@ -23,9 +24,8 @@ def load_proto(path: Path) -> onnx.ModelProto:
 
 def save_proto(model: onnx.ModelProto, path: Path) -> None:
     """Write an ONNX file; references to external data stay as they are."""
-    temporary = _temporary(path)
-    temporary.write_bytes(model.SerializeToString())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
 
 
 def check_proto(model: onnx.ModelProto) -> None:
@@ -35,10 +35,5 @@ def check_proto(model: onnx.ModelProto) -> None:
 
 def save_ir(model: ir.Model, path: Path) -> None:
     """Write an ONNX file; references to external data stay as they are."""
-    temporary = _temporary(path)
-    _ir.save(model, str(temporary), format="protobuf")
-    temporary.replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    with replacing(path) as temporary:
+        _ir.save(model, str(temporary), format="protobuf")

@@ -9,17 +9,21 @@ new content goes to a new file, which is then renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from . import folder as _folder
 from .errors import BismoothError
+from .hashing import file_sha256
+from .replacing import replacing
 
 MANIFEST = "bismooth.json"
 FORMAT_VERSION = 1
@@ -38,7 +42,7 @@ class FileRecord:
         linked: whether it was a hard link of a file outside when the artifact was made.
         mtime_ns: of links only: time of the last modification. An edit of the source shows here.
         inode: of links only. A copy of the artifact has other inodes, and is no longer tied to the source.
-        sha256: of the content, where a stage has read it all.
+        sha256: of the content, where a stage has read it all: of weight files, from ``quantize`` on.
     """
 
     size: int
@@ -63,7 +67,7 @@ class Manifest:
     Attributes:
         kind: what the folder holds.
         source: where the model came from: ``path``, ``format``, ``fingerprint`` (SHA-256 over the weight files'
-            headers), …
+            headers), ``remote_code`` (true where the model's class was its own Python code), …
         graphs: role → ONNX file. Roles: ``float32``, ``float16``, ``bfloat16`` (compute types), ``reference``,
             ``folded``.
         files: every file of the folder but the manifest, by its path in the folder.
@@ -83,6 +87,17 @@ class Manifest:
     blocks: Blocks | None = None
     tools: dict[str, str] = field(default_factory=dict[str, str])
     stages: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files that have one on record, by name."""
+        return {name: record.sha256 for name, record in sorted(self.files.items()) if record.sha256}
+
+    @property
+    def content_sha256(self) -> str | None:
+        """SHA-256 over names and hashes of the weight files; ``None`` where no stage has read them."""
+        lines = [f"{name} {digest}" for name, digest in self.hashes.items()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for :func:`json.dumps`."""
@@ -133,8 +148,8 @@ class Artifact:
         """Read the manifest and check that the folder is what it says.
 
         Raises:
-            BismoothError: no manifest, an unreadable one, one of another kind than ``kinds``, or a file that is
-                missing, has another size, or (hard links) was modified since.
+            BismoothError: no manifest, an unreadable one, one of another kind than ``kinds``, or what
+                :meth:`check_files` raises.
         """
         _folder.recover(path)
         manifest_path = path / MANIFEST
@@ -151,9 +166,18 @@ class Artifact:
             ) from error
         if kinds and manifest.kind not in kinds:
             raise BismoothError(f"{path}: expected a {' or '.join(kinds)} artifact, got a {manifest.kind} one.")
-        for name, record in manifest.files.items():
-            _check_file(path / name, record)
-        return Artifact(path, manifest)
+        artifact = Artifact(path, manifest)
+        artifact.check_files()
+        return artifact
+
+    def check_files(self) -> None:
+        """Compare the files with the manifest. Content is read of links alone that have another time than recorded.
+
+        Raises:
+            BismoothError: a file is missing, has another size, or is a hard link of a file that was modified.
+        """
+        for name, record in self.manifest.files.items():
+            _check_file(self.path / name, record)
 
 
 def _check_file(path: Path, record: FileRecord) -> None:
@@ -165,10 +189,19 @@ def _check_file(path: Path, record: FileRecord) -> None:
             f"{path}: expected {record.size} bytes, got {status.st_size}. The file was changed. "
             "Make the artifact again."
         )
-    same_file = record.inode is None or record.inode == status.st_ino
-    if record.mtime_ns is not None and same_file and status.st_mtime_ns != record.mtime_ns:
+    is_copy = record.inode is not None and record.inode != status.st_ino
+    if record.mtime_ns is None or record.mtime_ns == status.st_mtime_ns or is_copy:
+        return
+    if record.sha256 is None:
+        seconds, nanoseconds = divmod(record.mtime_ns, 10**9)
         raise BismoothError(
             f"{path}: this file is a link to the source's weights, which were modified since. "
+            "Run 'bismooth export' again. Or, if you know that nothing but their time has changed, set it back: "
+            f"touch -d @{seconds}.{nanoseconds:09} {path}"
+        )
+    if file_sha256(path) != record.sha256:
+        raise BismoothError(
+            f"{path}: this file is a link to the source's weights, whose content was changed since. "
             "Run 'bismooth export' again."
         )
 
@@ -191,27 +224,28 @@ def place_file(source: Path, target: Path, *, copy: bool = False) -> bool:
     return False
 
 
-def scan_files(folder: Path, known: dict[str, FileRecord] | None = None) -> dict[str, FileRecord]:
-    """Records of all files below ``folder``; those with more than one hard link count as linked."""
+def scan_files(folder: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> dict[str, FileRecord]:
+    """Records of all files below ``folder``; those with more than one hard link count as linked.
+
+    Args:
+        folder: the artifact.
+        hashes: SHA-256 by name, of files whose content was read.
+    """
     records: dict[str, FileRecord] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             name, status = path.relative_to(folder).as_posix(), path.stat()
-            record = FileRecord(status.st_size)
+            record = FileRecord(status.st_size, sha256=hashes.get(name))
             if status.st_nlink > 1:
-                record = FileRecord(status.st_size, True, status.st_mtime_ns, status.st_ino)
-            if known and name in known and known[name].size == record.size:
-                record = replace(record, sha256=known[name].sha256)
+                record = replace(record, linked=True, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
             records[name] = record
     return records
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, last of all files, under a temporary name first."""
-    text = json.dumps(manifest.to_json(), indent=2) + "\n"
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(text, "utf-8")
-    temporary.replace(folder / MANIFEST)
+    """Write the manifest, last of all files."""
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", "utf-8")
 
 
 @contextmanager

@@ -1,26 +1,16 @@
-"""Put a finished folder in place in one step.
-
-A folder is made beside its target under a hidden temporary name, and renamed when it is complete: whatever kills the
-process, the target is the old folder, the new one, or absent, never half of one. While it is being made, its process
-holds a lock on it; a temporary folder without a lock is a leftover, which the next writer of the same target removes.
-"""
+"""Put a finished folder in place in one step, as :mod:`.replacing` does with files."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 
 from .errors import BismoothError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from .replacing import cannot_write, flush, is_full, temporary
 
 
 @contextmanager
@@ -38,34 +28,18 @@ def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path
     target = target.resolve()
     recover(target)
     _check_free(target, force, replaceable)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        temporary, lock = _make_temporary(target)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    try:
-        yield temporary
-        _flush(temporary)
-        _check_free(target, force, replaceable)
-        _put_in_place(temporary, target)
-    except OSError as error:
-        if error.errno not in _FULL:
+    with temporary(target, Path.mkdir) as folder:
+        try:
+            if target.exists():
+                shutil.rmtree(_previous(target), ignore_errors=True)
+            yield folder
+            _flush(folder)
+            _check_free(target, force, replaceable)
+            _put_in_place(folder, target)
+        except OSError as error:
+            if is_full(error):
+                raise cannot_write(target, error) from error
             raise
-        raise _cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
-
-
-def _cannot_write(target: Path, error: OSError) -> BismoothError:
-    if error.errno in _FULL:
-        return BismoothError(
-            f"{target.parent}: the disk is full. Free some space and run the command again; nothing was changed."
-        )
-    return BismoothError(
-        f"{target.parent}: cannot write there ({error.strerror}). Choose a folder that can be written."
-    )
 
 
 def recover(target: Path) -> None:
@@ -88,47 +62,10 @@ def _check_free(target: Path, force: bool, replaceable: Callable[[Path], bool]) 
         )
 
 
-def _make_temporary(target: Path) -> tuple[Path, int]:
-    """A new folder, and an open descriptor that holds the lock on it."""
-    while True:
-        path = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-        path.mkdir()
-        with suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDONLY)
-            if _try_lock(lock) and path.is_dir():
-                return path, lock
-            os.close(lock)
-        # another process took it for a leftover before it was locked
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: two processes at once then have to use two targets
-        pass
-    return True
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Delete the temporary folders that no process holds, and the previous version after a complete replacement."""
-    for path in target.parent.glob(f".{escape(target.name)}.tmp-{'[0-9a-f]' * 8}"):
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY)
-            if _try_lock(descriptor):
-                shutil.rmtree(path, ignore_errors=True)
-            os.close(descriptor)
-    if target.exists():
-        shutil.rmtree(_previous(target), ignore_errors=True)
-
-
 def _flush(folder: Path) -> None:
-    """Write through to disk before the rename: a power failure must not keep the name and lose the bytes."""
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_nlink == 1:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -44,6 +45,10 @@ _DIMS = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+
+_REMOTE = "transformers_modules."
+"""The package in which transformers puts code that a model brings along."""
 
 
 def _no_progress(_step: str, _done: int, _total: int) -> None:
@@ -89,14 +94,14 @@ def export_model(
 
         convert_gguf(resolved.path, folder, progress)
         origin["format"] = "gguf"
-        config = cast(dict[str, Any], json.loads((folder / "config.json").read_text("utf-8")))
-        resolved = HuggingFaceSource(folder, config, read_weights([folder / WEIGHTS]))
+        resolved = HuggingFaceSource(folder, read_weights([folder / WEIGHTS]))
     else:
         origin["format"] = "huggingface"
         _place_files(resolved, folder, copy, progress)
         complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
     origin["fingerprint"] = resolved.weights.fingerprint()
-    return replace(_write_graph(resolved, folder, trust_remote_code, progress), source=origin)
+    manifest = _write_graph(resolved, folder, trust_remote_code, progress)
+    return replace(manifest, source=origin | manifest.source)
 
 
 def _place_files(source: HuggingFaceSource, folder: Path, copy: bool, progress: Progress) -> None:
@@ -108,7 +113,18 @@ def _place_files(source: HuggingFaceSource, folder: Path, copy: bool, progress: 
     for pattern in (*SIDE_FILES, *([INDEX] if sharded else [])):
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+                _copy_side_file(path, folder / path.name)
+
+
+def _copy_side_file(path: Path, target: Path) -> None:
+    """Copy; a configuration loses its ``auto_map``, which names Python files that an artifact does not carry."""
+    if path.name.endswith("config.json"):
+        with suppress(ValueError):  # what is no JSON is copied as it is
+            document = json.loads(path.read_text("utf-8"))
+            if isinstance(document, dict) and cast(dict[str, Any], document).pop("auto_map", None) is not None:
+                target.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+                return
+    shutil.copyfile(path, target)
 
 
 def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: bool, progress: Progress) -> Manifest:
@@ -129,7 +145,7 @@ def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: boo
     progress("link the weights", 1, 1)
     return Manifest(
         kind="float",
-        source={},
+        source={"remote_code": True} if type(skeleton.model).__module__.startswith(_REMOTE) else {},
         graphs={"float32": GRAPH},
         architecture=type(skeleton.model).__name__,
         dims={name: value for name in _DIMS if type(value := getattr(config, name, None)) is int},

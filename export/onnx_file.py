@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from ._onnx import check_proto, load_proto, save_proto
 from .artifact import RESERVED, Manifest, place_file
 from .errors import BismoothError
+from .hashing import file_sha256
 from .versions import tool_versions
 
 GRAPH = "model.onnx"
@@ -48,7 +48,7 @@ def import_onnx(path: Path, folder: Path, *, copy: bool = False) -> Manifest:
     save_proto(model, folder / GRAPH)
     return Manifest(
         kind="float",
-        source={"path": str(path.absolute()), "format": "onnx", "fingerprint": _fingerprint(path)},
+        source={"path": str(path.absolute()), "format": "onnx", "fingerprint": file_sha256(path)},
         graphs={"float32": GRAPH},
         tools=tool_versions(),
     )
@@ -140,8 +140,3 @@ def _name_nodes(nodes: Sequence[NodeProto]) -> None:
             node.name = name
             taken.add(name)
         seen.add(node.name)
-
-
-def _fingerprint(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ it when it is made or when it runs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _python_dispatch as dispatch
 
+from .hashing import array_sha256
 from .trace import fake_transformer, own_tensors
 
 _without_modes: Any = cast(Any, dispatch)._disable_current_modes
@@ -67,7 +67,7 @@ def _contents(buffers: Mapping[str, torch.Tensor], prefix: str) -> Operations:
 def _content(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], str]:
     """Type, shape, and SHA-256 of the values."""
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(values.tobytes()).hexdigest()
+    return str(tensor.dtype), tuple(tensor.shape), array_sha256(values)
 
 
 class _Recorder(dispatch.TorchDispatchMode):

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BismoothError
+from .replacing import replacing
 
 #: safetensors dtype name → numpy dtype
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -169,34 +171,46 @@ class SafetensorsWriter:
         header.pop("__metadata__", None)
         self.entries = {name: _entry(name, value, 8 + len(raw)) for name, value in header.items()}
         self._pending = set(self.entries)
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        self._file: BinaryIO = self._temporary.open("wb")
-        self._file.write(len(raw).to_bytes(8, "little") + raw)
+        self._header = len(raw).to_bytes(8, "little") + raw
+        self._exit = ExitStack()
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one declared tensor; any order."""
         entry = self.entries[name]
         if array.shape != entry.shape or array.dtype != DTYPES[entry.dtype]:
             raise ValueError(f"{name}: declared {entry.dtype} {entry.shape}, got {array.dtype} {array.shape}")
+        self.write_pieces(name, [array])
+
+    def write_pieces(self, name: str, pieces: Iterable[NDArray[Any]]) -> None:
+        """Write one declared tensor from arrays that hold its elements, one after the other in row-major order."""
+        entry = self.entries[name]
         self._file.seek(entry.offset)
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        length = 0
+        for piece in pieces:
+            if piece.dtype != DTYPES[entry.dtype]:
+                raise ValueError(f"{name}: declared {entry.dtype}, got a piece of {piece.dtype}")
+            length += self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        if length != entry.length:
+            raise ValueError(f"{name}: declared {entry.length} bytes, got pieces of {length}")
         self._pending.discard(name)
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path))
+            self._file = stack.enter_context(temporary.open("wb"))
+            self._file.write(self._header)
+            stack.push(self._require_all)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                self._finish()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._exit.__exit__(kind, error, trace)
 
-    def _finish(self) -> None:
-        if self._pending:
+    def _require_all(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._pending:
             names = ", ".join(sorted(self._pending)[:3])
             raise ValueError(f"{self.path}: {len(self._pending)} declared tensors were not written: {names}")
-        self._temporary.replace(self.path)

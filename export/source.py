@@ -51,18 +51,12 @@ class Weights:
         """The files that hold them."""
         return sorted({path for path, _ in self.entries.values()})
 
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.length for _, entry in self.entries.values())
-
 
 @dataclass(frozen=True)
 class HuggingFaceSource:
     """A folder with ``config.json`` and safetensors files."""
 
     folder: Path
-    config: dict[str, Any]
     weights: Weights
 
 
@@ -107,7 +101,8 @@ def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> So
         raise BismoothError(f"{source}: no such file or folder.")
     from .hub import hub_folder
 
-    return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES), INDEX), trust_remote_code)
+    code = ["*.py"] if trust_remote_code else []
+    return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES, *code), INDEX), trust_remote_code)
 
 
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
@@ -139,7 +134,7 @@ def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
         raise BismoothError(
             f"{folder}: has weights in {reserved[0]}, a name that an artifact needs for itself. Rename the file."
         )
-    return HuggingFaceSource(folder, config, weights)
+    return HuggingFaceSource(folder, weights)
 
 
 def _known_to_transformers(config: dict[str, Any]) -> bool:

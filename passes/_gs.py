@@ -6,7 +6,7 @@ the graph writes the reference, never the bytes.
 """
 
 import math
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
@@ -86,6 +86,18 @@ class FileValues(_LazyValues):
             return onnx.numpy_helper.to_array(packed)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
         return cast(Array, data.view(dtype).reshape(tuple(self.proto.dims)))
+
+    def load_pieces(self, elements: int) -> Iterator[Array]:
+        """The same, flat, so many elements at a time."""
+        if self.proto.data_type in _PACKED_BITS:
+            yield self.load().reshape(-1)
+            return
+        place = external_location(self.proto, self.folder)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        step = elements * dtype.itemsize
+        for start in range(0, place.size, step):
+            data = np.fromfile(place.file, np.uint8, min(step, place.size - start), offset=place.offset + start)
+            yield data.view(dtype)
 
 
 @dataclass(frozen=True)
@@ -252,6 +264,15 @@ def read(tensor: Tensor) -> Array:
     """The values of a constant; those in files are read anew on each call, so that nothing is kept in memory."""
     values = cast(Any, tensor)._values
     return cast(Array, values.load() if isinstance(values, _LazyValues) else values)
+
+
+def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
+    """The values of a constant in row-major order, flat; those in files are read so many elements at a time."""
+    values = cast(Any, tensor)._values
+    if isinstance(values, FileValues):
+        yield from values.load_pieces(elements)
+    else:
+        yield read(tensor).reshape(-1)
 
 
 def to_constant(tensor: Tensor, source: Tensor) -> None:

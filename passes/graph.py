@@ -1,6 +1,5 @@
 """Read and write ONNX files as onnx-graphsurgeon graphs, and ask them questions, without reading weights."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError
 
 from ..export.errors import BismoothError
+from ..export.replacing import replacing
 from ..passes import constants
 from ..passes._gs import (
     Array,
@@ -60,12 +60,8 @@ def save(graph: Graph, path: Path) -> None:
     appears under its name only when it is complete.
     """
     data = export_model(graph).SerializeToString()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,9 @@ initializer that a 16-bit node reads gets a Cast too, so the weight file stays a
 for whoever writes a new file, and ``store`` puts a 16-bit initializer in the place of one.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
@@ -56,11 +57,9 @@ class SetPrecision:
 
     Attributes:
         dtype: The 16-bit type.
-        keep: Patterns (``*``, ``?``) of node names that compute in float32 whatever the policy says.
     """
 
     dtype: Literal["float16", "bfloat16"]
-    keep: tuple[str, ...] = ()
 
     name: ClassVar[str] = "precision"
 
@@ -68,13 +67,12 @@ class SetPrecision:
         """Rewrite the graph in place.
 
         Raises:
-            BismoothError: A need is not met, a pattern matches no node, or a constant of a 16-bit node overflows.
+            BismoothError: A need is not met, or a constant of a 16-bit node overflows.
         """
         narrow = _NARROW_TYPES[self.dtype]
         _require_float32(graph)
-        _require_matches(graph, self.keep)
         _drop_idle_casts(graph)
-        _Rewriter(graph, Planner(graph, narrow, self.keep).plan(), narrow).run()
+        _Rewriter(graph, Planner(graph, narrow).plan(), narrow).run()
         graph.cleanup()
         return _report(graph, narrow)
 
@@ -126,18 +124,33 @@ def narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
     Raises:
         BismoothError: A finite value overflows, or one is not finite; the message names the tensor.
     """
-    with np.errstate(over="ignore"):
-        result = values.astype(dtype)
-    if not np.all(np.isfinite(result)):
-        if not np.all(np.isfinite(values)):
-            raise BismoothError(
+    (result,) = narrow_pieces([values], dtype, name)
+    return result
+
+
+def narrow_pieces(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> Iterator[Array]:
+    """The same for a tensor that comes in pieces; what it raises does not depend on how it was cut."""
+    rest = iter(pieces)
+    for piece in rest:
+        with np.errstate(over="ignore"):
+            result = piece.astype(dtype)
+        if not np.all(np.isfinite(result)):
+            raise _does_not_fit(chain([piece], rest), dtype, name)
+        yield result
+
+
+def _does_not_fit(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> BismoothError:
+    largest = 0.0
+    for piece in pieces:
+        if not np.all(np.isfinite(piece)):
+            return BismoothError(
                 f"{name}: the tensor is damaged. Expected finite values, got NaN or infinity. Check the checkpoint."
             )
-        raise BismoothError(
-            f"{name}: does not fit into {dtype}. Expected values within ±{float_limits(dtype).largest:.5g}, got "
-            f"{float(np.max(np.abs(values))):.5g}. Compute in bfloat16 or float32 instead."
-        )
-    return result
+        largest = max(largest, float(np.max(np.abs(piece))))
+    return BismoothError(
+        f"{name}: does not fit into {dtype}. Expected values within ±{float_limits(dtype).largest:.5g}, got "
+        f"{largest:.5g}. Compute in bfloat16 or float32 instead."
+    )
 
 
 def _require_float32(graph: Graph) -> None:
@@ -160,15 +173,6 @@ def _require_float32(graph: Graph) -> None:
                     f"precision: value {tensor.name} of node {node.name} is {dtype_of(tensor)} already. Expected a "
                     "graph that computes in float32, got a mixed one. Start from the float32 graph of the artifact."
                 )
-
-
-def _require_matches(graph: Graph, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(node.name, pattern) for node in graph.nodes):
-            raise BismoothError(
-                f"precision: the pattern {pattern!r} in 'keep' matches no node. Expected names such as "
-                f"{graph.nodes[0].name!r}, got none that match. List the nodes with 'bismooth inspect'."
-            )
 
 
 @dataclass(slots=True)

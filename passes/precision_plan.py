@@ -1,7 +1,6 @@
 """Decide for every node of a float32 graph whether it computes in float32 or in 16 bits: the policy, looking around."""
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -35,7 +34,6 @@ class Planner:
 
     graph: Graph
     dtype: np.dtype[np.generic]
-    keep: tuple[str, ...] = ()
     _facts: _Facts = field(default_factory=_Facts)
     _wide: set[int] = field(default_factory=set[int])
     _undecided: set[int] = field(default_factory=set[int])
@@ -51,7 +49,7 @@ class Planner:
         return frozenset(self._wide)
 
     def _decide(self, node: Node, angle: bool) -> bool:
-        if angle or any(fnmatchcase(node.name, pattern) for pattern in self.keep):
+        if angle:
             return True
         role, facts = role_of(node), self._facts
         if node.op == "DequantizeLinear":

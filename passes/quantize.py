@@ -64,7 +64,6 @@ class QuantizeResult:
         choices: Per fold site, how it was smoothed.
         rejected: Norms and linears that are no fold site, with the reason.
         fold_errors: Per smoothed site the relative error of the fold in float32.
-        content_sha256: SHA-256 over the content of all weights that were read.
         passes: What was run on the graphs.
     """
 
@@ -74,7 +73,6 @@ class QuantizeResult:
     choices: tuple[Choice, ...]
     rejected: tuple[Rejected, ...]
     fold_errors: dict[str, float]
-    content_sha256: str
     passes: tuple[PassRecord, ...]
 
 
@@ -131,7 +129,6 @@ def quantize_graph(
         choices=tuple(choices),
         rejected=tuple(rejected),
         fold_errors=fold_errors,
-        content_sha256=reader.digest(),
         passes=records + more,
     )
 

@@ -86,9 +86,6 @@ class PerGroup:
         )
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerToken | PerGroup
-
-
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
     """How W [N, K] is stored: INT8 with one scale per output channel, or per output channel and group of inputs.

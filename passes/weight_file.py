@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.safetensors_file import SafetensorsWriter, TensorEntry
-from ._gs import Graph, Tensor, make_external, read, shape_of
+from ._gs import Graph, Tensor, make_external, read, read_pieces, shape_of
 from .fold import FOLDED, Edit, apply_edit
 from .fold_passes import folded_name
 from .fold_underflow import require_kept
 from .graph import Index
 from .linears import Linear
-from .precision import StoredCast, narrow, store
+from .precision import StoredCast, narrow_pieces, store
 from .progress import Progress
 from .qdq import WeightNames, rescale
 from .spec import ComputeType, LinearSpec, StaticActivation
 from .weight_reader import WeightReader
-from .weights import quantize_weight
+from .weights import quantize_weight, row_chunks
 
 Float = NDArray[np.float32]
 _NARROW: dict[ComputeType, np.dtype[Any]] = {
@@ -175,10 +175,10 @@ class _Tensors:
             progress("write weights", number + 1, total)
         for name, casts in list(self.casts.items()):
             reader = self.sources.reader
-            values = reader.raw(name) if name in reader else read(casts[0].initializer)
-            self._narrowed(name, values, name)
+            tensor = reader.tensor(name) if name in reader else casts[0].initializer
+            self._narrowed(name, lambda tensor=tensor: read_pieces(tensor), name)
             if (edit := self.sources.edits.get(name.removesuffix(FOLDED))) is not None and name.endswith(FOLDED):
-                _require_kept(values, edit, casts, name)
+                _require_kept(read(tensor), edit, casts, name)
             progress("write weights", total - len(self.casts), total)
         progress("write weights", total, total)
         return tuple(done)
@@ -194,7 +194,7 @@ class _Tensors:
         scale = quantized.scale if weight_only else rescale(quantized.scale, limit)
         scale = scale if spec.group is None else scale.T[:, None, :]
         self.writer.write(names.scale, scale)
-        self._narrowed(names.scale, scale, linear.weight)
+        self._narrowed(names.scale, lambda: _rows(scale), linear.weight)
         return QuantizedLinear(linear.name, linear.node, linear.n, linear.k, not weight_only, quantized.error)
 
     def _folded(self, linear: Linear) -> None:
@@ -202,13 +202,19 @@ class _Tensors:
         stored = weight if linear.layout == "NK" else weight.T
         self.writer.write(folded_name(linear), stored)
         casts = self.casts.get(folded_name(linear), ())
-        self._narrowed(folded_name(linear), stored, linear.weight)
+        self._narrowed(folded_name(linear), lambda: _rows(stored), linear.weight)
         _require_kept(weight, self.sources.edits[linear.weight], casts, linear.weight)
 
-    def _narrowed(self, name: str, values: NDArray[Any], origin: str) -> None:
+    def _narrowed(self, name: str, pieces: Callable[[], Iterable[NDArray[Any]]], origin: str) -> None:
         """Write the copies of a tensor that the 16-bit graph asks for; ``origin`` names it in messages."""
         for cast in self.casts.pop(name, ()):
-            self.writer.write(narrow_name(cast), narrow(values, cast.dtype, origin))
+            self.writer.write_pieces(narrow_name(cast), narrow_pieces(pieces(), cast.dtype, origin))
+
+
+def _rows(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """A tensor of one axis or more, some rows at a time."""
+    for part in row_chunks((len(values), values[:1].size)):
+        yield values[part]
 
 
 def _require_kept(folded: NDArray[Any], edit: Edit, casts: Sequence[StoredCast], name: str) -> None:

@@ -90,7 +90,7 @@ class FakeCuda:
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[Any, ...]:
         major, minor = divmod(self.capability, 10)
-        properties = SimpleNamespace(name=self.name, major=major, minor=minor, totalGlobalMem=8 << 30)
+        properties = SimpleNamespace(name=self.name, major=major, minor=minor)
         return self._answer("cudaGetDeviceProperties", index, result=properties)
 
     def cudaSetDevice(self, index: int) -> tuple[Any, ...]:

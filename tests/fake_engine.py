@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from bismooth.engines.audit import Audit
 from bismooth.engines.base import EngineRecord, Shape
-from bismooth.engines.publish import file_sha256, publish
+from bismooth.engines.publish import publish
+from bismooth.export.hashing import file_sha256
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import Logger, Severity
 

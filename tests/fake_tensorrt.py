@@ -104,7 +104,6 @@ class Fake:
     inputs: tuple[Input, ...] = (Input("x", "batch", "sequence", 256),)
     outputs: int = 1
     inspected: str | None = LISTING
-    timing_cache: bool = True
     profile_index: int = 0
     calls: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
 
@@ -225,12 +224,6 @@ class _Runtime:
         return self.fake.call("inspect", form, result=self.fake.inspected)
 
 
-@dataclass
-class _Timings:
-    def serialize(self) -> bytes:
-        return b"timings"
-
-
 class _Config:
     """Records every attribute that is set and every method that is called."""
 
@@ -246,14 +239,5 @@ class _Config:
 
     def add_optimization_profile(self, profile: Any) -> int:
         return self._fake.profile_index
-
-    def create_timing_cache(self, data: bytes) -> Any:
-        return self._fake.call("create_timing_cache", data, result="cache" if self._fake.timing_cache else None)
-
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        return self._fake.call("set_timing_cache", cache, ignore_mismatch, result=True)
-
-    def get_timing_cache(self) -> _Timings:
-        return _Timings()
 
     _fake: Fake

@@ -16,11 +16,12 @@ from typing import Any
 
 from ..engines.base import BuildRequest, EngineBuilder, EngineRecord, Profile, Span
 from ..engines.cuda import Device, cuda_available, load_cuda
-from ..engines.publish import file_sha256, read_record
+from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES, Runtime, known_capabilities, load_module
 from ..engines.tensorrt_session import EngineSession
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
 from .compare import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for
 from .meant import engine_source, meant_int8
@@ -58,7 +59,6 @@ class Target:
 class _Plan:
     """One of the two engines: the graph that it is made of, and where it is or will be."""
 
-    role: str
     graph: Path
     engine: Path
     source: dict[str, Any]
@@ -172,7 +172,7 @@ def _plan(target: Target, artifact: Artifact, role: str) -> _Plan:
     # two folders deep: `engines/*/` are those that the audit judges
     engine = artifact.path / "engines" / folder / role / "model.engine"
     source = engine_source(artifact) | {"graph_sha256": file_sha256(graph)}
-    return _Plan(role, graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
+    return _Plan(graph, engine, source, meant_int8(artifact) if role in _ROLES else frozenset())
 
 
 def _shipped(artifact: Artifact, role: str) -> list[tuple[Path, EngineRecord | None]]:

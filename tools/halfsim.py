@@ -321,5 +321,5 @@ def _finding(edge: Edge, ratio: float, limit: float) -> Finding:
         Severity.ERROR,
         edge.node,
         f"value {edge.value} reached {seen} in {edge.dtype}. Expected at most {limit:g} of {largest:.5g}. "
-        "Keep the node in float32 (precision 'keep'), or compute in bfloat16.",
+        "Compute in bfloat16 or float32: 'compute_dtype' of the recipe.",
     )

@@ -73,7 +73,8 @@ def _artifact(artifact: Artifact) -> Inspection:
     del shown["tools"]
     if not (stage := quantize_stage(artifact)):
         return Inspection(document, shown)
-    return Inspection(document | _quantized(stage), shown | _quantized_brief(stage))
+    hashes = {"content_sha256": manifest.content_sha256, "files_sha256": manifest.hashes}
+    return Inspection(document | hashes | _quantized(stage), shown | _quantized_brief(stage))
 
 
 def _blocks(artifact: Artifact) -> str:
@@ -88,7 +89,6 @@ def _quantized(stage: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "recipe": stage["recipe"],
         "recipe_fingerprint": stage["fingerprint"],
-        "content_sha256": stage["content_sha256"],
         "linears": stage["quantized"],
         "float_linears": stage["float"],
         "sites": stage["sites"],

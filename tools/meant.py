@@ -24,5 +24,5 @@ def engine_source(artifact: Artifact) -> dict[str, Any]:
     source: dict[str, Any] = {"fingerprint": artifact.manifest.source.get("fingerprint")}
     if stage:
         source |= {"recipe": stage["recipe"]["name"], "recipe_fingerprint": stage["fingerprint"]}
-        source["content_sha256"] = stage["content_sha256"]
+        source["content_sha256"] = artifact.manifest.content_sha256
     return source

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engines.base import EngineRecord
-from ..engines.publish import file_sha256, read_record
+from ..engines.publish import read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256
 from .engines import engine_file
 from .meant import engine_source
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact, Manifest, new_folder, place_file, scan_files, write_manifest
 from ..export.errors import BismoothError
+from ..export.hashing import file_sha256, hashing
 from ..export.model import export_model
+from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from ..calibrators.calibration import StatisticsCalibration
 
 STATISTICS = "statistics.safetensors"
-_NOT_CARRIED = (".onnx", ".safetensors", ".json.tmp")
 Sizes = tuple[int, int, int]
 
 
@@ -212,14 +214,15 @@ def quantize(
         raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
     calibration = None if data_free else _calibration(loaded, statistics, chosen)
     with console.progress() as progress, new_folder(output, force=force) as folder:
-        _carry(loaded, folder)
-        result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
+        with hashing(_carry(loaded, folder)) as hashes:
+            result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
+            digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
+        loaded.check_files()  # nobody has modified the weights meanwhile
         stage: dict[str, Any] = {
             "stage": "quantize",
             "recipe": chosen.to_dict() | {"name": chosen.name},
             "fingerprint": chosen.fingerprint,
             "statistics": None if calibration is None else asdict(calibration.provenance),
-            "content_sha256": result.content_sha256,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
             "sites": [asdict(choice) for choice in result.choices],
@@ -234,7 +237,7 @@ def quantize(
             tools=tool_versions(),
             stages=(*loaded.manifest.stages, stage),
         )
-        _finish(folder, manifest)
+        _finish(folder, manifest, digests)
         size = (folder / WEIGHTS).stat().st_size
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
@@ -266,8 +269,9 @@ def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) ->
     return StatisticsCalibration(loaded)
 
 
-def _carry(artifact: Artifact, folder: Path) -> None:
-    """Bring the files that later stages need: weights as links, tokenizer and configuration as copies."""
+def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
+    """Bring the files that later stages need: weights as links, tokenizer and configuration as copies; the former."""
+    placed: dict[str, Path] = {}
     for name in artifact.manifest.files:
         path = artifact.path / name
         target = folder / name
@@ -278,6 +282,8 @@ def _carry(artifact: Artifact, folder: Path) -> None:
             shutil.copyfile(path, target)
         else:
             place_file(path, target)
+            placed[name] = target
+    return placed
 
 
 def build(
@@ -327,7 +333,7 @@ def build(
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
-        _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)))
+        _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)), loaded.manifest.hashes)
     moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
     return BuildStageResult(target, moved)
 
@@ -508,18 +514,10 @@ def peak_rss() -> int:
     return max(usages) * 1024
 
 
-def _finish(folder: Path, manifest: Manifest) -> None:
-    write_manifest(folder, replace(manifest, files=scan_files(folder, manifest.files)))
+def _finish(folder: Path, manifest: Manifest, hashes: Mapping[str, str] = MappingProxyType({})) -> None:
+    write_manifest(folder, replace(manifest, files=scan_files(folder, hashes)))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(console.json_text(document), "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise BismoothError(
-            f"{path}: cannot be written ({error.strerror}). Choose another place with --output."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def _load(folder: Path) -> Any:
 
     try:
         with _quiet():
-            cls = model_class(cast(Any, AutoConfig).from_pretrained(folder))
+            cls = model_class(cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False))
             return cls.from_pretrained(folder, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise BismoothError(

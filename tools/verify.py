@@ -140,6 +140,8 @@ class _Verifier:
             return [judge.skip("the artifact was made from an ONNX file")]
         if not (self._artifact.path / "config.json").is_file():
             return [judge.skip("the artifact was made from a torch module")]
+        if self._artifact.manifest.source.get("remote_code"):
+            return [judge.skip("the model computes with Python code of its own, and an artifact carries none")]
         from .torch_model import torch_outputs
 
         windows = self._ids[:SOURCE_WINDOWS]

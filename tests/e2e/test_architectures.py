@@ -23,10 +23,13 @@ from onnx import GraphProto, TensorProto
 from safetensors import torch as _safetensors_torch
 
 from bismooth.export import skeleton, trace
+from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.export.model import export_model
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.export.source import INDEX
+from bismooth.passes.gates import Gates, Hop
+from bismooth.tools.verify import verify_artifact
 from tests.gguf_models import llama, write_gguf
 from tests.models import ARCHITECTURES, VOCAB, Exported, export, exported, make_model, random_model, tokens
 
@@ -339,6 +342,13 @@ def test_code_of_the_model_runs_when_it_is_trusted(tmp_path: Path, monkeypatch: 
     model = export(module, source, tmp_path / "artifact", trust_remote_code=True)
     assert model.manifest.architecture == "Louder"
     assert_computes_the_same(model)
+    assert model.manifest.source["remote_code"] is True
+    written = {path.name for path in model.folder.iterdir()}
+    assert written == {"config.json", "generation_config.json", "model.onnx", "model.safetensors"}
+    assert "auto_map" not in json.loads((model.folder / "config.json").read_text("utf-8"))
+    artifact = Artifact(model.folder, model.manifest)
+    (hop,) = verify_artifact(artifact, np.ones((1, 4), np.int64), Gates(), (Hop.FLOAT,)).hops
+    assert hop.skipped == "the model computes with Python code of its own, and an artifact carries none"
 
 
 AUTO_MAP = {"AutoConfig": "modeling_louder.LouderConfig", "AutoModelForCausalLM": "modeling_louder.Louder"}

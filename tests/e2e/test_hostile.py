@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written(artifact: Path, tmp_path: Path, error: 
     if os.geteuid() == 0:
         return
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    assert "cannot write there" in error("quantize", artifact, "--data", "none", "-o", tmp_path / "out")
+    assert "out: cannot be written" in error("quantize", artifact, "--data", "none", "-o", tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["export", "quantize", "calibrate"])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from bismooth.export.artifact import MANIFEST, Artifact, FileRecord, place_file, scan_files
+from bismooth.export.artifact import MANIFEST, Artifact, FileRecord, place_file, scan_files, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.hashing import file_sha256
 from tests.artifacts import FLOAT, make, write
 
 
@@ -39,11 +41,19 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path, weights: Path) -> Non
     }
 
 
-def test_hashes_that_are_known_are_kept(tmp_path: Path) -> None:
+def test_hashes_of_what_was_read(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(b"12")
-    known = {"a": FileRecord(2, sha256="aa"), "b": FileRecord(3, sha256="bb")}
-    assert [record.sha256 for record in scan_files(tmp_path, known).values()] == ["aa", None, None]
+    files = scan_files(tmp_path, {"c": "cc", "a": "aa"})
+    assert [record.sha256 for record in files.values()] == ["aa", None, "cc"]
+    manifest = replace(FLOAT, files=files)
+    assert manifest.hashes == {"a": "aa", "c": "cc"}
+    digests = [FLOAT.content_sha256, manifest.content_sha256]
+    for other in ({"a": "aa", "c": "dd"}, {"a": "aa", "b": "cc"}):
+        digests.append(replace(FLOAT, files=scan_files(tmp_path, other)).content_sha256)
+    assert digests[0] is None
+    assert len(set(digests)) == 4
+    assert replace(FLOAT, files=dict(reversed(files.items()))).content_sha256 == manifest.content_sha256
 
 
 def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
@@ -117,15 +127,34 @@ def test_a_file_of_another_size(tmp_path: Path) -> None:
         Artifact.load(path)
 
 
-def test_an_edit_of_the_source_is_seen_through_the_link(tmp_path: Path, weights: Path) -> None:
+def edit(path: Path, content: bytes) -> None:
+    """Write into a file, whose time then is another one, also on coarse clocks."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize("content", [b"WEIGHTS", b"weights"])
+def test_an_edit_of_the_source_is_seen_through_the_link(tmp_path: Path, weights: Path, content: bytes) -> None:
     path = make(tmp_path / "art", weights=weights)
-    status = weights.stat()
-    with weights.open("r+b") as file:
-        file.write(b"WEIGHTS")
-    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    edit(weights, content)
     with pytest.raises(
         BismoothError, match=r"a link to the source's weights, which were modified since\. Run 'bismooth"
-    ):
+    ) as raised:
+        Artifact.load(path)
+    subprocess.run(str(raised.value).rpartition("set it back: ")[2], shell=True, check=True)
+    Artifact.load(path)
+
+
+def test_with_a_hash_the_content_decides(tmp_path: Path, weights: Path) -> None:
+    path = make(tmp_path / "art", weights=weights)
+    files = scan_files(path, {"model.safetensors": file_sha256(weights)})
+    write_manifest(path, replace(FLOAT, files=files))
+    edit(weights, b"weights")
+    Artifact.load(path)
+    edit(weights, b"WEIGHTS")
+    with pytest.raises(BismoothError, match=r"link to the source's weights, whose content was changed since\. Run"):
         Artifact.load(path)
 
 
@@ -138,8 +167,13 @@ def test_a_source_that_is_replaced_or_deleted_does_no_harm(tmp_path: Path, weigh
 
 def test_a_copy_of_an_artifact_loads(tmp_path: Path, weights: Path) -> None:
     path = make(tmp_path / "art", weights=weights)
-    shutil.copytree(path, tmp_path / "copy", copy_function=shutil.copyfile)
-    Artifact.load(tmp_path / "copy")
+    copy = shutil.copytree(path, tmp_path / "copy", copy_function=shutil.copyfile)
+    edit(copy / "model.safetensors", b"weights")
+    Artifact.load(copy)
+    with (copy / "model.safetensors").open("ab") as file:
+        file.write(b" more")
+    with pytest.raises(BismoothError, match=r"model.safetensors: expected 7 bytes, got 12"):
+        Artifact.load(copy)
 
 
 def test_a_file_is_linked_where_that_is_possible(tmp_path: Path, weights: Path) -> None:

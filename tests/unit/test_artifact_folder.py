@@ -144,14 +144,14 @@ def test_other_errors_of_the_system_are_not_hidden(tmp_path: Path) -> None:
 
 def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "mkdir", fail)
-    expected = r"cannot write there \(Read-only file system\)\. Choose a folder that can be written\."
+    expected = r"cannot be written \(Read-only file system\)\. Choose a place that can be written"
     with pytest.raises(BismoothError, match=expected):
         make(tmp_path / "art")
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(BismoothError, match="file/sub: cannot write there"):
+    with pytest.raises(BismoothError, match="file/sub/art: cannot be written"):
         make(tmp_path / "file/sub/art")
 
 

@@ -17,15 +17,17 @@ from bismooth.engines import tensorrt_session
 from bismooth.engines.base import BuildRequest, BuildResult, EngineBuilder, PhaseCallback, Profile, Span
 from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.null import NullBuilder
-from bismooth.engines.publish import file_sha256, read_record
+from bismooth.engines.publish import read_record
 from bismooth.engines.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, load_module
-from bismooth.export.artifact import Artifact, Manifest, scan_files, write_manifest
+from bismooth.export.artifact import Artifact, FileRecord, Manifest, scan_files, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.hashing import file_sha256
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import device
 from bismooth.tools.compare import Figures, Ids, Values
 from bismooth.tools.device import Target, compare_engines, find_target
 from bismooth.tools.hops import HopResult
+from bismooth.tools.meant import engine_source
 from bismooth.tools.verify import verify_artifact
 from tests.fake_cuda import FakeCuda
 from tests.fake_engine import TABLE, VOCAB, FakeTensorRT
@@ -37,7 +39,6 @@ STAGE: dict[str, Any] = {
     "stage": "quantize",
     "recipe": {"name": "w8a8"},
     "fingerprint": "recipe",
-    "content_sha256": "weights",
     "quantized": [{"name": "head", "node": "head/MatMul", "int8": True}],
 }
 VERSION = "1"  # NullBuilder's
@@ -58,7 +59,8 @@ def artifact(tmp_path: Path) -> Artifact:
         model.graph.node[1].name = "head/MatMul"
         model.producer_name = name
         (tmp_path / name).write_bytes(model.SerializeToString())
-    return Artifact(tmp_path, Manifest("quantized", {"fingerprint": "model"}, GRAPHS, stages=(STAGE,)))
+    files = {"weights": FileRecord(1, sha256="of the weights")}
+    return Artifact(tmp_path, Manifest("quantized", {"fingerprint": "model"}, GRAPHS, files, stages=(STAGE,)))
 
 
 @dataclass
@@ -212,8 +214,10 @@ def test_a_graph_that_changed_is_built_again(artifact: Artifact, set_host: SetHo
 def shipped(artifact: Artifact, **changes: Any) -> Path:
     """An engine as ``bismooth build`` makes it."""
     engine = artifact.path / "engines/tensorrt-rtx-sm86-sm89/model.engine"
-    source = {"fingerprint": "model", "recipe": "w8a8", "recipe_fingerprint": "recipe", "content_sha256": "weights"}
+    source = engine_source(artifact)
+    assert source.keys() == {"fingerprint", "recipe", "recipe_fingerprint", "content_sha256"}
     plain = BuildRequest(artifact.graph("float16"), engine, (86, 89), source=source)
+    changes["source"] = source | changes.get("source", {})
     NullBuilder("tensorrt-rtx").build(replace(plain, **changes))
     built = Manifest("engine", {}, {}, files=scan_files(engine.parent), stages=({"engine": "tensorrt-rtx"},))
     write_manifest(engine.parent, built)
@@ -234,7 +238,8 @@ def test_the_engine_that_ships_is_the_one_that_is_judged(artifact: Artifact, set
     [
         {"capabilities": (75,)},
         {"capabilities": ()},
-        {"source": {"fingerprint": "model", "recipe_fingerprint": "another", "content_sha256": "weights"}},
+        {"source": {"recipe_fingerprint": "another"}},
+        {"source": {"content_sha256": "another"}},
         {"profile": Profile(sequence=Span(1, 2, 4))},
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from bismooth.engines.base import BuildRequest, Phase, audit_path
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.tools.engines import engine_file, find_builder
+from tests.graphs import Builder
 from tests.quantized import make
 
 K, N = 8, 6
@@ -62,6 +65,23 @@ def test_a_fallback_fails_and_writes_nothing(tmp_path: Path) -> None:
     request = BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True)
     result = OnnxRuntimeBuilder().build(request)
     assert [linear.node for linear in result.audit.fallbacks] == ["fc/MatMul"]
+
+
+def test_no_weight_is_written_anew(tmp_path: Path) -> None:
+    """With a limit on the size of files below that of the weights."""
+    b = Builder()
+    b.outputs.append(b.linear(b.tokens("x", 256), "fc", 256, 256))
+    (tmp_path / "art").mkdir()
+    request = BuildRequest(b.save(tmp_path / "art", external=True), tmp_path / "engine" / "model.onnx")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        result = OnnxRuntimeBuilder().build(request)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [linear.node for linear in result.audit.linears] == ["fc/MatMul"]
+    assert (tmp_path / "engine/model.safetensors").samefile(tmp_path / "art/model.safetensors")
 
 
 def test_a_graph_that_cannot_be_loaded(tmp_path: Path) -> None:

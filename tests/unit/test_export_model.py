@@ -71,6 +71,21 @@ def test_files_beside_the_weights(tmp_path: Path, target: Path) -> None:
         (path / name).write_text("{}", "utf-8")
     with pytest.raises(BismoothError, match="has no tensor"):
         export_model(path, target)
+    assert all((target / name).read_text("utf-8") == "{}" for name in wanted)
     assert {file.name for file in target.iterdir()} == {*wanted, "config.json", "model.safetensors"}
     assert all((target / name).stat().st_nlink == 1 for name in (*wanted, "config.json"))
     assert (target / "model.safetensors").samefile(path / "model.safetensors")
+
+
+def test_references_to_python_code_are_left_out(tmp_path: Path, target: Path) -> None:
+    path = source(tmp_path / "source", **LLAMA, auto_map={"AutoConfig": "configuration.Mine"})
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization.Mine", None]}, "eos_token": "…"}
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
+    (path / "generation_config.json").write_text("{ no JSON", "utf-8")
+    (path / "configuration.py").write_text("raise SystemExit", "utf-8")
+    with pytest.raises(BismoothError, match="has no tensor"):
+        export_model(path, target)
+    assert json.loads((target / "config.json").read_text("utf-8")) == LLAMA
+    assert json.loads((target / "tokenizer_config.json").read_text("utf-8")) == {"eos_token": "…"}
+    assert (target / "generation_config.json").read_text("utf-8") == "{ no JSON"
+    assert not (target / "configuration.py").exists()

@@ -52,7 +52,7 @@ def test_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BismoothError, match=r"model\.onnx: cannot be written \(disk full\)"):
         graph.save(graph.load(path), path)
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]
@@ -211,3 +211,18 @@ def test_big_constants_are_not_read(tmp_path: Path) -> None:
     b.constant("big", np.zeros((2049, 2048), np.float32))
     b.outputs.append(b.op("MatMul", b.tokens("x", 2049), "big"))
     assert Index.of(b.graph(tmp_path)).array("big") is None
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT4])
+def test_a_tensor_is_read_in_pieces(tmp_path: Path, dtype: int) -> None:
+    values = np.arange(10).reshape(2, 5).astype(helper.tensor_dtype_to_np_dtype(dtype))
+    proto = numpy_helper.from_array(values, "w")
+    (tmp_path / "data").write_bytes(b"before" + proto.raw_data + b"after")
+    external = TensorProto(name="w", data_type=dtype, dims=[2, 5], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "data"), ("offset", "6")):
+        external.external_data.add(key=key, value=value)
+    read = list(_gs.FileValues(external, tmp_path).load_pieces(4))
+    assert [len(piece) for piece in read] == ([10] if dtype == TensorProto.INT4 else [4, 4, 2])
+    np.testing.assert_array_equal(np.concatenate(read), values.reshape(-1), strict=True)
+    (inside,) = _gs.read_pieces(_gs.make_constant("w", values), 4)
+    np.testing.assert_array_equal(inside, values.reshape(-1), strict=True)

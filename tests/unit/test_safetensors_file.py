@@ -66,6 +66,14 @@ def test_tensors_may_be_written_in_any_order(tmp_path: Path) -> None:
     assert path.read_bytes() == GOLDEN
 
 
+def test_a_tensor_may_be_written_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with SafetensorsWriter(path, [(name, tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()]) as writer:
+        writer.write_pieces("b", (TENSORS["b"][:, part] for part in (slice(2), slice(2, 3))))
+        writer.write("a", TENSORS["a"])
+    assert path.read_bytes() == GOLDEN
+
+
 def test_the_library_of_the_format_reads_what_is_written(tmp_path: Path) -> None:
     tensors = TENSORS | {"scalar": np.array(3, np.int64), "empty": np.zeros((0, 4), np.float16)}
     save(tmp_path / "x.safetensors", tensors, {"format": "pt"})
@@ -193,19 +201,28 @@ def test_a_tensor_that_is_declared_twice(tmp_path: Path) -> None:
 
 
 Write = Callable[[SafetensorsWriter], None]
-WRONG: dict[str, Write] = {
-    "shape": lambda writer: writer.write("a", np.zeros(3, np.float32)),
-    "dtype": lambda writer: writer.write("a", np.zeros(2, ml_dtypes.bfloat16)),
+WRONG: dict[str, tuple[Write, str]] = {
+    "shape": (lambda writer: writer.write("a", np.zeros(3, np.float32)), r"a: declared F32 \(2,\), got float32 \(3,\)"),
+    "dtype": (lambda writer: writer.write("a", np.zeros(2, ml_dtypes.bfloat16)), r"a: declared F32 \(2,\), got bfloat"),
+    "pieces of another dtype": (
+        lambda writer: writer.write_pieces("a", [np.zeros(1, np.float32), np.zeros(1, np.int32)]),
+        "a: declared F32, got a piece of int32",
+    ),
+    "too few pieces": (
+        lambda writer: writer.write_pieces("a", [np.zeros(1, np.float32)]),
+        "a: declared 8 bytes, got pieces of 4",
+    ),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_tensor_other_than_declared(tmp_path: Path, wrong: str) -> None:
+    write, message = WRONG[wrong]
     with (
-        pytest.raises(ValueError, match=r"a: declared F32 \(2,\), got"),
+        pytest.raises(ValueError, match=message),
         SafetensorsWriter(tmp_path / "x", [("a", np.dtype(np.float32), (2,))]) as writer,
     ):
-        WRONG[wrong](writer)
+        write(writer)
     assert not list(tmp_path.iterdir())
 
 

@@ -54,10 +54,8 @@ def sharded(folder: Path, weight_map: Any) -> Path:
 def test_a_folder(tmp_path: Path) -> None:
     source = resolve_source(whole_model(tmp_path / "m"))
     assert isinstance(source, HuggingFaceSource)
-    assert source.config == CONFIG
     assert source.weights.entries.keys() == {"a", "b"}
     assert source.weights.files == [tmp_path / "m" / WEIGHTS]
-    assert source.weights.size == 16
 
 
 def test_a_sharded_folder(tmp_path: Path) -> None:
@@ -260,9 +258,11 @@ def test_what_is_downloaded(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append([pattern for pattern in allow_patterns if "safetensors" in pattern])
+        asked.append([pattern for pattern in allow_patterns if "safetensors" in pattern or ".py" in pattern])
         return str(hub)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     resolve_source("org/tiny")
     assert asked == [[WEIGHTS, INDEX], [WEIGHTS, INDEX, "1.safetensors"]]
+    resolve_source("org/tiny", trust_remote_code=True)
+    assert asked[2:] == [[WEIGHTS, "*.py", INDEX], [WEIGHTS, "*.py", INDEX, "1.safetensors"]]

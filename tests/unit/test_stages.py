@@ -1,13 +1,19 @@
 """Stages refuse what they could only ignore."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bismooth.export.artifact import Artifact, Manifest, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.hashing import file_sha256
+from bismooth.passes import quantize
 from bismooth.passes.spec import ComputeType
 from bismooth.tools import stages
+from bismooth.tools.inspect import inspect_path
+from tests.graphs import Builder
 
 
 @pytest.fixture
@@ -33,6 +39,45 @@ def test_the_output_is_the_input(artifact: Path) -> None:
 def test_statistics_that_are_missing(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(BismoothError, match="there are no statistics"):
         stages.quantize(artifact, "w8a8", tmp_path / "out")
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> Path:
+    """A float artifact of two linears, whose weights are a link."""
+    b = Builder()
+    b.outputs.append(b.linear(b.linear(b.tokens("x", 4), "up", 8, 4), "down", 4, 8))
+    (tmp_path / "source").mkdir()
+    source = b.save(tmp_path / "source", external=True)
+    return stages.export(source, tmp_path / "art", dtype=ComputeType.FLOAT32).artifact
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "w8a8-per-channel"])
+def test_quantize_records_the_hashes_of_all_weight_files(linear: Path, tmp_path: Path, recipe: str) -> None:
+    quantized = stages.quantize(linear, recipe, tmp_path / "q", data_free=True).artifact
+    manifest = Artifact.load(quantized, "quantized").manifest
+    assert manifest.hashes == {
+        name: file_sha256(quantized / name) for name in ("model.safetensors", "quantized.safetensors")
+    }
+    assert inspect_path(quantized).document["files_sha256"] == manifest.hashes
+    engine = stages.build(quantized, "onnxruntime").folder
+    os.utime(tmp_path / "source/model.safetensors")
+    for made in (quantized, engine):
+        assert Artifact.load(made).manifest.files["model.safetensors"].linked
+
+
+def test_weights_that_are_modified_while_they_are_quantized(
+    linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = quantize.quantize_graph
+
+    def edit_and_run(*arguments: Any) -> Any:
+        os.utime(linear / "model.safetensors")
+        return run(*arguments)
+
+    monkeypatch.setattr(quantize, "quantize_graph", edit_and_run)
+    with pytest.raises(BismoothError, match="which were modified since"):
+        stages.quantize(linear, "fp16", tmp_path / "q", data_free=True)
+    assert not (tmp_path / "q").exists()
 
 
 def test_an_unknown_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

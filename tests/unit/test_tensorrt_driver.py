@@ -69,24 +69,6 @@ def test_profile_plan_log_and_phases(tmp_path: Path) -> None:
     assert not ELEVEN.called("deserialize")
 
 
-def test_optimization_level_is_left_alone_unless_given(tmp_path: Path) -> None:
-    build(ELEVEN, tmp_path)
-    assert "builder_optimization_level" not in dict(ELEVEN.called("set"))
-    build(ELEVEN, tmp_path, optimization_level=0)
-    assert ("builder_optimization_level", 0) in ELEVEN.called("set")
-
-
-def test_timing_cache_is_read_and_written(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    build(TEN, tmp_path, timing_cache=str(cache))
-    assert TEN.called("create_timing_cache") == [(b"",)]
-    assert cache.read_bytes() == b"timings"
-    build(TEN, tmp_path, timing_cache=str(cache))
-    assert TEN.called("create_timing_cache") == [(b"timings",)]
-    refusing = replace(TEN, timing_cache=False)
-    fails(f"{cache}: the timing cache cannot be used", refusing, tmp_path, timing_cache=str(cache))
-
-
 def test_kernels_come_from_the_inspector_where_the_log_has_none(tmp_path: Path) -> None:
     fake = Fake("10.16.1.11", listing="", inspected=LISTING.removeprefix("Layers:\n"))
     build(fake, tmp_path)

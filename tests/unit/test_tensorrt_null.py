@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bismooth.engines.base import BuildRequest, EngineBuilder, Phase, Profile, Span, audit_path
 from bismooth.engines.null import NullBuilder
-from bismooth.engines.progress import build_bar
-from bismooth.engines.publish import file_sha256
 from bismooth.engines.tensorrt import TensorRTBuilder
 from bismooth.export.errors import BismoothError, GateError
+from bismooth.export.hashing import file_sha256
 from tests.quantized import K, N, float_linear, make, per_token, save
 
 
@@ -78,13 +75,3 @@ def test_profile_must_cover_the_inputs(tmp_path: Path) -> None:
     sizes = Profile(others={"rows": Span(1, 2, 3)})
     result = NullBuilder().build(BuildRequest(request.onnx, request.engine, profile=sizes))
     assert result.record.shapes == {"x": ((1, 8), (2, 8), (3, 8))}
-
-
-def test_progress_bar_shows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    output = io.StringIO()
-    with build_bar("SM86", Console(file=output, force_terminal=True, width=100)) as show:
-        show(Phase("Cloning network graph", 2, 4))
-        show(Phase("Compiling", 0, 1))
-    assert "SM86" in output.getvalue()
-    assert "Compiling" in output.getvalue()

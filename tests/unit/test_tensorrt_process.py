@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from bismooth.engines.base import BuildRequest, Phase, Profile, Span, audit_path
-from bismooth.engines.publish import file_sha256, staging_folder
 from bismooth.engines.tensorrt import TENSORRT, TensorRTBuilder
 from bismooth.engines.tensorrt_build import PlanRequest
 from bismooth.engines.tensorrt_worker import run_worker
 from bismooth.export.errors import BismoothError, GateError
+from bismooth.export.hashing import file_sha256
 from tests.fake_tensorrt import LISTING
 from tests.quantized import float_linear, save
 
@@ -133,7 +133,7 @@ def test_request_is_checked_before_the_build(request_: BuildRequest) -> None:
 
 def test_folder_that_cannot_be_written(request_: BuildRequest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BismoothError, match=r"m\.engine: cannot be written: .*Nothing was changed"):
+    with pytest.raises(BismoothError, match=r"m\.engine: cannot be written \(.*nothing was changed"):
         build(request_, FAKE.format(""), engine=tmp_path / "file" / "m.engine")
     with pytest.raises(BismoothError, match=r"build\.log: the builder's log cannot be written"):
         build(request_, FAKE.format(""), log=tmp_path / "file" / "build.log")
@@ -162,7 +162,8 @@ TensorRTBuilder(TENSORRT).build(BuildRequest(Path({str(request_.onnx)!r}), Path(
 """
     with subprocess.Popen([sys.executable, "-c", script]) as caller:
         _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
-        assert written(request_) == [f".model.engine.tmp-{caller.pid}"]
+        (temporary,) = written(request_)
+        assert temporary.startswith(".model.engine.tmp-")
         caller.kill()
     builder = int((tmp_path / "pid").read_text())
     _wait(lambda: _ended(builder))
@@ -178,17 +179,6 @@ def test_interrupt_ends_the_builder(request_: BuildRequest, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         TensorRTBuilder(TENSORRT).build(request_, interrupt)
     assert written(request_) == []
-
-
-@POSIX
-def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        pass
-    running = tmp_path / f".m.engine.tmp-{os.getppid()}"
-    for folder in (running, tmp_path / f".m.engine.tmp-{dead.pid}", tmp_path / f".m.engine.tmp-{os.getpid()}"):
-        folder.mkdir()
-    with staging_folder(tmp_path / "m.engine") as folder:
-        assert sorted(tmp_path.iterdir()) == sorted([running, folder])
 
 
 def test_spans_and_profiles_that_cannot_be() -> None:

@@ -1,0 +1,148 @@
+"""Put a finished file in place in one step; the one way in which this package writes files and folders that stay.
+
+What is new is made beside its target under a hidden temporary name, flushed to disk, and renamed when it is complete:
+whatever kills the process, the target is the old one, the new one, or absent, never half of one. While it is being
+made, its process holds a lock on it; a temporary name without a lock is a leftover, which the next writer of the same
+target removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+
+from .errors import BismoothError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A new empty file beside ``path`` that takes its place when the block ends without an error.
+
+    A hard link at ``path`` is replaced; what it is a link of is not written to. Folders that lack are made.
+
+    Raises:
+        BismoothError: the file cannot be written, or the disk is full; ``path`` is then as it was.
+    """
+    with temporary(path, lambda name: name.touch(exist_ok=False)) as file:
+        try:
+            yield file
+            flush(file)
+            file.replace(path)
+        except OSError as error:
+            if error.errno in _FULL or error.filename in (None, str(file), file):
+                raise cannot_write(path, error) from error
+            raise  # another file, which the block reads
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Generator[Path]:
+    """A temporary folder beside ``target``, deleted at the end: for files that are to be moved there.
+
+    Raises:
+        BismoothError: there is no writing there, or the disk is full.
+    """
+    with temporary(target, Path.mkdir) as folder:
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno in _FULL:
+                raise cannot_write(target, error) from error
+            raise
+
+
+@contextmanager
+def temporary(target: Path, make: Callable[[Path], None]) -> Generator[Path]:
+    """A locked hidden file or folder beside ``target``, removed at the end unless it was renamed.
+
+    Args:
+        target: what it is for; its folder is made.
+        make: makes it, and fails if something has that name.
+
+    Raises:
+        BismoothError: it cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in target.parent.glob(f".{escape(target.name)}.tmp-{'[0-9a-f]' * 8}"):
+            _remove_leftover(path)
+        path, lock = _make_locked(target, make)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    try:
+        yield path
+    finally:
+        _remove(path)
+        os.close(lock)
+
+
+def flush(file: Path) -> None:
+    """Write through to disk before a rename: a power failure must not keep the name and lose the bytes."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk or a quota is exhausted."""
+    return error.errno in _FULL
+
+
+def cannot_write(target: Path, error: OSError) -> BismoothError:
+    """What to tell users; temporary folders around ``target`` have the names that they are to get."""
+    path = re.sub(r"\.([^/]+)\.tmp-[0-9a-f]{8}(?=/|$)", r"\1", str(target))
+    if is_full(error):
+        return BismoothError(
+            f"{path}: the disk is full. Free some space and run the command again; nothing was changed."
+        )
+    return BismoothError(
+        f"{path}: cannot be written ({error.strerror or error}). Choose a place that can be written; nothing was "
+        "changed."
+    )
+
+
+def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """A new file or folder, and an open descriptor that holds the lock on it."""
+    while True:
+        path = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+        make(path)
+        with suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY)
+            if _try_lock(lock) and path.exists():
+                return path, lock
+            os.close(lock)
+        # another process took it for a leftover before it was locked
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: two processes at once then have to use two targets
+        pass
+    return True
+
+
+def _remove_leftover(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        if _try_lock(descriptor):
+            _remove(path)
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

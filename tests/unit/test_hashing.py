@@ -1,0 +1,61 @@
+"""Hashes of files and arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from threading import Event, Timer
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bismooth.export import hashing as module
+from bismooth.export.hashing import array_sha256, file_sha256, hashing
+
+
+def test_a_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "x").write_bytes(content)
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+def test_an_array() -> None:
+    array = np.arange(6, dtype=np.int32).reshape(2, 3)
+    first = array_sha256(array)
+    assert first == hashlib.sha256(b"int32 2 3 " + array.tobytes()).hexdigest()
+    assert first == array_sha256(np.asfortranarray(array)) == array_sha256(array.astype(">i4"))
+    others = [array.T, array.reshape(3, 2), array.astype(np.int64), array + 1, array.view(np.uint32)]
+    assert len({first, *map(array_sha256, others)}) == 6
+
+
+def test_types_that_numpy_does_not_know() -> None:
+    array = np.ones(2, ml_dtypes.bfloat16)
+    assert array_sha256(array) == hashlib.sha256(b"bfloat16 2 " + array.tobytes()).hexdigest()
+    assert array_sha256(np.array(1.0)) != array_sha256(np.array([1.0]))
+
+
+def test_files_in_the_background(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in "abc"}
+    for path in paths.values():
+        path.write_text(path.name, "utf-8")
+    with hashing(paths) as hashes:
+        pass
+    assert hashes() == {name: hashlib.sha256(name.encode()).hexdigest() for name in paths}
+    with pytest.raises(FileNotFoundError, match="missing"), hashing({"missing": tmp_path / "missing"}) as hashes:
+        hashes()
+
+
+def test_an_error_does_not_wait_for_files_that_were_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = list[Path](), Event()
+
+    def slow(path: Path) -> str:
+        begun.append(path)
+        assert go_on.wait(20)
+        return ""
+
+    monkeypatch.setattr(module, "file_sha256", slow)
+    Timer(0.2, go_on.set).start()
+    with pytest.raises(ZeroDivisionError), hashing({name: tmp_path / name for name in "abc"}):
+        raise ZeroDivisionError
+    assert len(begun) <= 1

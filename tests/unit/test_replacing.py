@@ -1,0 +1,123 @@
+"""Files are put in place in one step, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from bismooth.export.errors import BismoothError
+from bismooth.export.replacing import replacing, scratch_folder
+from tests.artifacts import names
+
+
+def test_a_new_file_in_a_new_folder(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a/b") as file:
+        assert file.parent == tmp_path / "a"
+        assert file.name.startswith(".b.tmp-")
+        file.write_text("new", "utf-8")
+        assert not (tmp_path / "a/b").exists()
+    assert (tmp_path / "a/b").read_text("utf-8") == "new"
+    assert names(tmp_path / "a") == {"b"}
+
+
+def test_a_link_is_replaced_and_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious", "utf-8")
+    os.link(tmp_path / "precious", tmp_path / "file")
+    with replacing(tmp_path / "file") as file:
+        file.write_text("new", "utf-8")
+    assert (tmp_path / "precious").read_text("utf-8") == "precious"
+    assert (tmp_path / "file").read_text("utf-8") == "new"
+
+
+def test_an_error_leaves_the_previous_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old", "utf-8")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file") as file:
+        file.write_text("half", "utf-8")
+        raise ZeroDivisionError
+    assert (tmp_path / "file").read_text("utf-8") == "old"
+    assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(tmp_path: Path, code: int) -> None:
+    (tmp_path / "file").write_text("old", "utf-8")
+    expected = r"/file: the disk is full\. Free some space and run the command again; nothing was changed\."
+    with pytest.raises(BismoothError, match=expected), replacing(tmp_path / "file") as file:
+        file.write_text("half", "utf-8")
+        raise OSError(code, "No space left on device")
+    with pytest.raises(BismoothError, match=expected), scratch_folder(tmp_path / "file"):
+        raise OSError(code, "No space left on device")
+    assert (tmp_path / "file").read_text("utf-8") == "old"
+    assert names(tmp_path) == {"file"}
+
+
+def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_descriptor: int) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(BismoothError, match=r"/file: cannot be written \(Input/output error\)\. Choose a place"),
+        replacing(tmp_path / "file"),
+    ):
+        pass
+    assert not names(tmp_path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for make in (replacing, scratch_folder):
+        with (
+            pytest.raises(BismoothError, match=r"file/x: cannot be written \(.*\)\. Choose a place that can be"),
+            make(tmp_path / "file/x"),
+        ):
+            pass
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(BismoothError, match=r"/folder: cannot be written \(Is a directory\)"),
+        replacing(tmp_path / "folder"),
+    ):
+        pass
+    assert names(tmp_path) == {"file", "folder"}
+
+
+def test_errors_of_other_files_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    for make in (replacing, scratch_folder):
+        with pytest.raises(FileNotFoundError, match="missing"), make(tmp_path / "file"):
+            (tmp_path / "missing").read_bytes()
+    assert not names(tmp_path)
+
+
+def test_messages_name_the_folder_that_is_being_made_as_it_will_be_called(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BismoothError, match=rf"^{tmp_path}/art/file: the disk is full"),
+        scratch_folder(tmp_path / "art") as folder,
+        replacing(folder / "file"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_leftovers_are_removed_and_what_is_being_made_stays(tmp_path: Path) -> None:
+    others = {".files.tmp-01234567", ".file.tmp-of-mine"}
+    for name in (".file.tmp-01234567", *others):
+        (tmp_path / name).touch()
+    (tmp_path / ".file.tmp-89abcdef").mkdir()
+    (tmp_path / ".file.tmp-89abcdef/inside").touch()
+    with replacing(tmp_path / "file") as slow:
+        slow.write_text("slow", "utf-8")
+        with replacing(tmp_path / "file") as fast:
+            fast.write_text("fast", "utf-8")
+        assert (tmp_path / "file").read_text("utf-8") == "fast"
+    assert (tmp_path / "file").read_text("utf-8") == "slow"
+    assert names(tmp_path) == {"file", *others}
+
+
+def test_a_scratch_folder(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "a/engine") as folder:
+        (folder / "log").touch()
+        assert folder.parent == tmp_path / "a"
+    assert not names(tmp_path / "a")
