@@ -1,7 +1,8 @@
 """A float graph becomes a quantized artifact: folds, rules for single layers, and inputs that are broken."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from bismooth.engines.onnxruntime import Session
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.passes import quantize as module
+from bismooth.passes.foldcheck import ComputeError, FoldErrors
 from bismooth.passes.linears import find_linears
 from bismooth.passes.quantize import WEIGHTS, quantize_graph
 from bismooth.passes.recipe import Recipe
+from bismooth.passes.sites import Site
+from bismooth.passes.smoothing import Choice
 from tests.blocks import SITES
 from tests.graphs import Builder, DecoderShape, decoder
 from tests.quantizing import Array, Quantized, quantize, recipe, relative_error, watch
@@ -78,6 +82,7 @@ def test_blocks_stay_close_to_float_and_their_folds_are_exact(tmp_path: Path, bl
         close(expected, plain(made.folder / "folded.onnx", b), 1e-5)
     assert all(error <= 1e-5 for error in made.result.fold_errors.values())
     assert made.result.fold_errors.keys() == {choice.site for choice in made.result.choices if choice.channels}
+    assert made.result.fold_errors_compute == {}  # in float32
 
 
 def test_smoothing_repairs_walls(tmp_path: Path) -> None:
@@ -260,6 +265,54 @@ def test_a_fold_that_changes_the_function_is_an_error(tmp_path: Path, monkeypatc
     )
     with pytest.raises(BismoothError, match=message):
         made_of(norm_and_linears(), tmp_path)
+
+
+def test_a_float_linear_whose_input_a_fold_pushes_out_of_float16(tmp_path: Path) -> None:
+    """k's weights are 1e7 times larger in a channel: at α = 0 that multiplies what q reads, and q is not quantized."""
+    b = norm_and_linears("qk")
+    b.initializers["k.weight"][:, 3] *= 1e7
+    message = (
+        r"^norm: folding the smoothing factors here costs accuracy in float16\. Expected a relative error of at most "
+        r"0\.00195 \(without them: 0\.000[0-9]+\), got values that are not finite\. Compute in bfloat16 or float32, or"
+    )
+    fixed = {"alphas": [0.0]}
+    with pytest.raises(BismoothError, match=message):
+        made_of(b, tmp_path / "q", {"match": "q", "weights": None}, compute_dtype="float16", smoothing=fixed)
+    assert not list((tmp_path / "q/quantized").iterdir())
+    made = made_of(b, tmp_path / "both", compute_dtype="float16", smoothing=fixed)
+    (error,) = made.result.fold_errors_compute.values()
+    assert error.folded == made.result.fold_errors["norm"]  # gamma is float32, and so is what INT8 linears read
+
+
+@pytest.mark.parametrize(("factor", "got"), [(1e6, r"0\.[0-9]+"), (1e-7, "values that are not finite")])
+def test_rows_of_v_that_a_fold_pushes_out_of_float16(
+    factor: float, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """v's weight is INT8 with float32 scales, but attention reads its result in float16."""
+    name = "model.layers.1.self_attn.v_proj"
+
+    def hostile(sites: Sequence[Site], *_: object) -> tuple[dict[str, Array], list[Choice]]:
+        factors = {site.name: np.ones(site.size) for site in sites}
+        factors[name][3] = factor
+        return factors, []
+
+    monkeypatch.setattr(module, "choose_factors", hostile)
+    b = decoder(tied=False)
+    message = rf"^{re.escape(name)}: folding .* accuracy in float16\. .* at most 0\.00195 .*, got {got}\. Compute in bf"
+    with pytest.raises(BismoothError, match=message):
+        made_of(b, tmp_path / "half", compute_dtype="float16")
+    made = made_of(b, tmp_path / "wide", compute_dtype="bfloat16")
+    assert made.result.fold_errors_compute[name].is_kept
+
+
+def test_a_fold_that_costs_bfloat16_accuracy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(*_: object) -> FoldErrors:
+        return FoldErrors(compute={"v": ComputeError(0.01, 0.03, 0.02)})
+
+    monkeypatch.setattr(module, "check_folds", coarse)
+    message = r"^v: .* in bfloat16\. .* at most 0\.02 \(without them: 0\.01\), got 0\.03\. Compute in float32, or leave"
+    with pytest.raises(BismoothError, match=message):
+        made_of(norm_and_linears(), tmp_path, compute_dtype="bfloat16")
 
 
 def test_one_weight_file_serves_both_graphs(tmp_path: Path) -> None:
