@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from bismooth.engines.onnxruntime import Session
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.passes import quantize as module
+from bismooth.passes._gs import Graph
+from bismooth.passes.driver import run_passes
 from bismooth.passes.foldcheck import ComputeError, FoldErrors
 from bismooth.passes.linears import find_linears
+from bismooth.passes.lint import Severity, lint
 from bismooth.passes.quantize import WEIGHTS, quantize_graph
 from bismooth.passes.recipe import Recipe
 from bismooth.passes.sites import Site
@@ -83,6 +87,34 @@ def test_blocks_stay_close_to_float_and_their_folds_are_exact(tmp_path: Path, bl
     assert all(error <= 1e-5 for error in made.result.fold_errors.values())
     assert made.result.fold_errors.keys() == {choice.site for choice in made.result.choices if choice.channels}
     assert made.result.fold_errors_compute == {}  # in float32
+
+
+@pytest.mark.parametrize("compute", ["float16", "float32"])
+def test_the_linter_finds_no_error_after_any_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    """But for the weight file, which is written last."""
+    linted: list[str] = []
+
+    def check(graph: Graph, name: str) -> None:
+        found = [item for item in lint(graph, target="onnxruntime") if item.severity is Severity.ERROR]
+        assert {item.rule for item in found} <= {"external-data"}, name
+        linted.append(name)
+
+    monkeypatch.setattr(module, "run_passes", partial(run_passes, check=check))
+    made = made_of(decoder(), tmp_path, {"match": "*.down_proj", "weights": None}, compute_dtype=compute)
+    last = [name for name in linted if name != "precision"]
+    assert last == ["fold", "store folded weights", "insert Q/DQ", "unsigned activations"]
+    assert linted.count("precision") == 2 * (compute == "float16")
+    assert {record.name for record in made.result.passes} == set(linted)
+
+
+@pytest.mark.parametrize("down", [1.0, 1e-4, 1e-5])
+def test_float16_scales_of_small_weights_keep_enough_bits(tmp_path: Path, down: float) -> None:
+    b = norm_and_linears()
+    b.initializers["q.weight"][:] *= down
+    made = made_of(b, tmp_path, compute_dtype="float16", activations=None, smoothing=None)
+    assert lint(made.folder / made.result.graphs["float16"], target="tensorrt-rtx", capabilities=[89]) == []
 
 
 def test_smoothing_repairs_walls(tmp_path: Path) -> None:
