@@ -34,11 +34,11 @@ from .linears import Linear, find_head, find_linears
 from .precision import NARROW_TYPES, SetPrecision, stored_casts
 from .progress import Counter, Progress, silent
 from .qdq import InsertQdq
-from .recipe import Recipe
+from .recipe import GATED_PRODUCT, HEAD, Recipe
 from .rounding import Rounding
 from .sites import Rejected, Site, find_sites
 from .smoothing import Activations, Choice, choose_factors
-from .spec import ComputeType, LinearSpec
+from .spec import ComputeType, LinearSpec, SiteKind
 from .static_ranges import Ranges, static_ranges
 from .unsigned import UseUnsignedActivations
 from .weight_file import QuantizedLinear, WeightFile, WeightSources, write_weights
@@ -109,8 +109,8 @@ def quantize_graph(
         )
     reader = WeightReader(graph)
     linears = find_linears(graph)
-    specs = _specs(recipe, linears, graph)
     sites, rejected = find_sites(graph, linears)
+    specs = _specs(recipe, linears, graph, sites)
     factors, choices = choose_factors(
         sites,
         {linear.name: linear for linear in linears},
@@ -142,9 +142,13 @@ def quantize_graph(
     )
 
 
-def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph) -> dict[str, LinearSpec]:
-    heads = {linear.name for linear in find_head(linears, graph)}
-    specs = recipe.resolve([linear.name for linear in linears], heads)
+def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph, sites: Sequence[Site]) -> dict[str, LinearSpec]:
+    gated = [site for site in sites if site.kind is SiteKind.GATED_PRODUCT]
+    selected = {
+        HEAD: {linear.name for linear in find_head(linears, graph)},
+        GATED_PRODUCT: {consumer.linear for site in gated for consumer in site.consumers},
+    }
+    specs = recipe.resolve([linear.name for linear in linears], selected)
     if recipe.settings.weights is not None and not any(spec.quantized for spec in specs.values()):
         raise BismoothError(
             f"recipe {recipe.name}: there is nothing to quantize. Expected linear layers (MatMul or Gemm with a "

@@ -18,6 +18,7 @@ from bismooth.passes import quantize as module
 from bismooth.passes._gs import Graph
 from bismooth.passes.driver import run_passes
 from bismooth.passes.foldcheck import ComputeError, FoldErrors
+from bismooth.passes.graph import load
 from bismooth.passes.linears import find_linears
 from bismooth.passes.lint import Severity, lint
 from bismooth.passes.quantize import WEIGHTS, quantize_graph
@@ -26,7 +27,7 @@ from bismooth.passes.sites import Site
 from bismooth.passes.smoothing import Choice
 from tests.blocks import SITES
 from tests.graphs import Builder, DecoderShape, decoder
-from tests.quantizing import Array, Quantized, quantize, recipe, relative_error, watch
+from tests.quantizing import HEAD_TOO, Array, Quantized, quantize, recipe, relative_error, watch
 from tests.textgraphs import make
 
 X = np.random.default_rng(0).standard_normal((2, 20, 8)).astype(np.float32)
@@ -115,6 +116,22 @@ def test_float16_scales_of_small_weights_keep_enough_bits(tmp_path: Path, down: 
     b.initializers["q.weight"][:] *= down
     made = made_of(b, tmp_path, compute_dtype="float16", activations=None, smoothing=None)
     assert lint(made.folder / made.result.graphs["float16"], target="tensorrt-rtx", capabilities=[89]) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "per_token"),
+    [("gated_mlp", ["down"]), ("fused_gate_up", ["down"]), ("relu_gate", ["down"]), ("relu_mlp", []), ("gelu_mlp", [])],
+)
+def test_static_scales_everywhere_but_at_gated_products(tmp_path: Path, block: str, per_token: list[str]) -> None:
+    b = SITES[block][0]()
+    chosen = Recipe.from_dict({"extends": "w8a8-static", "layers": [HEAD_TOO]}, name="test")
+    seen = watch(b, tmp_path / "seen", feeds(b), *inputs_of_linears(b, tmp_path))
+    made = quantize(b, tmp_path, chosen, seen)
+    linears = find_linears(load(made.folder / "reference.onnx"))
+    nodes = {node.name for node in load(made.folder / "model.onnx").nodes}
+    assert [linear.name for linear in linears if f"{linear.x}/per_token/QuantizeLinear" in nodes] == per_token
+    rest = [linear.x for linear in linears if linear.name not in per_token]
+    assert all(f"{x}/per_tensor/QuantizeLinear" in nodes for x in rest)
 
 
 def test_smoothing_repairs_walls(tmp_path: Path) -> None:
