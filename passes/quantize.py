@@ -120,15 +120,15 @@ def quantize_graph(
         Counter(progress, "smooth", len(sites)),
     )
     edits = weight_edits(sites, factors)
+    graphs = _save_float(graph, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
     file = WeightFile(folder / WEIGHTS)
-    lowered = graph.copy()
-    records = run_passes(lowered, _lowering(linears, specs, edits, ranges, file))
-    narrowed, more = _narrowed(lowered, recipe.compute_dtype)
-    errors = _checked_folds(graph, sites, factors, narrowed, recipe.compute_dtype, progress)
-    graphs = _save_float(graph, folder, edits, recipe.compute_dtype)
+    original = graph.copy()
+    records = run_passes(graph, _lowering(linears, specs, edits, ranges, file))
+    narrowed, more = _narrowed(graph, recipe.compute_dtype)
+    errors = _checked_folds(original, sites, factors, narrowed, recipe.compute_dtype, progress)
     sources = WeightSources(reader, linears, specs, edits, ranges, recipe.compute_dtype)
-    saved, quantized, last = _save_quantized(lowered, narrowed, folder, file, sources, progress)
+    saved, quantized, last = _save_quantized(graph, narrowed, folder, file, sources, progress)
     return QuantizeResult(
         graphs=graphs | saved,
         linears=quantized,
