@@ -1,12 +1,16 @@
 """Prove every fold: run the operations around each site before and after, on random data, and compare.
 
-Each site is cut out of the graph (``segment``), folded on its own and run in ONNX Runtime's CPU provider in the
-graph's own type, so a mistake of the data-flow analysis shows as an error and not as a worse model. Memory: the
-constants of one site at a time. Sites of the same structure share one session: constants are fed, not stored.
+Each site is cut out of the graph (``segment``), folded on its own and run in ONNX Runtime's CPU provider, so a mistake
+of the data-flow analysis shows as an error and not as a worse model. It runs in float32, and then rounded to 16 bits
+wherever the deployed graph rounds (``rounding``): there a factor may push a channel out of the type's range. Memory:
+the constants of one site at a time. Sites of the same structure share one session: constants are fed, not stored.
+
+NOTE: a tensor may carry the factors of two sites, and one channel of thousands hardly shows in a result. Stored 16-bit
+tensors are therefore also judged by themselves, channel by channel, when they are written (``fold_underflow``).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +32,8 @@ from ..passes._gs import (
 )
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index
+from ..passes.precision_policy import float_limits
+from ..passes.rounding import Rounding
 from ..passes.segment import Sizes, cut
 from ..passes.sites import Site
 
@@ -36,53 +42,124 @@ _ort: Any = onnxruntime
 TOLERANCE = 1e-5
 """Largest relative error max|a - b| / max|a| of a correct fold in float32."""
 
+WORSE = 2.0
+"""How many times the error of the unfolded operations a fold may have in 16 bits."""
+
+FEW_ROUNDINGS = 4
+"""An error of so many roundings is no concern either: unfolded weights may be exact in 16 bits, folded ones are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeError:
+    """The relative error of a site in the deployed graph's own type, against float32; None where it is not finite.
+
+    Attributes:
+        unfolded: Without the fold: what the type costs anyway.
+        folded: With it.
+        limit: What ``folded`` may be; None: anything, since the unfolded operations overflow already.
+    """
+
+    unfolded: float | None
+    folded: float | None
+    limit: float | None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the fold costs the type no accuracy to speak of."""
+        return self.limit is None or (self.folded is not None and self.folded <= self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldErrors:
+    """What folding causes, by the site's name; sites without factors are not run.
+
+    Attributes:
+        exact: The relative error max|a - b| / max|a| in float32, infinite if a result is not finite: see ``TOLERANCE``.
+        compute: The errors in the deployed graph's type.
+    """
+
+    exact: dict[str, float] = field(default_factory=dict[str, float])
+    compute: dict[str, ComputeError] = field(default_factory=dict[str, ComputeError])
+
 
 def check_folds(
     graph: Graph,
     sites: Sequence[Site],
     factors: Factors,
+    rounding: Rounding | None = None,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """The relative error max|a - b| / max|a| that folding each site causes, by the site's name.
-
-    Compare it with ``TOLERANCE``. Infinite if a result is not finite. Sites without factors are not run.
+) -> FoldErrors:
+    """Fold each site on its own and measure by how much its results change.
 
     Args:
-        graph: The float graph before folding.
+        graph: The float32 graph before folding.
         sites: The sites of ``find_sites``.
         factors: Per site name the divisor of its channels.
+        rounding: That of the deployed graph; None if it computes in float32, and then ``compute`` stays empty.
         progress: Called with the name of each site that is done.
 
     Raises:
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
-    index, sessions = Index.of(graph), _Sessions()
-    errors: dict[str, float] = {}
+    checker, errors = _Checker(graph, Index.of(graph), factors, rounding, _Sessions()), FoldErrors()
     for site in sites:
         if site.name in factors:
-            errors[site.name] = _check(graph, index, site, factors, sessions)
+            errors.exact[site.name], compute = checker.check(site)
+            if compute is not None:
+                errors.compute[site.name] = compute
             if progress is not None:
                 progress(site.name)
     return errors
 
 
-def _check(graph: Graph, index: Index, site: Site, factors: Factors, sessions: "_Sessions") -> float:
-    sizes, constants = Sizes.of(graph), dict[str, Array]()
-    segment = cut(graph, index, site, sizes)
-    folded = segment.graph.copy()
-    fold_graph(folded, weight_edits([site], factors))
-    programs = [_program(graph, sizes, constants) for graph in (segment.graph, folded)]
-    try:
-        expected, got = (sessions.run(program) for program in programs)
-    except Exception as error:
-        raise BismoothError(
-            f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
-            f"{site.producer.node} on, got: {error}. Exclude the site from smoothing, or export the model again."
-        ) from error
-    return max(_relative_error(a, b) for a, b in zip(expected, got, strict=True))
+@dataclass(frozen=True, eq=False)
+class _Checker:
+    graph: Graph
+    index: Index
+    factors: Factors
+    rounding: Rounding | None
+    sessions: "_Sessions"
+
+    def check(self, site: Site) -> tuple[float, ComputeError | None]:
+        """The error in float32, and those in 16 bits if the deployed graph computes in that."""
+        segment = cut(self.graph, self.index, site, Sizes.of(self.graph)).graph
+        folded = segment.copy()
+        fold_graph(folded, weight_edits([site], self.factors))
+        expected, *results = self._run(site, [segment, folded, *self._rounded(segment, folded)])
+        errors = [_relative_error(expected, result) for result in results]
+        if self.rounding is None:
+            return errors[0], None
+        unfolded_error, folded_error = errors[1:] or (0.0, errors[0])
+        return errors[0], _compute_error(unfolded_error, folded_error, self.rounding.dtype)
+
+    def _rounded(self, *graphs: Graph) -> list[Graph]:
+        """The graphs as the deployed one rounds; none if it does not round anything here."""
+        copies = [] if self.rounding is None else [graph.copy() for graph in graphs]
+        changed = [self.rounding.apply(copy) for copy in copies if self.rounding]
+        return copies if any(changed) else []
+
+    def _run(self, site: Site, graphs: Sequence[Graph]) -> list[list[Array]]:
+        sizes, constants = Sizes.of(self.graph), dict[str, Array]()
+        try:
+            return [self.sessions.run(_program(graph, sizes, constants)) for graph in graphs]
+        except Exception as error:
+            raise BismoothError(
+                f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
+                f"{site.producer.node} on, got: {error}. Exclude the site from smoothing, or export the model again."
+            ) from error
 
 
-def _relative_error(a: Array, b: Array) -> float:
+def _compute_error(unfolded: float, folded: float, dtype: np.dtype[Any]) -> ComputeError:
+    limit = max(WORSE * unfolded, FEW_ROUNDINGS * float_limits(dtype).epsilon / 2)
+    return ComputeError(*(error if np.isfinite(error) else None for error in (unfolded, folded, limit)))
+
+
+def _relative_error(expected: Sequence[Array], got: Sequence[Array]) -> float:
+    """The largest of the relative errors of the results."""
+    return max(_error(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def _error(a: Array, b: Array) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")

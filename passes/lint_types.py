@@ -11,7 +11,7 @@ _INT4 = (int(T.INT4), int(T.UINT4))
 _FP8 = (int(T.FLOAT8E4M3FN), int(T.FLOAT8E5M2), int(T.FLOAT8E4M3FNUZ), int(T.FLOAT8E5M2FNUZ))
 _NARROW = (FLOAT16, BFLOAT16)
 _NAMES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT: "float32"}
-_LARGEST, _SMALLEST_NORMAL = 65504.0, 2.0**-14
+_LARGEST, _SMALLEST_SCALE = 65504.0, 2.0**-16
 
 
 @error("sm75-matmul")
@@ -182,16 +182,22 @@ def quantize_in_half(view: View) -> Iterator[Hit]:
 
 @warning("half-scale")
 def half_scale(view: View) -> Iterator[Hit]:
-    """A float16 scale below 2^-14 is subnormal: it has few digits, or none on hardware that flushes to zero."""
+    """Float16 numbers are 2^-24 apart below 2^-14: rounding a scale under 2^-16 costs as much as rounding to INT8."""
     for quantizer in view.quantizers.values():
         if view.type(quantizer.node.input[1]) != FLOAT16 or quantizer.scale is None:
             continue
         smallest = float(np.min(np.abs(quantizer.scale)))
-        if 0 < smallest < _SMALLEST_NORMAL:
+        if quantizer.node.op_type == "QuantizeLinear" and 0 < smallest <= _SMALLEST_SCALE:
             yield (
                 label(quantizer.node),
-                f"has the float16 scale {smallest:.3g}, which is subnormal and keeps few digits. Use a scalar scale of "
-                "2^-14 and multiply by the rest in float32.",
+                f"has the float16 scale {smallest:.3g}. The kernel multiplies by 1/scale, which overflows float16. "
+                "Cast the input to float32, and quantize with a float32 scale.",
+            )
+        elif 0 < smallest < _SMALLEST_SCALE:
+            yield (
+                label(quantizer.node),
+                f"has the float16 scale {smallest:.3g}, of which fewer than 8 bits are left. Use a scalar scale of "
+                "2^-14 and multiply by the rest in float32, or scales of 2^-16 and more.",
             )
 
 

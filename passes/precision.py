@@ -31,7 +31,7 @@ from ._gs import (
 from .precision_plan import Planner
 from .precision_policy import AGNOSTIC, CLAMPED, MASK, float_limits, is_float, is_inline, is_mask, is_standard
 
-_NARROW_TYPES: dict[str, np.dtype[Any]] = {
+NARROW_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
@@ -69,7 +69,7 @@ class SetPrecision:
         Raises:
             BismoothError: A need is not met, or a constant of a 16-bit node overflows.
         """
-        narrow = _NARROW_TYPES[self.dtype]
+        narrow = NARROW_TYPES[self.dtype]
         _require_float32(graph)
         _drop_idle_casts(graph)
         _Rewriter(graph, Planner(graph, narrow).plan(), narrow).run()
@@ -96,7 +96,7 @@ def stored_casts(graph: Graph) -> tuple[StoredCast, ...]:
         if node.op == "Cast" and is_constant(node.inputs[0]):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(int(node.attrs["to"]))
             source = dtype_of(node.inputs[0])
-            if dtype in _NARROW_TYPES.values() or (source == _NARROW_TYPES["bfloat16"] and dtype == np.float32):
+            if dtype in NARROW_TYPES.values() or (source == NARROW_TYPES["bfloat16"] and dtype == np.float32):
                 found.append(StoredCast(node, node.inputs[0], dtype))
     return tuple(found)
 
@@ -168,7 +168,7 @@ def _require_float32(graph: Graph) -> None:
                     f"precision: value {tensor.name} of node {node.name} has no recorded type. Expected one from shape "
                     f"inference, got none. Check that {node.op} is an operator of the graph's opset."
                 )
-            if dtype_of(tensor) in _NARROW_TYPES.values():
+            if dtype_of(tensor) in NARROW_TYPES.values():
                 raise BismoothError(
                     f"precision: value {tensor.name} of node {node.name} is {dtype_of(tensor)} already. Expected a "
                     "graph that computes in float32, got a mixed one. Start from the float32 graph of the artifact."

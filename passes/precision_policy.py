@@ -86,15 +86,16 @@ def fits(tensor: Tensor, dtype: np.dtype[np.generic]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FloatLimits:
-    """The largest finite and the smallest normal number of a type."""
+    """The largest finite and the smallest normal number of a type, and the step from 1 to the next number."""
 
     largest: float
     smallest_normal: float
+    epsilon: float
 
 
 _LIMITS = {
-    "float16": FloatLimits(largest=65504.0, smallest_normal=2.0**-14),
-    "bfloat16": FloatLimits(largest=(2 - 2.0**-7) * 2.0**127, smallest_normal=2.0**-126),
+    "float16": FloatLimits(largest=65504.0, smallest_normal=2.0**-14, epsilon=2.0**-10),
+    "bfloat16": FloatLimits(largest=(2 - 2.0**-7) * 2.0**127, smallest_normal=2.0**-126, epsilon=2.0**-7),
 }
 
 

@@ -28,16 +28,17 @@ from ._gs import Graph
 from .driver import PassRecord, run_passes
 from .fold import Edit, Factors, fold_graph, weight_edits
 from .fold_passes import FoldConstants, StoreFolded
-from .foldcheck import TOLERANCE, check_folds
+from .foldcheck import TOLERANCE, ComputeError, FoldErrors, check_folds
 from .graph import load, save
 from .linears import Linear, find_head, find_linears
-from .precision import SetPrecision, stored_casts
+from .precision import NARROW_TYPES, SetPrecision, stored_casts
 from .progress import Counter, Progress, silent
 from .qdq import InsertQdq
-from .recipe import Recipe
+from .recipe import GATED_PRODUCT, HEAD, Recipe
+from .rounding import Rounding
 from .sites import Rejected, Site, find_sites
 from .smoothing import Activations, Choice, choose_factors
-from .spec import ComputeType, LinearSpec
+from .spec import ComputeType, LinearSpec, SiteKind
 from .static_ranges import Ranges, static_ranges
 from .unsigned import UseUnsignedActivations
 from .weight_file import QuantizedLinear, WeightFile, WeightSources, write_weights
@@ -64,6 +65,7 @@ class QuantizeResult:
         choices: Per fold site, how it was smoothed.
         rejected: Norms and linears that are no fold site, with the reason.
         fold_errors: Per smoothed site the relative error of the fold in float32.
+        fold_errors_compute: The same in the deployed graph's 16-bit type, with and without the fold.
         passes: What was run on the graphs.
     """
 
@@ -73,6 +75,7 @@ class QuantizeResult:
     choices: tuple[Choice, ...]
     rejected: tuple[Rejected, ...]
     fold_errors: dict[str, float]
+    fold_errors_compute: dict[str, ComputeError]
     passes: tuple[PassRecord, ...]
 
 
@@ -104,8 +107,8 @@ def quantize_graph(
         )
     reader = WeightReader(graph)
     linears = find_linears(graph)
-    specs = _specs(recipe, linears, graph)
     sites, rejected = find_sites(graph, linears)
+    specs = _specs(recipe, linears, graph, sites)
     factors, choices = choose_factors(
         sites,
         {linear.name: linear for linear in linears},
@@ -114,28 +117,35 @@ def quantize_graph(
         calibration,
         Counter(progress, "smooth", len(sites)),
     )
-    fold_errors = _checked_folds(graph, sites, factors, progress)
     edits = weight_edits(sites, factors)
     graphs = _save_float(graph, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
     file = WeightFile(folder / WEIGHTS)
+    original = graph.copy()
     records = run_passes(graph, _lowering(linears, specs, edits, ranges, file))
+    narrowed, more = _narrowed(graph, recipe.compute_dtype)
+    errors = _checked_folds(original, sites, factors, narrowed, recipe.compute_dtype, progress)
     sources = WeightSources(reader, linears, specs, edits, ranges, recipe.compute_dtype)
-    saved, quantized, more = _save_quantized(graph, folder, file, sources, progress)
+    saved, quantized, last = _save_quantized(graph, narrowed, folder, file, sources, progress)
     return QuantizeResult(
         graphs=graphs | saved,
         linears=quantized,
         float_linears=tuple(linear.name for linear in linears if not specs[linear.name].quantized),
         choices=tuple(choices),
         rejected=tuple(rejected),
-        fold_errors=fold_errors,
-        passes=records + more,
+        fold_errors=errors.exact,
+        fold_errors_compute=errors.compute,
+        passes=(*records, *more, *last),
     )
 
 
-def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph) -> dict[str, LinearSpec]:
-    heads = {linear.name for linear in find_head(linears, graph)}
-    specs = recipe.resolve([linear.name for linear in linears], heads)
+def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph, sites: Sequence[Site]) -> dict[str, LinearSpec]:
+    gated = [site for site in sites if site.kind is SiteKind.GATED_PRODUCT]
+    selected = {
+        HEAD: {linear.name for linear in find_head(linears, graph)},
+        GATED_PRODUCT: {consumer.linear for site in gated for consumer in site.consumers},
+    }
+    specs = recipe.resolve([linear.name for linear in linears], selected)
     if recipe.settings.weights is not None and not any(spec.quantized for spec in specs.values()):
         raise BismoothError(
             f"recipe {recipe.name}: there is nothing to quantize. Expected linear layers (MatMul or Gemm with a "
@@ -145,14 +155,31 @@ def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph) -> dict[str,
     return specs
 
 
-def _checked_folds(graph: Graph, sites: Sequence[Site], factors: Factors, progress: Progress) -> dict[str, float]:
-    errors = check_folds(graph, sites, factors, Counter(progress, "check folds", len(factors)))
-    for name, error in errors.items():
+def _checked_folds(
+    graph: Graph,
+    sites: Sequence[Site],
+    factors: Factors,
+    deployed: Graph | None,
+    compute: ComputeType,
+    progress: Progress,
+) -> FoldErrors:
+    rounding = None if deployed is None else Rounding.of(deployed, NARROW_TYPES[compute.value])
+    errors = check_folds(graph, sites, factors, rounding, Counter(progress, "check folds", len(factors)))
+    for name, error in errors.exact.items():
         if not error <= TOLERANCE:
             raise BismoothError(
                 f"{name}: folding the smoothing factors here changes the function. Expected a relative error of at "
                 f"most {TOLERANCE:g}, got {error:.3g}. Leave the site out with a layer rule (smoothing: null), and "
                 "report it."
+            )
+    for name, error in errors.compute.items():
+        if not error.is_kept:
+            got = "values that are not finite" if error.folded is None else f"{error.folded:.3g}"
+            wider = "float32" if compute is ComputeType.BFLOAT16 else "bfloat16 or float32"
+            raise BismoothError(
+                f"{name}: folding the smoothing factors here costs accuracy in {compute}. Expected a relative error of "
+                f"at most {error.limit:.3g} (without them: {error.unfolded:.3g}), got {got}. Compute in {wider}, or "
+                "leave the site out with a layer rule (smoothing: null)."
             )
     return errors
 
@@ -182,33 +209,40 @@ def _save_float(graph: Graph, folder: Path, edits: Mapping[str, Edit], compute: 
         folded = graph.copy()
         fold_graph(folded, edits)
         save(folded, folder / graphs["folded"])
-    if compute is not ComputeType.FLOAT32:
+    narrowed, _ = _narrowed(graph, compute)
+    if narrowed is not None:
         role = f"reference_{compute}"
         graphs[role] = f"reference.{compute}.onnx"
-        narrowed = graph.copy()
-        SetPrecision(compute.value).apply(narrowed)
         save(narrowed, folder / graphs[role])
     return graphs
 
 
+def _narrowed(graph: Graph, compute: ComputeType) -> tuple[Graph | None, tuple[PassRecord, ...]]:
+    """A copy of the graph in its 16-bit type; None if it is to compute in float32."""
+    if compute is ComputeType.FLOAT32:
+        return None, ()
+    narrowed = graph.copy()
+    return narrowed, run_passes(narrowed, [SetPrecision(compute.value)])
+
+
 def _save_quantized(
-    graph: Graph, folder: Path, file: WeightFile, sources: WeightSources, progress: Progress
+    graph: Graph,
+    narrowed: Graph | None,
+    folder: Path,
+    file: WeightFile,
+    sources: WeightSources,
+    progress: Progress,
 ) -> tuple[dict[str, str], tuple[QuantizedLinear, ...], tuple[PassRecord, ...]]:
     """Write the weight file and the graphs that read it: for the CPU, and in the 16-bit type."""
-    compute = sources.compute
-    if compute is ComputeType.FLOAT32:
-        narrowed, casts, records = None, (), ()
-    else:
-        narrowed = graph.copy()
-        records = run_passes(narrowed, [SetPrecision(compute.value)])
-        casts = stored_casts(narrowed)
+    casts = () if narrowed is None else stored_casts(narrowed)
     quantized = write_weights(file, sources, casts, progress)
     graphs = {"float32": "model.onnx"}
     file.place(graph)
-    records += run_passes(graph, [UseUnsignedActivations()])
+    records = run_passes(graph, [UseUnsignedActivations()])
     save(graph, folder / graphs["float32"])
     if narrowed is not None:
-        graphs[compute.value] = f"model.{compute}.onnx"
+        role = sources.compute.value
+        graphs[role] = f"model.{role}.onnx"
         file.place_casts(narrowed, casts)
-        save(narrowed, folder / graphs[compute.value])
+        save(narrowed, folder / graphs[role])
     return graphs, quantized, records

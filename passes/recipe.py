@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -17,26 +17,35 @@ from .gates import Gates
 from .nearest import nearest
 from .recipe_file import Document
 from .settings import UNSET, Settings
-from .spec import ComputeType, LinearSpec, RangeMethod, StaticActivation
+from .spec import ComputeType, LinearSpec, RangeMethod, SiteKind, StaticActivation
 
 DEFAULT = "w8a8"
 """The recipe that others extend where they do not say which."""
 
 HEAD = "@head"
-"""Selects the linears that make the logits, whatever their names. It may fit nothing: encoders have no head."""
+"""Selects the linears that make the logits."""
+
+GATED_PRODUCT = f"@{SiteKind.GATED_PRODUCT}"
+"""Selects the linears that read a product of two activations: the down projection of a gated MLP."""
+
+SELECTORS = (HEAD, GATED_PRODUCT)
+"""They select linears by what they do in the graph, whatever their names. A model may have none of them."""
+
+Selected = Mapping[str, Collection[str]]
+"""By selector, the names of the linears that it fits; none where a selector is missing."""
 
 _COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "layers", "gates"}
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``settings`` for every linear whose module path ``match`` (a glob, or ``@head``) fits."""
+    """``settings`` for every linear that ``match`` fits: a glob on module paths, or a selector."""
 
     match: str
     settings: Settings
 
-    def fits(self, name: str, is_head: bool) -> bool:
-        return is_head if self.match == HEAD else fnmatchcase(name, self.match)
+    def fits(self, name: str, selected: Selected) -> bool:
+        return name in selected.get(self.match, ()) if self.match in SELECTORS else fnmatchcase(name, self.match)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +157,21 @@ class Recipe:
             layers=tuple(replace(rule, settings=rule.settings.with_alpha(alpha)) for rule in self.layers),
         )
 
-    def resolve(self, linear_names: Collection[str], head_names: Collection[str]) -> dict[str, LinearSpec]:
+    def resolve(self, linear_names: Collection[str], selected: Selected) -> dict[str, LinearSpec]:
         """The specification of every linear, by module path (``model.layers.0.mlp.down_proj``).
 
         Raises:
             BismoothError: a rule fits no linear, or settings contradict each other for some linear.
         """
         for rule in self.layers:
-            if rule.match != HEAD and not any(rule.fits(name, False) for name in linear_names):
+            if rule.match not in SELECTORS and not any(rule.fits(name, selected) for name in linear_names):
                 raise BismoothError(f"recipe {self.name}: {_no_match(rule.match, linear_names)}")
-        return {name: self._spec(name, name in head_names) for name in linear_names}
+        return {name: self._spec(name, selected) for name in linear_names}
 
-    def _spec(self, name: str, is_head: bool) -> LinearSpec:
+    def _spec(self, name: str, selected: Selected) -> LinearSpec:
         chosen = self.settings
         for rule in self.layers:
-            if rule.fits(name, is_head):
+            if rule.fits(name, selected):
                 chosen = chosen.overridden(rule.settings)
         try:
             return chosen.linear()
@@ -193,6 +202,7 @@ def _parent(own: Document, where: str) -> Recipe:
 
 def _rule(entry: Document, above: Settings, where: str) -> Rule:
     match = entry["match"]
-    if match.startswith("@") and match != HEAD:
-        raise BismoothError(f"{where}.match: Unknown selector {match!r}. Expected a glob on module paths, or {HEAD!r}.")
+    if match.startswith("@") and match not in SELECTORS:
+        known = " or ".join(map(repr, SELECTORS))
+        raise BismoothError(f"{where}.match: Unknown selector {match!r}. Expected a glob on module paths, or {known}.")
     return Rule(match, Settings.from_dict(entry, above, where))

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +18,7 @@ from .fold_passes import folded_name
 from .fold_underflow import require_kept
 from .graph import Index
 from .linears import Linear
-from .precision import StoredCast, narrow_pieces, store
+from .precision import NARROW_TYPES, StoredCast, narrow_pieces, store
 from .progress import Progress
 from .qdq import WeightNames, rescale
 from .spec import ComputeType, LinearSpec, StaticActivation
@@ -27,10 +26,6 @@ from .weight_reader import WeightReader
 from .weights import quantize_weight, row_chunks
 
 Float = NDArray[np.float32]
-_NARROW: dict[ComputeType, np.dtype[Any]] = {
-    ComputeType.FLOAT16: np.dtype(np.float16),
-    ComputeType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-}
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ class _Tensors:
     def _quantized(self, linear: Linear) -> QuantizedLinear:
         spec, names = self.sources.specs[linear.name], WeightNames.of(linear)
         weight_only = spec.activations is None
-        storage = _NARROW.get(self.sources.compute) if weight_only else None
+        storage = NARROW_TYPES.get(self.sources.compute) if weight_only else None
         weight = self.sources.folded(linear)
         quantized = quantize_weight(weight, linear.weight, storage=storage, group=spec.group)
         self.writer.write(names.values, np.moveaxis(quantized.values, 0, -1))

@@ -42,6 +42,7 @@ from ..passes.decompose import lower, lower_attention
 from ..passes.graph import load
 from ..passes.lint import Finding, Severity
 from ..passes.precision_policy import CLAMPED, Role, float_limits, role_of
+from ..passes.rounding import round_trip
 
 _FLOAT32 = np.dtype(np.float32)
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -220,7 +221,8 @@ class _Simulator:
         else:
             exact = make_variable(f"{_NEW}{tensor.name}.exact", _FLOAT32, shape_of(tensor))
             node.outputs[place] = exact
-            value = self._cast(self._cast(exact, f"{_NEW}{tensor.name}.{dtype}", dtype), tensor.name, _FLOAT32)
+            value = make_variable(tensor.name, _FLOAT32, shape_of(tensor))
+            self._nodes += round_trip(exact, value, dtype, _NEW)
             if not _is_clamped(node):
                 self.edges.append(Edge(tensor.name, node.name, dtype))
             if node.op == "Cast" and is_constant(node.inputs[0]):

@@ -228,6 +228,7 @@ def quantize(
             "sites": [asdict(choice) for choice in result.choices],
             "rejected": [asdict(item) for item in result.rejected],
             "fold_errors": result.fold_errors,
+            "fold_errors_compute": {name: asdict(error) for name, error in result.fold_errors_compute.items()},
             "passes": [asdict(record) for record in result.passes],
         }
         manifest = replace(

@@ -114,6 +114,8 @@ def test_every_fold_leaves_the_function_unchanged(made: Made, name: str) -> None
     assert smoothed
     assert artifact.result.fold_errors.keys() == smoothed
     assert max(artifact.result.fold_errors.values()) <= 1e-5
+    assert artifact.result.fold_errors_compute.keys() == smoothed
+    assert max(error.folded or np.inf for error in artifact.result.fold_errors_compute.values()) < 2e-3
     assert relative_error(artifact.logits("reference"), artifact.logits("folded")) <= 1e-5
 
 

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from bismooth.export.errors import BismoothError
-from bismooth.passes.fold import Edit, apply_edit
+from bismooth.passes.fold import Edit, apply_edit, weight_edits
 from bismooth.passes.fold_underflow import require_kept
+from bismooth.passes.foldcheck import check_folds
 from bismooth.passes.linears import find_linears
+from bismooth.passes.precision import SetPrecision
+from bismooth.passes.rounding import Rounding
+from bismooth.passes.sites import find_sites
+from tests.blocks import gated_mlp
 from tests.graphs import Builder
 from tests.quantizing import Array, Quantized, quantize, recipe, watch
 
@@ -74,14 +79,19 @@ def _quantize(b: Builder, folder: Path, floats: Mapping[str, None], alpha: float
     return quantize(b, folder, recipe(*rules, compute_dtype="float16", smoothing={"alphas": [alpha]}), seen)
 
 
-def test_a_float_linear_that_shares_the_factors_of_a_quantized_one(tmp_path: Path) -> None:
-    """k's weights are 1e7 times larger in a channel: at α = 0 that divides q's, which are not."""
-    b = Builder()
-    h = b.rms_norm(b.tokens("x", 8), "norm", 8)
-    b.outputs += [b.linear(h, name, 12, 8) for name in "qk"]
-    b.initializers["k.weight"][:, 3] *= 1e7
-    with pytest.raises(BismoothError, match=r"^q\.weight: the smoothing factors .* in 1 of 8 columns\."):
-        _quantize(b, tmp_path, {"q": None}, 0.0)
+def test_factors_of_two_sites_in_one_weight(tmp_path: Path) -> None:
+    """Each of the sites is fine by itself; together they take up's weight out of float16's range."""
+    b = gated_mlp()
+    graph = b.graph(tmp_path)
+    sites = find_sites(graph, find_linears(graph))[0]
+    factors = {site.name: np.full(site.size, {"norm": 2.0**-10, "up": 2.0**10}[site.name]) for site in sites}
+    narrowed = graph.copy()
+    SetPrecision("float16").apply(narrowed)
+    errors = check_folds(graph, sites, factors, Rounding.of(narrowed, HALF))
+    assert all(error.is_kept for error in errors.compute.values())
+    edit = weight_edits(sites, factors)["up.weight"]
+    with pytest.raises(BismoothError, match=r"^up: the smoothing factors folded into it make it too small"):
+        require_kept(apply_edit(b.initializers["up.weight"], edit, "NK"), edit, HALF, "up")
 
 
 def test_a_float_producer_with_a_long_bias(tmp_path: Path) -> None:

@@ -161,10 +161,16 @@ CASES: Cases = {
     ],
     "half-scale": [
         Case(
+            linear16("wd = DequantizeLinear(wq, tiny16, zero)"),
             linear16("wd = DequantizeLinear(wq, small16, zero)"),
-            linear16(WD16),
             "wd/DequantizeLinear",
-            "3.05e-05, which is subnormal",
+            "the float16 scale 1.52e-05, of which fewer than 8 bits are left",
+        ),
+        Case(
+            linear16(WD16, "xq = QuantizeLinear(x, small16, zero) xd = DequantizeLinear(xq, small16, zero)"),
+            linear16(WD16, "xq = QuantizeLinear(x, above16, zero) xd = DequantizeLinear(xq, above16, zero)"),
+            "xq/QuantizeLinear",
+            "the float16 scale 1.53e-05. The kernel multiplies by 1/scale, which overflows",
         ),
     ],
     "half-on-cpu": [

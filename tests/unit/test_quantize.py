@@ -1,7 +1,9 @@
 """A float graph becomes a quantized artifact: folds, rules for single layers, and inputs that are broken."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,19 @@ from bismooth.engines.onnxruntime import Session
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import read_header, read_tensor
 from bismooth.passes import quantize as module
+from bismooth.passes._gs import Graph
+from bismooth.passes.driver import run_passes
+from bismooth.passes.foldcheck import ComputeError, FoldErrors
+from bismooth.passes.graph import load
 from bismooth.passes.linears import find_linears
+from bismooth.passes.lint import Severity, lint
 from bismooth.passes.quantize import WEIGHTS, quantize_graph
 from bismooth.passes.recipe import Recipe
+from bismooth.passes.sites import Site
+from bismooth.passes.smoothing import Choice
 from tests.blocks import SITES
 from tests.graphs import Builder, DecoderShape, decoder
-from tests.quantizing import Array, Quantized, quantize, recipe, relative_error, watch
+from tests.quantizing import HEAD_TOO, Array, Quantized, quantize, recipe, relative_error, watch
 from tests.textgraphs import make
 
 X = np.random.default_rng(0).standard_normal((2, 20, 8)).astype(np.float32)
@@ -78,6 +87,51 @@ def test_blocks_stay_close_to_float_and_their_folds_are_exact(tmp_path: Path, bl
         close(expected, plain(made.folder / "folded.onnx", b), 1e-5)
     assert all(error <= 1e-5 for error in made.result.fold_errors.values())
     assert made.result.fold_errors.keys() == {choice.site for choice in made.result.choices if choice.channels}
+    assert made.result.fold_errors_compute == {}  # in float32
+
+
+@pytest.mark.parametrize("compute", ["float16", "float32"])
+def test_the_linter_finds_no_error_after_any_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    """But for the weight file, which is written last."""
+    linted: list[str] = []
+
+    def check(graph: Graph, name: str) -> None:
+        found = [item for item in lint(graph, target="onnxruntime") if item.severity is Severity.ERROR]
+        assert {item.rule for item in found} <= {"external-data"}, name
+        linted.append(name)
+
+    monkeypatch.setattr(module, "run_passes", partial(run_passes, check=check))
+    made = made_of(decoder(), tmp_path, {"match": "*.down_proj", "weights": None}, compute_dtype=compute)
+    last = [name for name in linted if name != "precision"]
+    assert last == ["fold", "store folded weights", "insert Q/DQ", "unsigned activations"]
+    assert linted.count("precision") == 2 * (compute == "float16")
+    assert {record.name for record in made.result.passes} == set(linted)
+
+
+@pytest.mark.parametrize("down", [1.0, 1e-4, 1e-5])
+def test_float16_scales_of_small_weights_keep_enough_bits(tmp_path: Path, down: float) -> None:
+    b = norm_and_linears()
+    b.initializers["q.weight"][:] *= down
+    made = made_of(b, tmp_path, compute_dtype="float16", activations=None, smoothing=None)
+    assert lint(made.folder / made.result.graphs["float16"], target="tensorrt-rtx", capabilities=[89]) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "per_token"),
+    [("gated_mlp", ["down"]), ("fused_gate_up", ["down"]), ("relu_gate", ["down"]), ("relu_mlp", []), ("gelu_mlp", [])],
+)
+def test_static_scales_everywhere_but_at_gated_products(tmp_path: Path, block: str, per_token: list[str]) -> None:
+    b = SITES[block][0]()
+    chosen = Recipe.from_dict({"extends": "w8a8-static", "layers": [HEAD_TOO]}, name="test")
+    seen = watch(b, tmp_path / "seen", feeds(b), *inputs_of_linears(b, tmp_path))
+    made = quantize(b, tmp_path, chosen, seen)
+    linears = find_linears(load(made.folder / "reference.onnx"))
+    nodes = {node.name for node in load(made.folder / "model.onnx").nodes}
+    assert [linear.name for linear in linears if f"{linear.x}/per_token/QuantizeLinear" in nodes] == per_token
+    rest = [linear.x for linear in linears if linear.name not in per_token]
+    assert all(f"{x}/per_tensor/QuantizeLinear" in nodes for x in rest)
 
 
 def test_smoothing_repairs_walls(tmp_path: Path) -> None:
@@ -260,6 +314,54 @@ def test_a_fold_that_changes_the_function_is_an_error(tmp_path: Path, monkeypatc
     )
     with pytest.raises(BismoothError, match=message):
         made_of(norm_and_linears(), tmp_path)
+
+
+def test_a_float_linear_whose_input_a_fold_pushes_out_of_float16(tmp_path: Path) -> None:
+    """k's weights are 1e7 times larger in a channel: at α = 0 that multiplies what q reads, and q is not quantized."""
+    b = norm_and_linears("qk")
+    b.initializers["k.weight"][:, 3] *= 1e7
+    message = (
+        r"^norm: folding the smoothing factors here costs accuracy in float16\. Expected a relative error of at most "
+        r"0\.00195 \(without them: 0\.000[0-9]+\), got values that are not finite\. Compute in bfloat16 or float32, or"
+    )
+    fixed = {"alphas": [0.0]}
+    with pytest.raises(BismoothError, match=message):
+        made_of(b, tmp_path / "q", {"match": "q", "weights": None}, compute_dtype="float16", smoothing=fixed)
+    assert not (tmp_path / "q/quantized" / WEIGHTS).exists()
+    made = made_of(b, tmp_path / "both", compute_dtype="float16", smoothing=fixed)
+    (error,) = made.result.fold_errors_compute.values()
+    assert error.folded == made.result.fold_errors["norm"]  # gamma is float32, and so is what INT8 linears read
+
+
+@pytest.mark.parametrize(("factor", "got"), [(1e6, r"0\.[0-9]+"), (1e-7, "values that are not finite")])
+def test_rows_of_v_that_a_fold_pushes_out_of_float16(
+    factor: float, got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """v's weight is INT8 with float32 scales, but attention reads its result in float16."""
+    name = "model.layers.1.self_attn.v_proj"
+
+    def hostile(sites: Sequence[Site], *_: object) -> tuple[dict[str, Array], list[Choice]]:
+        factors = {site.name: np.ones(site.size) for site in sites}
+        factors[name][3] = factor
+        return factors, []
+
+    monkeypatch.setattr(module, "choose_factors", hostile)
+    b = decoder(tied=False)
+    message = rf"^{re.escape(name)}: folding .* accuracy in float16\. .* at most 0\.00195 .*, got {got}\. Compute in bf"
+    with pytest.raises(BismoothError, match=message):
+        made_of(b, tmp_path / "half", compute_dtype="float16")
+    made = made_of(b, tmp_path / "wide", compute_dtype="bfloat16")
+    assert made.result.fold_errors_compute[name].is_kept
+
+
+def test_a_fold_that_costs_bfloat16_accuracy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(*_: object) -> FoldErrors:
+        return FoldErrors(compute={"v": ComputeError(0.01, 0.03, 0.02)})
+
+    monkeypatch.setattr(module, "check_folds", coarse)
+    message = r"^v: .* in bfloat16\. .* at most 0\.02 \(without them: 0\.01\), got 0\.03\. Compute in float32, or leave"
+    with pytest.raises(BismoothError, match=message):
+        made_of(norm_and_linears(), tmp_path, compute_dtype="bfloat16")
 
 
 def test_one_weight_file_serves_both_graphs(tmp_path: Path) -> None:

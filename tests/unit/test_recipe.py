@@ -26,12 +26,13 @@ from bismooth.passes.spec import (
 
 LINEARS = [f"model.layers.{block}.{path}" for block in range(4) for path in ("self_attn.q_proj", "mlp.down_proj")]
 HEADS = ["lm_head"]
+SELECTED = {"@head": HEADS, "@gated_product": [name for name in LINEARS if name.endswith("down_proj")]}
 Q0, DOWN3 = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
 GRID = SmoothSpec((0.4, 0.55, 0.7, 0.85), refine_steps=30)
 
 
 def resolve(**keys: Any) -> dict[str, LinearSpec]:
-    return Recipe.from_dict(keys, name="test").resolve([*LINEARS, *HEADS], HEADS)
+    return Recipe.from_dict(keys, name="test").resolve([*LINEARS, *HEADS], SELECTED)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def resolve(**keys: Any) -> dict[str, LinearSpec]:
 )
 def test_builtin_recipes_quantize_every_linear_but_the_head(name: str, linear: LinearSpec) -> None:
     recipe = Recipe.load(name)
-    specs = recipe.resolve([*LINEARS, *HEADS], HEADS)
+    specs = recipe.resolve([*LINEARS, *HEADS], {"@head": HEADS})
     assert {specs[path] for path in LINEARS} == {linear}
     assert specs["lm_head"] == LinearSpec(smoothing=linear.smoothing)
     assert recipe.compute_dtype is ComputeType.FLOAT16
@@ -113,12 +114,24 @@ def test_later_rules_win() -> None:
 
 def test_the_head_is_addressed_by_what_it_does() -> None:
     assert resolve(layers=[{"match": "@head", "weights": {"granularity": "per_channel"}}])["lm_head"].quantized
-    assert Recipe.load("w8a8").resolve(["encoder.dense"], [])["encoder.dense"].quantized
+    assert Recipe.load("w8a8").resolve(["encoder.dense"], {})["encoder.dense"].quantized
+
+
+def test_gated_products_are_addressed_by_what_they_are() -> None:
+    static, per_token = StaticActivation(RangeMethod.MINMAX), DynamicActivation()
+    specs = resolve(extends="w8a8-static")
+    assert {specs[name].activations for name in LINEARS if name.endswith("down_proj")} == {per_token}
+    assert {specs[name].activations for name in LINEARS if name.endswith("q_proj")} == {static}
+    assert specs["lm_head"].activations is None
+    everywhere = resolve(activations={"granularity": "per_tensor", "range": "minmax"})
+    assert {everywhere[name].activations for name in LINEARS} == {static}
+    again = {"match": "@gated_product", "activations": {"granularity": "per_tensor", "range": "minmax"}}
+    assert resolve(extends="w8a8-static", layers=[again]) == everywhere
 
 
 def test_alpha_can_be_fixed_everywhere() -> None:
     recipe = Recipe.from_dict({"layers": [{"match": "*.q_proj", "smoothing": {"alphas": [0.2, 0.3]}}]}, name="test")
-    specs = recipe.with_alpha(0.6).resolve(LINEARS, [])
+    specs = recipe.with_alpha(0.6).resolve(LINEARS, {})
     assert {spec.smoothing and spec.smoothing.alphas for spec in specs.values()} == {(0.6,)}
     unsmoothed = Recipe.load("w8a8-per-channel")
     assert unsmoothed.with_alpha(0.6) == unsmoothed
@@ -141,7 +154,7 @@ def test_a_pattern_that_fits_nothing_names_near_misses(pattern: str, near: str) 
 def test_a_pattern_fits_nothing_in_a_model_without_linears() -> None:
     recipe = Recipe.from_dict({"layers": [{"match": "*", "weights": None}]}, name="test")
     with pytest.raises(BismoothError, match=r"'\*' fits none of the 0 linears\.$"):
-        recipe.resolve([], [])
+        recipe.resolve([], {})
 
 
 def test_contradictions_name_the_linear() -> None:

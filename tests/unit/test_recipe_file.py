@@ -54,7 +54,7 @@ WRONG = {
     ' smoothing), got {"match": "lm_head"}.',
     "layers: [{match: '', weights: null}]": 'layers[0].match: Expected some text, got "".',
     "layers: [{match: '@haed', weights: null}]": "layers[0].match: Unknown selector '@haed'. Expected a glob on module"
-    " paths, or '@head'.",
+    " paths, or '@head' or '@gated_product'.",
     "extends: w8a9": "extends: Expected a built-in recipe, got 'w8a9'. Did you mean 'w8a8'?",
     "extends: null\ncompute_dtype: float16": "Expected every key with 'extends: null', got no activations, gates,"
     " layers, smoothing, weights.",
@@ -153,4 +153,4 @@ def test_the_examples_of_the_documentation_are_recipes(example: str, tmp_path: P
     file = tmp_path / "example.yaml"
     file.write_text(example)
     linears = [f"model.layers.{block}.mlp.{name}" for block in range(4) for name in ("up_proj", "down_proj")]
-    assert Recipe.load(file).resolve([*linears, "lm_head"], ["lm_head"])
+    assert Recipe.load(file).resolve([*linears, "lm_head"], {"@head": ["lm_head"]})
