@@ -32,6 +32,7 @@ from ..passes._gs import (
 )
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index
+from ..passes.parallel import ordered_map
 from ..passes.precision_policy import float_limits
 from ..passes.rounding import Rounding
 from ..passes.segment import Sizes, cut
@@ -102,13 +103,13 @@ def check_folds(
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
     checker, errors = _Checker(graph, Index.of(graph), factors, rounding, _Sessions()), FoldErrors()
-    for site in sites:
-        if site.name in factors:
-            errors.exact[site.name], compute = checker.check(site)
-            if compute is not None:
-                errors.compute[site.name] = compute
-            if progress is not None:
-                progress(site.name)
+    smoothed = [site for site in sites if site.name in factors]
+    for site, (exact, compute) in zip(smoothed, ordered_map(checker.check, smoothed), strict=True):
+        errors.exact[site.name] = exact
+        if compute is not None:
+            errors.compute[site.name] = compute
+        if progress is not None:
+            progress(site.name)
     return errors
 
 
@@ -134,9 +135,12 @@ class _Checker:
 
     def _rounded(self, *graphs: Graph) -> list[Graph]:
         """The graphs as the deployed one rounds; none if it does not round anything here."""
-        copies = [] if self.rounding is None else [graph.copy() for graph in graphs]
-        changed = [self.rounding.apply(copy) for copy in copies if self.rounding]
-        return copies if any(changed) else []
+        if self.rounding is None or not any(map(self.rounding.concerns, graphs)):
+            return []
+        copies = [graph.copy() for graph in graphs]
+        for copy in copies:
+            self.rounding.apply(copy)
+        return copies
 
     def _run(self, site: Site, graphs: Sequence[Graph]) -> list[list[Array]]:
         sizes, constants = Sizes.of(self.graph), dict[str, Array]()

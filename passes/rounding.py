@@ -55,11 +55,14 @@ class Rounding:
             )
         return cls(dtype, reads, writes)
 
-    def apply(self, graph: Graph) -> bool:
-        """Insert the Casts into a float32 graph, in place; whether there are any."""
+    def concerns(self, graph: Graph) -> bool:
+        """Whether a node of the float32 graph rounds anything."""
+        return any(self.reads.get(node.name) or self.writes.get(node.name) for node in graph.nodes)
+
+    def apply(self, graph: Graph) -> None:
+        """Insert the Casts into a float32 graph, in place."""
         nodes: list[Node] = []
         rounded: dict[str, Tensor] = {}
-        count = len(graph.nodes)
         for node in list(graph.nodes):
             for place in self.reads.get(node.name, ()):
                 if is_float(tensor := node.inputs[place]):
@@ -78,7 +81,6 @@ class Rounding:
                         node.outputs[place] = exact
                         nodes += round_trip(exact, tensor, self.dtype)
         graph.nodes[:] = nodes
-        return len(nodes) > count
 
 
 def _float(name: str, like: Tensor) -> Tensor:
