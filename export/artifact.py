@@ -224,3 +224,8 @@ def new_folder(target: Path, *, force: bool = False) -> Generator[Path]:
     """
     with _folder.new_folder(target, force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as temporary:
         yield temporary
+
+
+def finish_folder(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, with records of all files that are in the folder now."""
+    write_manifest(folder, replace(manifest, files=scan_files(folder, manifest.files)))

@@ -263,10 +263,10 @@ def compile_(
     """Run every stage: from a model to verified engines."""
     text, thresholds, capabilities = o.parse_data(data), o.parse_gates(gate), o.parse_capabilities(capability)
     batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
-    from . import stages
+    from . import pipeline
 
     console.show_progress(not quiet)
-    result = stages.compile(
+    result = pipeline.compile(
         source,
         recipe,
         tuple(engine),

@@ -2,149 +2,41 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, Manifest, new_folder, place_file, scan_files, write_manifest
+from ..export.artifact import Artifact, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
-from ..export.model import export_model
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
-from ..passes.spec import ComputeType
 from . import console
+from .exporting import export, export_module
 from .meant import engine_source, meant_int8, quantize_stage
-from .results import BuildStageResult, CalibrateResult, CompileResult, ExportResult, QuantizeStageResult
+from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
 from .verify import VerifyResult, verify_artifact
 
 if TYPE_CHECKING:
-    import torch
-
     from ..calibrators.calibration import StatisticsCalibration
 
+__all__ = [
+    "STATISTICS",
+    "build",
+    "calibrate",
+    "export",
+    "export_module",
+    "inspect",
+    "load_recipe",
+    "quantize",
+    "verify",
+]
+
 STATISTICS = "statistics.safetensors"
-_NOT_CARRIED = (".onnx", ".safetensors", ".json.tmp")
 Sizes = tuple[int, int, int]
-
-
-def export(
-    source: str | Path,
-    output: Path,
-    *,
-    dtype: ComputeType = ComputeType.FLOAT16,
-    opset: int = 23,
-    trust_remote_code: bool = False,
-    force: bool = False,
-) -> ExportResult:
-    """Turn a model into a float artifact: ``model.onnx`` in float32, and a graph in ``dtype`` beside it.
-
-    Raises:
-        BismoothError: the source or the output folder cannot be used.
-    """
-    with console.progress() as progress:
-        return _exported(
-            lambda folder: export_model(source, folder, trust_remote_code=trust_remote_code, progress=progress),
-            output,
-            dtype,
-            opset,
-            force,
-        )
-
-
-def export_module(
-    module: torch.nn.Module,
-    output: Path,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    dtype: ComputeType = ComputeType.FLOAT16,
-    opset: int = 23,
-    force: bool = False,
-) -> ExportResult:
-    """Turn any torch module, with example inputs, into a float artifact; the module is not changed.
-
-    Args:
-        module: as it is in evaluation mode.
-        output: the folder to write.
-        args: example inputs.
-        kwargs: example inputs by name.
-        dynamic_shapes: which sizes may vary, as for ``torch.onnx.export``: ``({0: "batch"},)``.
-        input_names: names of the graph's inputs.
-        output_names: names of the graph's outputs.
-        dtype: see :func:`export`.
-        opset: see :func:`export`.
-        force: replace an artifact at ``output``.
-
-    Raises:
-        BismoothError: the module cannot be traced, or the output folder cannot be used.
-    """
-    from ..export.module import export_module as write
-
-    return _exported(
-        lambda folder: write(
-            module,
-            folder,
-            args,
-            kwargs,
-            dynamic_shapes=dynamic_shapes,
-            input_names=input_names,
-            output_names=output_names,
-        ),
-        output,
-        dtype,
-        opset,
-        force,
-    )
-
-
-def _exported(
-    write: Callable[[Path], Manifest], output: Path, dtype: ComputeType, opset: int, force: bool
-) -> ExportResult:
-    """The artifact whose float32 graph and weights ``write`` puts into a folder."""
-    from ..passes.graph import load
-    from ..passes.linears import find_linears
-
-    start = time.perf_counter()
-    with new_folder(output, force=force) as folder:
-        manifest = write(folder)
-        graph = load(folder / manifest.graphs["float32"])
-        linears = len(find_linears(graph))
-        graphs = _lower_export(graph, folder, manifest, dtype, opset)
-        stage = {"stage": "export", "dtype": str(dtype), "opset": opset}
-        manifest = replace(manifest, graphs=graphs, stages=(stage,))
-        _finish(folder, manifest)
-        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return ExportResult(
-        output, manifest.architecture, tuple(graphs.values()), linears, weights, time.perf_counter() - start
-    )
-
-
-def _lower_export(graph: Any, folder: Path, manifest: Manifest, dtype: ComputeType, opset: int) -> dict[str, str]:
-    """Lower to opset 20 if asked, and add the graph in a 16-bit type."""
-    from ..passes.decompose import Decompose
-    from ..passes.graph import save
-    from ..passes.precision import SetPrecision
-
-    if opset not in (20, 23):
-        raise BismoothError(f"--opset {opset}: Expected 23, or 20 for TensorRT 10.")
-    graphs = dict(manifest.graphs)
-    if opset == 20:
-        Decompose().apply(graph)
-        save(graph, folder / graphs["float32"])
-    if dtype is not ComputeType.FLOAT32:
-        SetPrecision(dtype.value).apply(graph)
-        graphs[dtype.value] = f"model.{dtype.value}.onnx"
-        save(graph, folder / graphs[dtype.value])
-    return graphs
 
 
 def calibrate(
@@ -207,7 +99,7 @@ def quantize(
 
     start = time.perf_counter()
     loaded = Artifact.load(artifact, "float")
-    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free)
+    chosen = load_recipe(recipe, alpha, data_free=data_free)
     if output.absolute() == artifact.absolute():
         raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
     calibration = None if data_free else _calibration(loaded, statistics, chosen)
@@ -234,12 +126,18 @@ def quantize(
             tools=tool_versions(),
             stages=(*loaded.manifest.stages, stage),
         )
-        _finish(folder, manifest)
+        finish_folder(folder, manifest)
         size = (folder / WEIGHTS).stat().st_size
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
 
-def _with_alpha(recipe: Recipe, alpha: float | None, data_free: bool) -> Recipe:
+def load_recipe(source: str | Path | Recipe, alpha: float | None = None, *, data_free: bool = False) -> Recipe:
+    """The recipe, with its α fixed to ``alpha``.
+
+    Raises:
+        BismoothError: there is no such recipe, it is not valid, or ``alpha`` changes nothing.
+    """
+    recipe = Recipe.load(source)
     if alpha is None:
         return recipe
     if data_free or not recipe.smooths:
@@ -327,7 +225,7 @@ def build(
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
-        _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)))
+        finish_folder(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)))
     moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
     return BuildStageResult(target, moved)
 
@@ -378,138 +276,6 @@ def inspect(path: Path) -> Any:
     from .inspect import inspect_path
 
     return inspect_path(path)
-
-
-def compile(
-    source: str | Path,
-    recipe: str | Path | Recipe,
-    engines: Sequence[str],
-    data: Sequence[str],
-    output: Path,
-    *,
-    verify_data: Sequence[str] = (),
-    calibrate_windows: int = 8,
-    verify_windows: int = 16,
-    length: int = 512,
-    rows: int = 256,
-    seed: int = 0,
-    alpha: float | None = None,
-    opset: int = 23,
-    capabilities: Sequence[int] = (),
-    batch: Sizes | None = None,
-    sequence: Sizes | None = None,
-    thresholds: Mapping[str, float | None] | None = None,
-    allow_float: bool = False,
-    trust_remote_code: bool = False,
-    force: bool = False,
-) -> CompileResult:
-    """Run all stages: ``output/float`` and ``output/quantized``, with the engines and ``verify.json`` in the latter.
-
-    Without ``verify_data``, the windows of ``data`` that follow those of the calibration are used. Without any data the
-    weights alone decide, and nothing is verified.
-
-    Raises:
-        BismoothError: bad input to any stage.
-        GateError: linears that were meant to be INT8 fell back to float.
-    """
-    start = time.perf_counter()
-    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free=not data)
-    plans = _engine_plans(engines, capabilities)
-    _check_inputs(chosen, engines, [*data, *verify_data], data_free=not data)
-    if force:
-        with suppress(OSError):  # then nothing can be written there: the export says so
-            (output / "compile.json").unlink()
-    exported = export(
-        source,
-        output / "float",
-        dtype=chosen.compute_dtype,
-        opset=opset,
-        trust_remote_code=trust_remote_code,
-        force=force,
-    )
-    if verify_data or data:
-        skipped = 0 if verify_data else calibrate_windows
-        _check_text(exported.artifact, verify_data or data, skipped + verify_windows, length)
-    if data:
-        calibrate(
-            exported.artifact,
-            data,
-            windows=calibrate_windows,
-            length=length,
-            rows=rows,
-            seed=seed,
-            histograms=chosen.needs_histograms,
-        )
-    quantized = quantize(exported.artifact, chosen, output / "quantized", data_free=not data, alpha=alpha, force=force)
-    built = [
-        build(quantized.artifact, engine, capabilities=group, batch=batch, sequence=sequence, allow_float=allow_float)
-        for engine, group in plans
-    ]
-    verified = None
-    if verify_data or data:
-        verified = verify(
-            quantized.artifact,
-            verify_data or data,
-            windows=verify_windows,
-            length=length,
-            thresholds=thresholds,
-            skip_windows=0 if verify_data else calibrate_windows,
-        )
-    result = CompileResult(exported, quantized, tuple(built), verified, time.perf_counter() - start, peak_rss())
-    _write_json(output / "compile.json", result.to_json())
-    return result
-
-
-def _check_inputs(recipe: Recipe, engines: Sequence[str], sources: Sequence[str], *, data_free: bool) -> None:
-    """Find out now what a later stage would refuse, before the first stage has run.
-
-    Raises:
-        BismoothError: an engine or a text that cannot be used, or a recipe that needs text where there is none.
-    """
-    from ..calibrators.data import RANDOM
-    from ..calibrators.sources import check_source
-    from .engines import require_engine
-
-    for engine in engines:
-        require_engine(engine)
-    for source in sources:
-        if source != RANDOM:
-            check_source(source)
-    if data_free and recipe.has_static_scales:
-        raise BismoothError(
-            f"recipe {recipe.name}: has static activation scales, which come from text. Expected --data FILE, "
-            "got none. Or take a recipe with per-token activations."
-        )
-
-
-def _check_text(artifact: Path, sources: Sequence[str], windows: int, length: int) -> None:
-    """Raise :class:`BismoothError` now if there is too little text for verification."""
-    from ..calibrators.data import load_tokenizer, load_windows
-
-    load_windows(sources, load_tokenizer(artifact), windows=windows, length=length)
-
-
-def _engine_plans(engines: Sequence[str], capabilities: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """One build per engine; SM75 cannot share one with other capabilities."""
-    plans: list[tuple[str, tuple[int, ...]]] = []
-    for engine in engines:
-        if engine != "tensorrt-rtx":
-            plans.append((engine, ()))
-            continue
-        wanted = tuple(capabilities) or (75, 80, 86, 89, 120)
-        groups = (tuple(c for c in wanted if c == 75), tuple(c for c in wanted if c != 75))
-        plans += [(engine, group) for group in groups if group]
-    return plans
-
-
-def peak_rss() -> int:
-    """Peak resident memory in bytes of this process and of its largest child."""
-    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usages) * 1024
-
-
-def _finish(folder: Path, manifest: Manifest) -> None:
-    write_manifest(folder, replace(manifest, files=scan_files(folder, manifest.files)))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

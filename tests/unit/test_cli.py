@@ -41,7 +41,7 @@ class Done:
 
 @dataclass
 class Stages:
-    """Stands in for the module ``bismooth.tools.stages``."""
+    """Stands in for the modules ``bismooth.tools.stages`` and ``pipeline``."""
 
     outcome: Mapping[str, Any] | BaseException = field(default_factory=lambda: {"size_bytes": 2_000_000})
     name: str = ""
@@ -61,8 +61,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    monkeypatch.setitem(sys.modules, "bismooth.tools.stages", fake)
-    monkeypatch.setattr(bismooth.tools, "stages", fake, raising=False)
+    for module in ("stages", "pipeline"):
+        monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
+        monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
 
 

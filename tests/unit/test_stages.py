@@ -7,7 +7,7 @@ import pytest
 from bismooth.export.artifact import Artifact, Manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.spec import ComputeType
-from bismooth.tools import stages
+from bismooth.tools import pipeline, stages
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_unknown_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_compile_refuses_before_it_starts(tmp_path: Path, recipe: str, engine: str, data: str, message: str) -> None:
     with pytest.raises(BismoothError, match=message):
-        stages.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
+        pipeline.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
