@@ -76,6 +76,7 @@ class BuildRequest:
         timing_cache: a file of kernel timings to start from and to update (engines built on a GPU).
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
+        copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
     """
 
     onnx: Path
@@ -88,6 +89,7 @@ class BuildRequest:
     timing_cache: Path | None = None
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    copy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class EngineRecord:
     """What an engine file is: stored beside it, so that it can be checked before it is loaded.
 
     Attributes:
-        shapes: input name → minimum, optimum and maximum shape.
+        shapes: input name → minimum, optimum and maximum shape; empty if any sizes do.
         sha256: of the engine file.
     """
 

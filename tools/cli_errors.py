@@ -67,7 +67,7 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case KeyboardInterrupt() | typer.Abort():
             return (
                 INTERRUPTED,
-                "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+                "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
             )
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"

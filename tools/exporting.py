@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Manifest, finish_folder, new_folder
+from ..export.artifact import Artifact, Manifest, finish_folder, new_folder
 from ..export.errors import BismoothError
 from ..export.model import export_model
 from ..passes.spec import ComputeType
@@ -26,21 +26,61 @@ def export(
     dtype: ComputeType = ComputeType.FLOAT16,
     opset: int = 23,
     trust_remote_code: bool = False,
+    copy_weights: bool = False,
     force: bool = False,
 ) -> ExportResult:
     """Turn a model into a float artifact: ``model.onnx`` in float32, and a graph in ``dtype`` beside it.
 
+    Args:
+        source: a Hugging Face folder or hub id, a GGUF file, or an ONNX file.
+        output: the folder to write.
+        dtype: float type of the deployed graph.
+        opset: ONNX opset, 23 or 20.
+        trust_remote_code: run Python code that comes with the model.
+        copy_weights: copy the weight files instead of linking them, in everything that is made of the artifact too.
+        force: replace an artifact at ``output``.
+
     Raises:
-        BismoothError: the source or the output folder cannot be used.
+        BismoothError: the source or the output folder cannot be used, or there is no such opset.
     """
+    options = export_options(dtype, opset, trust_remote_code=trust_remote_code, copy_weights=copy_weights)
     with console.progress() as progress:
         return _exported(
-            lambda folder: export_model(source, folder, trust_remote_code=trust_remote_code, progress=progress),
+            lambda folder: export_model(
+                source,
+                folder,
+                trust_remote_code=trust_remote_code,
+                weights="copy" if copy_weights else "link",
+                progress=progress,
+            ),
             output,
-            dtype,
-            opset,
+            options,
             force,
         )
+
+
+def export_options(
+    dtype: ComputeType, opset: int, *, trust_remote_code: bool = False, copy_weights: bool = False
+) -> dict[str, Any]:
+    """What decides, beside the source, how an artifact comes out: the manifest's entry of the stage.
+
+    Raises:
+        BismoothError: there is no such opset.
+    """
+    if opset not in (20, 23):
+        raise BismoothError(f"--opset {opset}: Expected 23, or 20 for TensorRT 10.")
+    return {
+        "stage": "export",
+        "dtype": str(dtype),
+        "opset": opset,
+        "trust_remote_code": trust_remote_code,
+        "copy_weights": copy_weights,
+    }
+
+
+def copies_weights(artifact: Artifact) -> bool:
+    """Whether the artifact was made with copies of the weights, so that what is made of it has copies as well."""
+    return any(stage.get("copy_weights") for stage in artifact.manifest.stages)
 
 
 def export_module(
@@ -86,15 +126,12 @@ def export_module(
             output_names=output_names,
         ),
         output,
-        dtype,
-        opset,
+        export_options(dtype, opset),
         force,
     )
 
 
-def _exported(
-    write: Callable[[Path], Manifest], output: Path, dtype: ComputeType, opset: int, force: bool
-) -> ExportResult:
+def _exported(write: Callable[[Path], Manifest], output: Path, options: dict[str, Any], force: bool) -> ExportResult:
     """The artifact whose float32 graph and weights ``write`` puts into a folder."""
     from ..passes.graph import load
     from ..passes.linears import find_linears
@@ -104,9 +141,8 @@ def _exported(
         manifest = write(folder)
         graph = load(folder / manifest.graphs["float32"])
         linears = len(find_linears(graph))
-        graphs = _lower_export(graph, folder, manifest, dtype, opset)
-        stage = {"stage": "export", "dtype": str(dtype), "opset": opset}
-        manifest = replace(manifest, graphs=graphs, stages=(stage,))
+        graphs = _lower_export(graph, folder, manifest, ComputeType(options["dtype"]), options["opset"])
+        manifest = replace(manifest, graphs=graphs, stages=(options,))
         finish_folder(folder, manifest)
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return ExportResult(
@@ -120,8 +156,6 @@ def _lower_export(graph: Any, folder: Path, manifest: Manifest, dtype: ComputeTy
     from ..passes.graph import save
     from ..passes.precision import SetPrecision
 
-    if opset not in (20, 23):
-        raise BismoothError(f"--opset {opset}: Expected 23, or 20 for TensorRT 10.")
     graphs = dict(manifest.graphs)
     if opset == 20:
         Decompose().apply(graph)

@@ -6,11 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..export.artifact import Artifact
+from ..export.errors import BismoothError
+
+_KEYS = ("recipe", "fingerprint", "content_sha256", "quantized")
+_LINEAR_KEYS = ("name", "node", "int8")
 
 
 def quantize_stage(artifact: Artifact) -> Mapping[str, Any]:
-    """The manifest's entry of the stage; empty for a float artifact."""
-    return next((stage for stage in artifact.manifest.stages if stage["stage"] == "quantize"), dict[str, Any]())
+    """The manifest's entry of the stage; empty for a float artifact.
+
+    Raises:
+        BismoothError: the entry is not as this version of bismooth writes it.
+    """
+    stage = next((stage for stage in artifact.manifest.stages if stage.get("stage") == "quantize"), dict[str, Any]())
+    if not stage:
+        return stage
+    missing = [key for key in _KEYS if key not in stage]
+    missing += [key for key in _LINEAR_KEYS if any(key not in linear for linear in stage.get("quantized", ()))]
+    if missing:
+        raise BismoothError(
+            f"{artifact.path}: was quantized by another version of bismooth: its manifest lacks {', '.join(missing)}. "
+            "Run 'bismooth quantize' again."
+        )
+    return stage
 
 
 def meant_int8(artifact: Artifact) -> frozenset[str]:

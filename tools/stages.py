@@ -15,13 +15,14 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
 from . import console
-from .exporting import export, export_module
+from .engines import Sizes
+from .exporting import copies_weights, export, export_module
 from .meant import engine_source, meant_int8, quantize_stage
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
-from .verify import VerifyResult, verify_artifact
+from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
 if TYPE_CHECKING:
-    from ..calibrators.calibration import StatisticsCalibration
+    from ..calibrators.statistics import Statistics
 
 __all__ = [
     "STATISTICS",
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 STATISTICS = "statistics.safetensors"
-Sizes = tuple[int, int, int]
 
 
 def calibrate(
@@ -95,6 +95,7 @@ def quantize(
     Raises:
         BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken.
     """
+    from ..calibrators.calibration import StatisticsCalibration
     from ..passes.quantize import WEIGHTS, quantize_graph
 
     start = time.perf_counter()
@@ -102,7 +103,9 @@ def quantize(
     chosen = load_recipe(recipe, alpha, data_free=data_free)
     if output.absolute() == artifact.absolute():
         raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
-    calibration = None if data_free else _calibration(loaded, statistics, chosen)
+    _check_statistics(statistics, chosen, data_free=data_free)
+    found = None if data_free else _find_statistics(loaded, statistics, chosen)
+    calibration, used = (None, None) if found is None else (StatisticsCalibration(found), statistics_record(found))
     with console.progress() as progress, new_folder(output, force=force) as folder:
         _carry(loaded, folder)
         result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
@@ -110,7 +113,7 @@ def quantize(
             "stage": "quantize",
             "recipe": chosen.to_dict() | {"name": chosen.name},
             "fingerprint": chosen.fingerprint,
-            "statistics": None if calibration is None else asdict(calibration.provenance),
+            "statistics": used,
             "content_sha256": result.content_sha256,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
@@ -146,8 +149,13 @@ def load_recipe(source: str | Path | Recipe, alpha: float | None = None, *, data
     return recipe.with_alpha(alpha)
 
 
-def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> StatisticsCalibration | None:
-    from ..calibrators.calibration import StatisticsCalibration
+def _check_statistics(statistics: Path | None, recipe: Recipe, *, data_free: bool) -> None:
+    if statistics is not None and (data_free or not recipe.needs_statistics):
+        reason = "--data none" if data_free else f"the recipe {recipe.name}"
+        raise BismoothError(f"--statistics {statistics}: has no effect with {reason}. Leave one of them out.")
+
+
+def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> Statistics | None:
     from ..calibrators.run import hash_model
     from ..calibrators.statistics import Statistics
 
@@ -161,7 +169,12 @@ def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) ->
         )
     loaded = Statistics.load(path)
     loaded.check_graph(hash_model(artifact.graph("float32")))
-    return StatisticsCalibration(loaded)
+    return loaded
+
+
+def statistics_record(statistics: Statistics) -> dict[str, Any]:
+    """What statistics were taken from, as it is recorded with what is made of them."""
+    return {**asdict(statistics.provenance), "rows": len(statistics.row_numbers)}
 
 
 def _carry(artifact: Artifact, folder: Path) -> None:
@@ -175,7 +188,7 @@ def _carry(artifact: Artifact, folder: Path) -> None:
         if path.suffix in (".json", ".jinja", ".txt", ".model"):
             shutil.copyfile(path, target)
         else:
-            place_file(path, target)
+            place_file(path, target, copy=copies_weights(artifact))
 
 
 def build(
@@ -186,32 +199,49 @@ def build(
     output: Path | None = None,
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
+    dims: Mapping[str, Sizes] | None = None,
     allow_float: bool = False,
     force: bool = False,
 ) -> BuildStageResult:
     """Build an engine of an artifact into a folder of its own, with its audit.
 
+    Args:
+        artifact: float or quantized.
+        engine: its name.
+        capabilities: compute capabilities (86 for SM86) to build for, of engines that are built ahead of time.
+        output: the engine's folder, ``engines/NAME`` in the artifact by default.
+        batch: see ``dims``, for the dimension ``batch``.
+        sequence: see ``dims``, for the dimension ``sequence``.
+        dims: minimum, optimum and maximum of the graph's dynamic dimensions, by their names.
+        allow_float: accept linears that were meant to be INT8 and run in float.
+        force: replace an engine at ``output``.
+
     Raises:
-        BismoothError: the engine cannot be built.
+        BismoothError: the engine cannot be built, or an argument has no effect on it.
         GateError: linears that were meant to be INT8 fell back to float.
     """
-    from ..engines.base import BuildRequest, Profile, Span
-    from .engines import deployment_graph, engine_file, find_builder, lint_for
-
-    loaded = Artifact.load(artifact, "float", "quantized")
-    builder = find_builder(engine)
-    graph = deployment_graph(loaded, engine)
-    if engine == "tensorrt-rtx" and not capabilities:
-        raise BismoothError(
-            "tensorrt-rtx: builds ahead of time for named compute capabilities. "
-            "Expected --capability 86 89 …, got none."
-        )
-    lint_for(graph, engine, capabilities)
-    name = "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
-    target = output or artifact / "engines" / name
-    profile = Profile(
-        batch=Span(*batch) if batch else Profile().batch, sequence=Span(*sequence) if sequence else Profile().sequence
+    from ..engines.base import BuildRequest, Profile
+    from .engines import (
+        check_options,
+        deployment_graph,
+        engine_file,
+        engine_name,
+        find_builder,
+        find_profile,
+        gather_sizes,
+        has_profile,
+        lint_for,
     )
+
+    builder = find_builder(engine)
+    sizes = gather_sizes(batch, sequence, dims)
+    check_options(engine, capabilities, sizes)
+    loaded = Artifact.load(artifact, "float", "quantized")
+    graph = deployment_graph(loaded, engine)
+    profile = find_profile(graph, sizes) if has_profile(engine) else Profile()
+    lint_for(graph, engine, capabilities)
+    name = engine_name(engine, capabilities)
+    target = output or artifact / "engines" / name
     with console.progress() as progress, new_folder(target, force=force) as folder:
         request = BuildRequest(
             onnx=graph,
@@ -221,6 +251,7 @@ def build(
             meant_int8=meant_int8(loaded),
             allow_float=allow_float,
             source=engine_source(loaded) | {"architecture": loaded.manifest.architecture},
+            copy_weights=copies_weights(loaded),
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
@@ -244,18 +275,25 @@ def verify(
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
 
     A run of some ``hops`` alone is no verdict on the artifact: its report goes to ``verify-partial.json``.
+    A gate in ``thresholds`` that nothing is held against, since its hop is skipped or has no such figure, is missed.
 
     Raises:
-        BismoothError: the artifact or the text cannot be used.
+        BismoothError: the artifact or the text cannot be used, or a gate is of a hop that is not run.
     """
-    from ..calibrators.data import load_tokenizer, load_windows
+    from ..calibrators.data import hash_ids, load_tokenizer, load_windows
 
     loaded = Artifact.load(artifact, "float", "quantized")
-    gates = _gates(loaded).replaced(dict(thresholds or {}))
+    limits = dict(thresholds or {})
+    gates = _gates(loaded).replaced(limits)
+    check_gates(limits, find_hops(loaded, hops or tuple(Hop)))
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
+    ids = text.ids[skip_windows:]
     with console.progress() as progress:
-        result = verify_artifact(loaded, text.ids[skip_windows:], gates, tuple(hops) or tuple(Hop), progress)
-    result = replace(result, data={"data": list(map(str, data)), "data_sha256": text.sha256})
+        result = verify_artifact(loaded, ids, gates, tuple(hops) or tuple(Hop), progress)
+    result = replace(
+        result.demanding([name for name, limit in limits.items() if limit is not None]),
+        data={"data": list(map(str, data)), "data_sha256": hash_ids(ids)},
+    )
     _write_json(output or artifact / ("verify-partial.json" if hops else "verify.json"), result.to_json())
     return result
 

@@ -197,7 +197,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+            "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
         ),
         (
             ValueError("two\nlines"),
