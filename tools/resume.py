@@ -16,7 +16,7 @@ from ..engines.linears import summarize
 from ..export.artifact import Artifact, Manifest
 from ..export.versions import tool_versions
 from ..passes.recipe import Recipe
-from .meant import quantize_stage
+from .meant import quantize_stage, statistics_record
 from .results import BuildStageResult
 from .shipped import load_engine
 from .verify import read_audit
@@ -41,9 +41,8 @@ def float_differs(folder: Path, source: Mapping[str, Any], options: Mapping[str,
 
 
 def statistics_differ(folder: Path, wanted: Mapping[str, Any], *, histograms: bool) -> str | None:
-    """``wanted`` as :func:`.stages.statistics_record` gives it."""
+    """``wanted`` as :func:`.meant.statistics_record` gives it."""
     from ..calibrators.statistics import Statistics
-    from .stages import statistics_record
 
     found = Statistics.load(folder)
     if histograms and not found.has_histograms:
@@ -54,7 +53,7 @@ def statistics_differ(folder: Path, wanted: Mapping[str, Any], *, histograms: bo
 def quantized_differs(
     folder: Path, made_of: Manifest, recipe: Recipe, statistics: Mapping[str, Any] | None
 ) -> str | None:
-    """``made_of`` of the float artifact; ``statistics`` as :func:`.stages.statistics_record` gives it."""
+    """``made_of`` of the float artifact; ``statistics`` as :func:`.meant.statistics_record` gives it."""
     artifact = Artifact.load(folder, "quantized")
     manifest, stage = artifact.manifest, quantize_stage(artifact)
     said = recipe.to_dict() | {"name": recipe.name}

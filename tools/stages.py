@@ -17,7 +17,7 @@ from ..passes.recipe import Recipe
 from . import console
 from .engines import Sizes
 from .exporting import copies_weights, export, export_module
-from .meant import engine_source, meant_int8, quantize_stage
+from .meant import engine_source, meant_int8, quantize_stage, statistics_record
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
 from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
@@ -170,11 +170,6 @@ def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe
     loaded = Statistics.load(path)
     loaded.check_graph(hash_model(artifact.graph("float32")))
     return loaded
-
-
-def statistics_record(statistics: Statistics) -> dict[str, Any]:
-    """What statistics were taken from, as it is recorded with what is made of them."""
-    return {**asdict(statistics.provenance), "rows": len(statistics.row_numbers)}
 
 
 def _carry(artifact: Artifact, folder: Path) -> None:

@@ -61,8 +61,9 @@ def again(tiny: Tiny, output: Path, **changes: Any) -> tuple[str, ...]:
         "recipe": "w8a8",
         "engines": ["onnxruntime", "null"],
         "data": [str(tiny.text)],
+        "output": output,
     }
-    return pipeline.compile(**(arguments | {"output": output} | SIZES | changes)).kept
+    return pipeline.compile(**(arguments | SIZES | changes)).kept
 
 
 def test_a_second_run_keeps_everything_and_verifies_again(tiny: Tiny, output: Path) -> None:
