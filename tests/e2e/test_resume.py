@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bismooth.calibrators.data import hash_ids, load_tokenizer, load_windows
 from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.passes.recipe import Recipe
@@ -75,6 +76,15 @@ def test_a_second_run_keeps_everything_and_verifies_again(tiny: Tiny, output: Pa
     report = json.loads((output / "compile.json").read_text())
     assert report["kept"] == [FLOAT, STATISTICS, QUANTIZED, ONNXRUNTIME, NULL]
     assert [engine["int8_mac_share"] for engine in report["engines"]] == [1.0, 1.0]
+
+
+def test_the_text_that_was_verified_on_is_what_follows_the_calibration(tiny: Tiny, complete: Path) -> None:
+    tokenizer = load_tokenizer(complete / "float")
+    windows = load_windows([tiny.text], tokenizer, windows=4, length=16).ids
+    report = json.loads((complete / "quantized/verify.json").read_text())
+    assert report["data_sha256"] == hash_ids(windows[2:])
+    (stage,) = [item for item in Artifact.load(complete / "quantized").manifest.stages if item["stage"] == "quantize"]
+    assert stage["statistics"]["data_sha256"] == hash_ids(windows[:2])
 
 
 @pytest.mark.parametrize(
