@@ -57,6 +57,9 @@ def _check_folder(path: Path) -> None:
         raise BismoothError(
             f"{path}: holds an engine without its {MANIFEST}. Look at the file: bismooth inspect {engines[0]}"
         )
+    if inside := sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}")):
+        names = ", ".join(folder.name for folder in inside)
+        raise BismoothError(f"{path}: no artifact itself, but holds {names}. Look at one: bismooth inspect {inside[0]}")
     if (path / "config.json").is_file():
         raise BismoothError(
             f"{path}: not a bismooth artifact, but a Hugging Face model. "

@@ -143,6 +143,7 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
     [
         ("exprot model", "No such command 'exprot'. Did you mean 'export'? See 'bismooth --help'."),
         ("export model", "Missing option '--output' / '-o'. See 'bismooth export --help'."),
+        ("build art", "Missing option '--engine'. Choose from: tensorrt-rtx, tensorrt, onnxruntime, null. See"),
         ("export -o art", "Missing argument 'SOURCE'. See 'bismooth export --help'."),
         ("verify --data a.txt b.txt", "Missing argument 'ART'. See 'bismooth verify --help'."),
         ("inspect art --jason", "No such option: --jason"),

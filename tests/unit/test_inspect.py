@@ -149,6 +149,14 @@ def test_what_is_something_else(tmp_path: Path, file: str, path: str, message: s
         inspect_path(tmp_path / path)
 
 
+def test_a_folder_of_artifacts_names_them(tmp_path: Path) -> None:
+    for name in ("quantized", "float"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, Manifest("float", {}, {}))
+    with pytest.raises(BismoothError, match=r"but holds float, quantized\. Look at one: bismooth inspect .*/float"):
+        inspect_path(tmp_path)
+
+
 def test_weights_are_not_statistics(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "w.safetensors", [("w", np.dtype(np.float32), (1,))]) as writer:
         writer.write("w", np.ones(1, np.float32))
