@@ -108,16 +108,9 @@ def calibrate(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
-    path, tokenizer = artifact / graph, artifact / "tokenizer.json"
+    path = artifact / graph
     model = load_graph(path)
-    provenance = Provenance(
-        graph_sha256=hash_model(path),
-        tokenizer_sha256=file_sha256(tokenizer) if tokenizer.is_file() else "",
-        data_sha256=array_sha256(windows),
-        windows=windows.shape[0],
-        length=windows.shape[1],
-        seed=seed,
-    )
+    provenance = provenance_of(path, windows, seed)
     chosen = sample_rows(windows.size, rows, seed)
     values = list(dict.fromkeys(values))
     instrument(model, values, histograms=histograms)
@@ -132,6 +125,19 @@ def calibrate(
             batches = iter(track(batches, "calibrate", total, console=Console(stderr=True), transient=True))
         _collect(temporary, batches, values, provenance, chosen)
     return Statistics.load(output)
+
+
+def provenance_of(graph: Path, windows: NDArray[np.int64], seed: int) -> Provenance:
+    """What :func:`calibrate` records of a run of ``graph`` over token ids [N, L]."""
+    tokenizer = graph.parent / "tokenizer.json"
+    return Provenance(
+        graph_sha256=hash_model(graph),
+        tokenizer_sha256=file_sha256(tokenizer) if tokenizer.is_file() else "",
+        data_sha256=array_sha256(windows),
+        windows=windows.shape[0],
+        length=windows.shape[1],
+        seed=seed,
+    )
 
 
 def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:

@@ -74,6 +74,7 @@ class BuildRequest:
         allow_float: accept an engine in which some of ``meant_int8`` run in float; otherwise a :class:`GateError`.
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
+        copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
     """
 
     onnx: Path
@@ -84,6 +85,7 @@ class BuildRequest:
     allow_float: bool = False
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    copy_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class EngineRecord:
     """What an engine file is: stored beside it, so that it can be checked before it is loaded.
 
     Attributes:
-        shapes: input name → minimum, optimum and maximum shape.
+        shapes: input name → minimum, optimum and maximum shape; empty if any sizes do.
         sha256: of the engine file.
     """
 

@@ -41,12 +41,11 @@ class OnnxRuntimeBuilder:
     name: str = "onnxruntime"
 
     def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
-        """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded and change nothing."""
+        """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded only, ``profile`` is not looked at."""
         start = time.perf_counter()
         runtime = import_onnxruntime()
         summary = summarize(request.onnx)
         check_meant(summary.linears, request.meant_int8)
-        shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
         with scratch_folder(request.engine) as folder:
             optimized = _optimize(runtime, request.onnx, folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
@@ -59,12 +58,12 @@ class OnnxRuntimeBuilder:
                 runtime=self.name,
                 version=runtime.__version__,
                 capabilities=request.capabilities,
-                shapes=shapes,
+                shapes={},
                 bytes=sum(file.stat().st_size for file in files),
                 sha256=file_sha256(staged),
                 source=request.source,
             )
-            _place(request.onnx.parent, files[1:], request.engine.parent)
+            _place(request.onnx.parent, files[1:], request.engine.parent, copy=request.copy_weights)
             audit_file = publish(staged, request.engine, record, audit)
         if on_phase:
             on_phase(Phase("Auditing kernels", 1, 1))
@@ -135,8 +134,8 @@ def _weight_files(graph: Path) -> list[Path]:
     return [graph.parent / name for name in sorted(names)]
 
 
-def _place(source: Path, weights: Iterable[Path], target: Path) -> None:
-    """Link the weights into ``target`` and copy what text needs."""
+def _place(source: Path, weights: Iterable[Path], target: Path, *, copy: bool) -> None:
+    """Link or copy the weights into ``target`` and copy what text needs."""
     for weight in weights:
         place = target / weight.relative_to(source)
         if place.exists():
@@ -144,7 +143,7 @@ def _place(source: Path, weights: Iterable[Path], target: Path) -> None:
                 raise BismoothError(f"{place}: exists and is another file. Expected none. Choose an empty folder.")
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        place_file(weight, place)
+        place_file(weight, place, copy=copy)
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix != ".onnx":

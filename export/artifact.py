@@ -258,3 +258,8 @@ def new_folder(target: Path, *, force: bool = False) -> Generator[Path]:
     """
     with _folder.new_folder(target, force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as temporary:
         yield temporary
+
+
+def finish_folder(folder: Path, manifest: Manifest, hashes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write the manifest, with records of all files that are in the folder now; ``hashes`` as for `scan_files`."""
+    write_manifest(folder, replace(manifest, files=scan_files(folder, hashes)))

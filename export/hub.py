@@ -31,6 +31,6 @@ def hub_folder(name: str, files: Sequence[str], index: str) -> Path:
     except Exception as error:  # the hub client has no common base class for its network, id and cache errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BismoothError(
-            f"{name}: no such file or folder, and the Hugging Face hub does not give it: {reason[0]} "
+            f"{name}: no such file or folder, and the Hugging Face hub does not give it: {reason[0].rstrip('.')}. "
             "Check the name, or download the model and pass its folder."
         ) from error

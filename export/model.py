@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from .artifact import Manifest, place_file
 from .errors import BismoothError
 from .source import (
-    INDEX,
-    SIDE_FILES,
     WEIGHTS,
     GgufSource,
     HuggingFaceSource,
     OnnxSource,
+    identify,
+    list_files,
     read_weights,
     resolve_source,
 )
@@ -83,20 +83,19 @@ def export_model(
         BismoothError: the source is missing, broken or of a kind that is not accepted.
     """
     resolved = resolve_source(source, trust_remote_code=trust_remote_code)
+    origin = identify(source, resolved)
     copy = weights == "copy"
     if isinstance(resolved, OnnxSource):
         from .onnx_file import import_onnx
 
-        return import_onnx(resolved.path, folder, copy=copy)
-    origin: dict[str, Any] = {"path": str(Path(source).absolute() if Path(source).exists() else source)}
+        manifest = import_onnx(resolved.path, folder, copy=copy)
+        return replace(manifest, source=manifest.source | origin)
     if isinstance(resolved, GgufSource):
         from .gguf_file import convert_gguf
 
         convert_gguf(resolved.path, folder, progress)
-        origin["format"] = "gguf"
         resolved = HuggingFaceSource(folder, read_weights([folder / WEIGHTS]))
     else:
-        origin["format"] = "huggingface"
         _place_files(resolved, folder, copy, progress)
         complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
     origin["fingerprint"] = resolved.weights.fingerprint()
@@ -109,11 +108,8 @@ def _place_files(source: HuggingFaceSource, folder: Path, copy: bool, progress: 
     for done, path in enumerate(files, 1):
         if not place_file(path, folder / path.name, copy=copy):
             progress("copy the weights", done, len(files))
-    sharded = (source.folder / INDEX).is_file()
-    for pattern in (*SIDE_FILES, *([INDEX] if sharded else [])):
-        for path in sorted(source.folder.glob(pattern)):
-            if path.is_file() and not (folder / path.name).exists():
-                _copy_side_file(path, folder / path.name)
+    for path in list_files(source)[len(files) :]:
+        _copy_side_file(path, folder / path.name)
 
 
 def _copy_side_file(path: Path, target: Path) -> None:

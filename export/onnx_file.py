@@ -30,15 +30,8 @@ def import_onnx(path: Path, folder: Path, *, copy: bool = False) -> Manifest:
         BismoothError: the file is no ONNX, has a cycle or unknown operators, or its external data is missing, cut
             off, or lies outside the file's folder.
     """
-    try:
-        model = load_proto(path)
-    except Exception as error:  # protobuf's DecodeError, and onnx's own
-        raise BismoothError(f"{path}: not an ONNX file ({str(error).strip().splitlines()[0]}).") from error
-    locations: dict[str, int] = {}
-    for tensor in _tensors(model.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            location, end = _extent(path, tensor)
-            locations[location] = max(end, locations.get(location, 0))
+    model = _load(path)
+    locations = _locations(model, path)
     _check(model, path)
     for location, end in locations.items():
         target = folder / location
@@ -52,6 +45,32 @@ def import_onnx(path: Path, folder: Path, *, copy: bool = False) -> Manifest:
         graphs={"float32": GRAPH},
         tools=tool_versions(),
     )
+
+
+def list_files(path: Path) -> list[Path]:
+    """An ONNX file and the files of its external data.
+
+    Raises:
+        BismoothError: as :func:`import_onnx`.
+    """
+    return [path, *(path.parent / location for location in _locations(_load(path), path))]
+
+
+def _load(path: Path) -> ModelProto:
+    try:
+        return load_proto(path)
+    except Exception as error:  # protobuf's DecodeError, and onnx's own
+        raise BismoothError(f"{path}: not an ONNX file ({str(error).strip().splitlines()[0]}).") from error
+
+
+def _locations(model: ModelProto, path: Path) -> dict[str, int]:
+    """Files of external data, as the model names them, and how many bytes it needs of each."""
+    locations: dict[str, int] = {}
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            location, end = _extent(path, tensor)
+            locations[location] = max(end, locations.get(location, 0))
+    return locations
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:

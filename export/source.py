@@ -105,6 +105,39 @@ def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> So
     return _folder_source(hub_folder(name, (WEIGHTS, *SIDE_FILES, *code), INDEX), trust_remote_code)
 
 
+def identify(source: str | Path, resolved: Source) -> dict[str, Any]:
+    """What tells a source from others and from itself after a change, as it is recorded in the manifest.
+
+    Returns:
+        ``path``, ``format``, and ``files``: size and time of the last modification of each. No weight is read.
+    """
+    if isinstance(resolved, HuggingFaceSource):
+        kind, folder, files = "huggingface", resolved.folder, list_files(resolved)
+    elif isinstance(resolved, GgufSource):
+        kind, folder, files = "gguf", resolved.path.parent, [resolved.path]
+    else:
+        from . import onnx_file
+
+        kind, folder, files = "onnx", resolved.path.parent, onnx_file.list_files(resolved.path)
+    return {
+        "path": str(Path(source).absolute() if Path(source).exists() else source),
+        "format": kind,
+        "files": {path.relative_to(folder).as_posix(): _state(path) for path in files if path.is_file()},
+    }
+
+
+def _state(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def list_files(source: HuggingFaceSource) -> list[Path]:
+    """The files of a folder that belong to the model: weights, then what lies beside them."""
+    patterns = [*SIDE_FILES, INDEX] if (source.folder / INDEX).is_file() else SIDE_FILES
+    beside = [path for pattern in patterns for path in sorted(source.folder.glob(pattern)) if path.is_file()]
+    return list(dict.fromkeys([*source.weights.files, *beside]))
+
+
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
     path = folder / "config.json"
     if not path.is_file():

@@ -82,6 +82,7 @@ def export(
     dtype: o.ComputeOption = ComputeType.FLOAT16,
     opset: o.Opset = 23,
     trust_remote_code: o.TrustRemoteCode = False,
+    copy_weights: o.CopyWeights = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -90,7 +91,15 @@ def export(
     from . import stages
 
     console.show_progress(not quiet)
-    result = stages.export(source, output, dtype=dtype, opset=opset, trust_remote_code=trust_remote_code, force=force)
+    result = stages.export(
+        source,
+        output,
+        dtype=dtype,
+        opset=opset,
+        trust_remote_code=trust_remote_code,
+        copy_weights=copy_weights,
+        force=force,
+    )
     finish(result, as_json)
 
 
@@ -111,12 +120,13 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
+    text = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'.")
     from . import stages
 
     console.show_progress(not quiet)
     result = stages.calibrate(
         artifact,
-        tuple(data),
+        text,
         windows=windows,
         length=length,
         rows=rows,
@@ -164,6 +174,7 @@ def build(
     output: o.OptionalOutput = None,
     batch: o.Batch = None,
     sequence: o.Sequence = None,
+    dim: o.Dims = [],
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -172,6 +183,7 @@ def build(
     """Build an engine and audit which linears run as INT8."""
     capabilities = o.parse_capabilities(capability)
     batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
+    dims = o.parse_dims(dim)
     from . import stages
 
     console.show_progress(not quiet)
@@ -182,6 +194,7 @@ def build(
         output=output,
         batch=batches,
         sequence=sequences,
+        dims=dims,
         allow_float=allow_float,
         force=force,
     )
@@ -203,13 +216,14 @@ def verify(
     quiet: o.Quiet = False,
 ) -> None:
     """Judge every hop from the source to the engine by its gates."""
+    text = o.parse_text(data, "Programs are compared by what they compute on it.")
     thresholds = o.parse_gates(gate)
     from . import stages
 
     console.show_progress(not quiet)
     result = stages.verify(
         artifact,
-        tuple(data),
+        text,
         windows=windows,
         length=length,
         hops=tuple(hop),
@@ -237,6 +251,7 @@ def inspect(
 
 @command
 def compile_(
+    context: typer.Context,
     source: o.Source,
     engine: o.Engines,
     data: o.DataOrNone,
@@ -255,20 +270,28 @@ def compile_(
     capability: o.Capabilities = [],
     batch: o.Batch = None,
     sequence: o.Sequence = None,
+    dim: o.Dims = [],
     gate: o.GateOptions = [],
     allow_float: o.AllowFloat = False,
     trust_remote_code: o.TrustRemoteCode = False,
+    copy_weights: o.CopyWeights = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Run every stage: from a model to verified engines."""
+    """Run every stage: from a model to verified engines. Run again, it goes on where it was interrupted."""
     text, thresholds, capabilities = o.parse_data(data), o.parse_gates(gate), o.parse_capabilities(capability)
     batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
-    from . import stages
+    dims = o.parse_dims(dim)
+    if not text:
+        o.refuse_unheeded(context, ("calibrate_windows", "rows", "seed"), "--data none calibrates on no text")
+        if not verify_data:
+            reason = "--data none without --verify-data verifies nothing"
+            o.refuse_unheeded(context, ("verify_windows", "length"), reason)
+    from . import pipeline
 
     console.show_progress(not quiet)
-    result = stages.compile(
+    result = pipeline.compile(
         source,
         recipe,
         tuple(engine),
@@ -285,9 +308,11 @@ def compile_(
         capabilities=capabilities,
         batch=batches,
         sequence=sequences,
+        dims=dims,
         thresholds=thresholds,
         allow_float=allow_float,
         trust_remote_code=trust_remote_code,
+        copy_weights=copy_weights,
         force=force,
     )
     finish(result, as_json)

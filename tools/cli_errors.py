@@ -54,7 +54,7 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case BismoothError():
             return USAGE, str(error)
         case typer.TyperException():
-            message = error.format_message().replace("Value error, ", "")
+            message = " ".join(error.format_message().replace("Value error, ", "").split())
             end = "" if message.endswith((".", "?")) else "."
             return USAGE, f"{message}{end} See '{' '.join(filter(None, ('bismooth', command, '--help')))}'."
         case ModuleNotFoundError(name=str(name)) if name.partition(".")[0] in _EXTRAS:
@@ -67,7 +67,7 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case KeyboardInterrupt() | typer.Abort():
             return (
                 INTERRUPTED,
-                "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+                "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
             )
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"

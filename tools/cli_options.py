@@ -61,6 +61,10 @@ Sequence = Annotated[
     str | None,
     typer.Option(metavar="MIN:OPT:MAX", help="Sequence lengths that the engine accepts; one number fixes it."),
 ]
+Dims = Annotated[
+    list[str],
+    typer.Option("--dim", metavar="NAME=MIN:OPT:MAX...", help="Sizes of any other dynamic dimension, by its name."),
+]
 AllowFloat = Annotated[
     bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
 ]
@@ -81,6 +85,12 @@ ComputeOption = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Only for models you trust."),
+]
+CopyWeights = Annotated[
+    bool,
+    typer.Option(
+        "--copy-weights", help="Copy weight files instead of linking them: for sources that will be edited in place."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
@@ -112,6 +122,17 @@ def spread(args: Iterable[str], several: set[str]) -> Iterator[str]:
             if values > 1:
                 yield option
         yield arg
+
+
+def parse_text(data: list[str], instead: str) -> tuple[str, ...]:
+    """The sources of text, of which there must be some; ``instead`` says what to do without.
+
+    Raises:
+        BismoothError: ``none`` is given.
+    """
+    if "none" in data:
+        raise BismoothError(f"--data none: Expected text. {instead} (A file of that name is ./none.)")
+    return tuple(data)
 
 
 def parse_data(data: list[str]) -> tuple[str, ...]:
@@ -154,6 +175,36 @@ def parse_sizes(option: str, text: str | None) -> tuple[int, int, int] | None:
     if sizes[0] < 1 or sizes != sorted(sizes):
         raise BismoothError(f"{option}: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got {text!r}.")
     return sizes[0], sizes[len(sizes) // 2], sizes[-1]
+
+
+def parse_dims(texts: list[str]) -> dict[str, tuple[int, int, int]]:
+    """Minimum, optimum and maximum by name of the dimension.
+
+    Raises:
+        BismoothError: no name, no sizes, sizes not in order, or a name twice.
+    """
+    dims: dict[str, tuple[int, int, int]] = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        triple = parse_sizes("--dim", sizes)
+        if not name or triple is None:
+            raise BismoothError(f"--dim: Expected NAME=MIN:OPT:MAX, got {text!r}.")
+        if name in dims:
+            raise BismoothError(f"--dim: {name} has sizes twice. Expected them once.")
+        dims[name] = triple
+    return dims
+
+
+def refuse_unheeded(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options that stand on the command line and have no effect.
+
+    Raises:
+        BismoothError: names the first of them, and ``reason``.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise BismoothError(f"--{name.replace('_', '-')}: has no effect: {reason}. Leave it out.")
 
 
 def parse_gates(texts: list[str]) -> dict[str, float | None]:

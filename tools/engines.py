@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..engines.base import EngineBuilder
+from ..engines.base import EngineBuilder, Profile, Span
+from ..engines.linears import summarize
 from ..engines.null import NullBuilder
 from ..engines.onnxruntime_build import OnnxRuntimeBuilder
 from ..engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTBuilder
-from ..engines.tensorrt_runtime import require_package
+from ..engines.tensorrt_runtime import check_capabilities, known_capabilities, load_module, require_package
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..passes.lint import Severity, Target, lint
+
+Sizes = tuple[int, int, int]
+"""Minimum, optimum and maximum of a dimension."""
 
 _BUILDERS: dict[str, EngineBuilder] = {
     "tensorrt-rtx": TensorRTBuilder(TENSORRT_RTX),
@@ -21,6 +25,10 @@ _BUILDERS: dict[str, EngineBuilder] = {
     "null": NullBuilder(),
 }
 _SHOWN = 5
+_NO_CAPABILITIES = {
+    "tensorrt": "it builds for the GPU of this machine",
+    "onnxruntime": "nothing in it depends on a GPU",
+}
 
 
 def find_builder(engine: str) -> EngineBuilder:
@@ -35,6 +43,85 @@ def require_engine(engine: str) -> None:
     builder = find_builder(engine)
     if isinstance(builder, TensorRTBuilder):
         require_package(builder.runtime)
+
+
+def engine_name(engine: str, capabilities: Sequence[int]) -> str:
+    """Name of the folder of an engine: ``tensorrt-rtx-sm86-sm89``."""
+    return "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
+
+
+def gather_sizes(batch: Sizes | None, sequence: Sizes | None, dims: Mapping[str, Sizes] | None) -> dict[str, Sizes]:
+    """The sizes that were asked for, by symbolic name of the dimension.
+
+    Raises:
+        BismoothError: a dimension has sizes twice.
+    """
+    short = {name: sizes for name, sizes in (("batch", batch), ("sequence", sequence)) if sizes is not None}
+    if twice := sorted(short.keys() & (dims or {}).keys()):
+        raise BismoothError(f"--dim {twice[0]}: got sizes in --{twice[0]} too. Expected one of them.")
+    return {**short, **(dims or {})}
+
+
+def check_options(engine: str, capabilities: Sequence[int], sizes: Mapping[str, Sizes]) -> None:
+    """Refuse what the engine could only ignore, and what it cannot do without.
+
+    Raises:
+        BismoothError: an option does not fit the engine.
+    """
+    if engine == "tensorrt-rtx":
+        if not capabilities:
+            raise BismoothError(
+                "tensorrt-rtx: builds ahead of time for named compute capabilities. "
+                "Expected --capability 86 89 …, got none."
+            )
+        check_capabilities(TENSORRT_RTX, capabilities, known_capabilities(load_module(TENSORRT_RTX)))
+    if capabilities and engine in _NO_CAPABILITIES:
+        given = " ".join(map(str, capabilities))
+        raise BismoothError(
+            f"--capability {given}: has no effect on engine {engine}: {_NO_CAPABILITIES[engine]}. Leave it out."
+        )
+    if sizes and not has_profile(engine):
+        raise BismoothError(
+            f"{_options(sizes)}: has no effect on engine {engine}, which takes inputs of any size. Leave it out."
+        )
+
+
+def has_profile(engine: str) -> bool:
+    """Whether an engine is built for certain sizes of its inputs."""
+    return engine != "onnxruntime"
+
+
+def find_profile(graph: Path, sizes: Mapping[str, Sizes]) -> Profile:
+    """``sizes`` for the dynamic dimensions of ``graph``, and those of the profile's defaults that are not given.
+
+    Raises:
+        BismoothError: sizes for a dimension that the graph does not have, or none for one that it has.
+    """
+    inputs = summarize(graph).inputs
+    dynamic = list(dict.fromkeys(size for shape in inputs.values() for size in shape if isinstance(size, str)))
+    if unknown := [name for name in sizes if name not in dynamic]:
+        raise BismoothError(
+            f"{_options(unknown)}: the inputs of {graph} have no dynamic dimension {unknown[0]!r}. "
+            f"Expected one of: {', '.join(dynamic) or 'none, all sizes are fixed'}."
+        )
+    spans = Profile().spans() | {name: Span(*triple) for name, triple in sizes.items()}
+    for tensor, shape in inputs.items():
+        for axis, size in enumerate(shape):
+            if size is None:
+                raise BismoothError(
+                    f"{graph}: dimension {axis} of input {tensor!r} is dynamic and has no name. Expected one, to give "
+                    "it sizes by. Name it in the ONNX file and export it again."
+                )
+            if isinstance(size, str) and size not in spans:
+                raise BismoothError(
+                    f"{graph}: the dynamic dimension {size!r} of input {tensor!r} has no sizes. "
+                    f"Expected --dim {size}=MIN:OPT:MAX. The dynamic dimensions are: {', '.join(dynamic)}."
+                )
+    return Profile(spans.pop("batch"), spans.pop("sequence"), spans)
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name}" if name in ("batch", "sequence") else f"--dim {name}" for name in names)
 
 
 def deployment_graph(artifact: Artifact, engine: str) -> Path:

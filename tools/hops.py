@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,16 @@ class VerifyResult:
             reasons = "; ".join(f"{hop.hop}: {hop.skipped}" for hop in self.hops)
             return (f"no hop was judged: {reasons}.",)
         return failures
+
+    def demanding(self, gates: Sequence[str]) -> VerifyResult:
+        """The same, where each of ``gates`` that was held against no figure counts as missed."""
+        return replace(self, hops=tuple(self._demanded(hop, gates) for hop in self.hops))
+
+    def _demanded(self, hop: HopResult, gates: Sequence[str]) -> HopResult:
+        reason = hop.skipped or "it was not measured"
+        open_gates = [name for name in gates if Gates.hop(name) is hop.hop and name not in hop.judged]
+        missed = tuple(f"{hop.hop}: {name} was asked for and could not be judged: {reason}." for name in open_gates)
+        return replace(hop, failures=(*hop.failures, *missed))
 
     @property
     def verdict(self) -> str:

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..engines.audit import Audit
+from ..engines.base import audit_path
+from ..engines.publish import read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
+from ..export.folder import recover
+from ..export.safetensors_file import read_header
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
-from .meant import quantize_stage
+from .meant import other_version, quantize_stage, statistics_record
 from .shipped import engine_folders
 from .verify import read_audit
 
@@ -24,17 +28,67 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def inspect_path(path: Path) -> Inspection:
-    """What an artifact, an engine folder or an ONNX file holds, and the linter's findings on the latter.
+    """What an artifact, an engine, a statistics file or an ONNX file holds; the linter's findings on the latter.
 
     Raises:
         BismoothError: the path is none of these, or is damaged.
     """
     if path.is_dir():
+        _check_folder(path)
         artifact = Artifact.load(path)
-        return _engine(artifact) if artifact.manifest.kind == "engine" else _artifact(artifact)
+        return _engine_folder(artifact) if artifact.manifest.kind == "engine" else _artifact(artifact)
     if not path.is_file():
         raise BismoothError(f"{path}: does not exist. Expected an artifact folder, an engine folder or an ONNX file.")
+    if path.suffix == ".gguf":
+        raise BismoothError(f"{path}: is a GGUF model. Make an artifact of it: bismooth export {path} -o ART")
+    if path.suffix == ".safetensors":
+        return _statistics(path)
+    if path.suffix == ".engine" or audit_path(path).is_file():
+        return _engine_file(path)
     return inspect_onnx(path, foreign=not _is_listed(path))
+
+
+def _check_folder(path: Path) -> None:
+    """Say what a folder without a manifest is, where that is known."""
+    recover(path)
+    if (path / MANIFEST).is_file():
+        return
+    if engines := [*path.glob("*.engine"), *(file for file in path.glob("*.onnx") if audit_path(file).is_file())]:
+        raise BismoothError(
+            f"{path}: holds an engine without its {MANIFEST}. Look at the file: bismooth inspect {engines[0]}"
+        )
+    if inside := sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}")):
+        names = ", ".join(folder.name for folder in inside)
+        raise BismoothError(f"{path}: no artifact itself, but holds {names}. Look at one: bismooth inspect {inside[0]}")
+    if (path / "config.json").is_file():
+        raise BismoothError(
+            f"{path}: not a bismooth artifact, but a Hugging Face model. "
+            f"Make an artifact of it: bismooth export {path} -o ART"
+        )
+
+
+def _statistics(path: Path) -> Inspection:
+    """A file of ``calibrate``; weights are not for inspection."""
+    from ..calibrators.statistics import ROW_NUMBERS, Statistics
+
+    if ROW_NUMBERS not in read_header(path):
+        raise BismoothError(
+            f"{path}: holds weights, not statistics. Expected a file of 'bismooth calibrate'. "
+            "Look at the artifact that it belongs to: bismooth inspect ART"
+        )
+    statistics = Statistics.load(path)
+    document = {"path": str(path), "kind": "statistics", "values": len(statistics.names)}
+    document |= {**statistics_record(statistics), "histograms": statistics.has_histograms}
+    return Inspection(document, document)
+
+
+def _engine_file(path: Path) -> Inspection:
+    """An engine by its audit; a graph for ONNX Runtime is also linted for that."""
+    record = read_record(path)
+    if record.runtime == "onnxruntime":
+        return inspect_onnx(path, targets=("onnxruntime",))
+    document = {"path": str(path), "kind": "engine", "model": record.source.get("architecture")}
+    return _engine(document, path)
 
 
 def _is_listed(path: Path) -> bool:
@@ -74,7 +128,10 @@ def _artifact(artifact: Artifact) -> Inspection:
     if not (stage := quantize_stage(artifact)):
         return Inspection(document, shown)
     hashes = {"content_sha256": manifest.content_sha256, "files_sha256": manifest.hashes}
-    return Inspection(document | hashes | _quantized(stage), shown | _quantized_brief(stage))
+    try:
+        return Inspection(document | hashes | _quantized(stage), shown | _quantized_brief(stage))
+    except KeyError as error:
+        raise other_version(artifact, [str(error.args[0])]) from error
 
 
 def _blocks(artifact: Artifact) -> str:
@@ -150,16 +207,21 @@ def _verdict(path: Path) -> dict[str, Any] | None:
         raise BismoothError(f"{path}: not a verdict: {error}. Run 'bismooth verify' again.") from error
 
 
-def _engine(artifact: Artifact) -> Inspection:
+def _engine_folder(artifact: Artifact) -> Inspection:
     audits = sorted(artifact.path.glob("*.audit.json"))
     if not audits:
         raise BismoothError(f"{artifact.path}: the engine has no audit beside it. Build the engine again.")
-    audit = read_audit(audits[0])
-    record = cast(dict[str, Any], json.loads(audits[0].read_text("utf-8"))["engine"])
     document = {"path": str(artifact.path), "kind": "engine", "model": artifact.manifest.architecture}
+    name = audits[0].name.removesuffix(".audit.json")
+    return _engine(document, artifact.path / f"{name}.engine", artifact.manifest.tools)
+
+
+def _engine(document: Mapping[str, Any], file: Path, tools: Mapping[str, str] | None = None) -> Inspection:
+    """``file`` only names the audit beside it."""
+    record, audit = read_record(file).to_json(), read_audit(audit_path(file))
     return Inspection(
-        document | {"engine": record, "audit": audit.to_json(), "tools": artifact.manifest.tools},
-        document | _engine_brief(record, audit),
+        {**document, "engine": record, "audit": audit.to_json(), **({} if tools is None else {"tools": tools})},
+        {**document, **_engine_brief(record, audit)},
     )
 
 
@@ -169,7 +231,7 @@ def _engine_brief(record: Mapping[str, Any], audit: Audit) -> dict[str, Any]:
         "recipe": record["source"].get("recipe", "none"),
         "capabilities": record["capabilities"],
         "engine_bytes": record["bytes"],
-        "shapes": {name: _range(sizes) for name, sizes in record["shapes"].items()},
+        "shapes": {name: _range(sizes) for name, sizes in record["shapes"].items()} or "any",
         "int8_linears": f"{sum(linear.int8 for linear in audit.linears)} of {len(audit.linears)}",
         "int8_mac_share": audit.int8_share(with_head=False),
         "int8_mac_with_head_share": audit.int8_share(with_head=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,20 @@ from .inspection import SHOWN, Inspection
 TARGETS: tuple[Target, ...] = ("tensorrt-rtx", "onnxruntime")
 
 
-def inspect_onnx(path: Path, *, foreign: bool = True) -> Inspection:
+def inspect_onnx(path: Path, *, foreign: bool = True, targets: Sequence[Target] = TARGETS) -> Inspection:
     """What an ONNX file holds, and the linter's findings for each runtime.
 
     Args:
         path: The file; its weights are not read.
         foreign: Whether errors are failures. The graphs of an artifact are for one runtime each.
+        targets: The runtimes.
 
     Raises:
         BismoothError: not an ONNX model.
     """
     model = read_model(path)
-    view = View(model, TARGETS[0], (), path.parent)
-    findings: dict[Target, list[Finding]] = {target: lint(path, target=target) for target in TARGETS}
+    view = View(model, targets[0], (), path.parent)
+    findings: dict[Target, list[Finding]] = {target: lint(path, target=target) for target in targets}
     operators = Counter(node.op_type for node in model.graph.node)
     document: dict[str, Any] = {
         "path": str(path),

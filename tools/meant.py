@@ -1,16 +1,43 @@
-"""What the manifest of a quantized artifact says of its quantization."""
+"""What the manifests of quantized artifacts and of engines say of their making."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact
+from ..export.errors import BismoothError
+
+if TYPE_CHECKING:
+    from ..calibrators.statistics import Statistics
+
+_KEYS = ("recipe", "fingerprint", "content_sha256", "quantized")
+_LINEAR_KEYS = ("name", "node", "int8")
 
 
 def quantize_stage(artifact: Artifact) -> Mapping[str, Any]:
-    """The manifest's entry of the stage; empty for a float artifact."""
-    return next((stage for stage in artifact.manifest.stages if stage["stage"] == "quantize"), dict[str, Any]())
+    """The manifest's entry of the stage; empty for a float artifact.
+
+    Raises:
+        BismoothError: the entry is not as this version of bismooth writes it.
+    """
+    stage = next((stage for stage in artifact.manifest.stages if stage.get("stage") == "quantize"), dict[str, Any]())
+    if not stage:
+        return stage
+    missing = [key for key in _KEYS if key not in stage]
+    missing += [key for key in _LINEAR_KEYS if any(key not in linear for linear in stage.get("quantized", ()))]
+    if missing:
+        raise other_version(artifact, missing)
+    return stage
+
+
+def other_version(artifact: Artifact, missing: Sequence[str]) -> BismoothError:
+    """The error to raise where the entry of the stage lacks keys."""
+    return BismoothError(
+        f"{artifact.path}: was quantized by another version of bismooth: its manifest lacks {', '.join(missing)}. "
+        "Run 'bismooth quantize' again."
+    )
 
 
 def meant_int8(artifact: Artifact) -> frozenset[str]:
@@ -26,3 +53,8 @@ def engine_source(artifact: Artifact) -> dict[str, Any]:
         source |= {"recipe": stage["recipe"]["name"], "recipe_fingerprint": stage["fingerprint"]}
         source["content_sha256"] = artifact.manifest.content_sha256
     return source
+
+
+def statistics_record(statistics: Statistics) -> dict[str, Any]:
+    """What statistics were taken from, as it is recorded with what is made of them."""
+    return {**asdict(statistics.provenance), "rows": len(statistics.row_numbers)}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.base import BuildResult
+from ..export.artifact import Artifact
 from ..passes.quantize import QuantizeResult
+from .meant import quantize_stage
 from .verify import VerifyResult
 
 
@@ -118,23 +120,29 @@ class BuildStageResult:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """All stages of one run."""
+    """All stages of one run: the quantized artifact, its engines, the verdict.
 
-    exported: ExportResult
-    quantized: QuantizeStageResult
+    Attributes:
+        kept: What an earlier run had made, as paths below the output folder.
+    """
+
+    artifact: Artifact
     engines: tuple[BuildStageResult, ...]
     verified: VerifyResult | None
+    kept: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        quantized = self.quantized.to_json()
+        stage = quantize_stage(self.artifact)
         document: dict[str, Any] = {
-            "model": self.exported.architecture,
-            **{
-                key: quantized[key]
-                for key in ("artifact", "recipe", "quantized_linears", "sites_folded", "sites_found")
-            },
+            "model": self.artifact.manifest.architecture,
+            "artifact": str(self.artifact.path),
+            "recipe": stage["recipe"]["name"],
+            "quantized_linears": len(stage["quantized"]),
+            "sites_folded": sum(site["channels"] > 0 for site in stage["sites"]),
+            "sites_found": len(stage["sites"]),
+            "kept": list(self.kept),
             "engines": [engine.to_json() for engine in self.engines],
         }
         if self.verified is not None:

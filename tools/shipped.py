@@ -35,13 +35,18 @@ def find_engines(artifact: Artifact) -> tuple[list[ShippedEngine], list[str]]:
     problems: list[str] = []
     for folder in engine_folders(artifact):
         try:
-            engines.append(_load(folder, artifact))
+            engines.append(load_engine(folder, artifact))
         except BismoothError as error:
             problems.append(str(error))
     return engines, problems
 
 
-def _load(folder: Path, artifact: Artifact) -> ShippedEngine:
+def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
+    """The engine in ``folder``.
+
+    Raises:
+        BismoothError: it is damaged, or was made of something else than ``artifact``.
+    """
     stage = Artifact.load(folder, "engine").manifest.stages[-1]
     file = folder / engine_file(stage["engine"])
     record = read_record(file)

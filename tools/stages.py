@@ -2,151 +2,43 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, Manifest, new_folder, place_file, scan_files, write_manifest
+from ..export.artifact import Artifact, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
-from ..export.hashing import file_sha256, hashing
-from ..export.model import export_model
+from ..export.hashing import array_sha256, file_sha256, hashing
 from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
-from ..passes.spec import ComputeType
 from . import console
-from .meant import engine_source, meant_int8, quantize_stage
-from .results import BuildStageResult, CalibrateResult, CompileResult, ExportResult, QuantizeStageResult
-from .verify import VerifyResult, verify_artifact
+from .engines import Sizes
+from .exporting import copies_weights, export, export_module
+from .meant import engine_source, meant_int8, quantize_stage, statistics_record
+from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
+from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
 if TYPE_CHECKING:
-    import torch
+    from ..calibrators.statistics import Statistics
 
-    from ..calibrators.calibration import StatisticsCalibration
+__all__ = [
+    "STATISTICS",
+    "build",
+    "calibrate",
+    "export",
+    "export_module",
+    "inspect",
+    "load_recipe",
+    "quantize",
+    "verify",
+]
 
 STATISTICS = "statistics.safetensors"
-Sizes = tuple[int, int, int]
-
-
-def export(
-    source: str | Path,
-    output: Path,
-    *,
-    dtype: ComputeType = ComputeType.FLOAT16,
-    opset: int = 23,
-    trust_remote_code: bool = False,
-    force: bool = False,
-) -> ExportResult:
-    """Turn a model into a float artifact: ``model.onnx`` in float32, and a graph in ``dtype`` beside it.
-
-    Raises:
-        BismoothError: the source or the output folder cannot be used.
-    """
-    with console.progress() as progress:
-        return _exported(
-            lambda folder: export_model(source, folder, trust_remote_code=trust_remote_code, progress=progress),
-            output,
-            dtype,
-            opset,
-            force,
-        )
-
-
-def export_module(
-    module: torch.nn.Module,
-    output: Path,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    dtype: ComputeType = ComputeType.FLOAT16,
-    opset: int = 23,
-    force: bool = False,
-) -> ExportResult:
-    """Turn any torch module, with example inputs, into a float artifact; the module is not changed.
-
-    Args:
-        module: as it is in evaluation mode.
-        output: the folder to write.
-        args: example inputs.
-        kwargs: example inputs by name.
-        dynamic_shapes: which sizes may vary, as for ``torch.onnx.export``: ``({0: "batch"},)``.
-        input_names: names of the graph's inputs.
-        output_names: names of the graph's outputs.
-        dtype: see :func:`export`.
-        opset: see :func:`export`.
-        force: replace an artifact at ``output``.
-
-    Raises:
-        BismoothError: the module cannot be traced, or the output folder cannot be used.
-    """
-    from ..export.module import export_module as write
-
-    return _exported(
-        lambda folder: write(
-            module,
-            folder,
-            args,
-            kwargs,
-            dynamic_shapes=dynamic_shapes,
-            input_names=input_names,
-            output_names=output_names,
-        ),
-        output,
-        dtype,
-        opset,
-        force,
-    )
-
-
-def _exported(
-    write: Callable[[Path], Manifest], output: Path, dtype: ComputeType, opset: int, force: bool
-) -> ExportResult:
-    """The artifact whose float32 graph and weights ``write`` puts into a folder."""
-    from ..passes.graph import load
-    from ..passes.linears import find_linears
-
-    start = time.perf_counter()
-    with new_folder(output, force=force) as folder:
-        manifest = write(folder)
-        graph = load(folder / manifest.graphs["float32"])
-        linears = len(find_linears(graph))
-        graphs = _lower_export(graph, folder, manifest, dtype, opset)
-        stage = {"stage": "export", "dtype": str(dtype), "opset": opset}
-        manifest = replace(manifest, graphs=graphs, stages=(stage,))
-        _finish(folder, manifest)
-        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return ExportResult(
-        output, manifest.architecture, tuple(graphs.values()), linears, weights, time.perf_counter() - start
-    )
-
-
-def _lower_export(graph: Any, folder: Path, manifest: Manifest, dtype: ComputeType, opset: int) -> dict[str, str]:
-    """Lower to opset 20 if asked, and add the graph in a 16-bit type."""
-    from ..passes.decompose import Decompose
-    from ..passes.graph import save
-    from ..passes.precision import SetPrecision
-
-    if opset not in (20, 23):
-        raise BismoothError(f"--opset {opset}: Expected 23, or 20 for TensorRT 10.")
-    graphs = dict(manifest.graphs)
-    if opset == 20:
-        Decompose().apply(graph)
-        save(graph, folder / graphs["float32"])
-    if dtype is not ComputeType.FLOAT32:
-        SetPrecision(dtype.value).apply(graph)
-        graphs[dtype.value] = f"model.{dtype.value}.onnx"
-        save(graph, folder / graphs[dtype.value])
-    return graphs
 
 
 def calibrate(
@@ -205,14 +97,17 @@ def quantize(
     Raises:
         BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken.
     """
+    from ..calibrators.calibration import StatisticsCalibration
     from ..passes.quantize import WEIGHTS, quantize_graph
 
     start = time.perf_counter()
     loaded = Artifact.load(artifact, "float")
-    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free)
+    chosen = load_recipe(recipe, alpha, data_free=data_free)
     if output.absolute() == artifact.absolute():
         raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
-    calibration = None if data_free else _calibration(loaded, statistics, chosen)
+    _check_statistics(statistics, chosen, data_free=data_free)
+    found = None if data_free else _find_statistics(loaded, statistics, chosen)
+    calibration, used = (None, None) if found is None else (StatisticsCalibration(found), statistics_record(found))
     with console.progress() as progress, new_folder(output, force=force) as folder:
         with hashing(_carry(loaded, folder)) as hashes:
             result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
@@ -222,7 +117,7 @@ def quantize(
             "stage": "quantize",
             "recipe": chosen.to_dict() | {"name": chosen.name},
             "fingerprint": chosen.fingerprint,
-            "statistics": None if calibration is None else asdict(calibration.provenance),
+            "statistics": used,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
             "sites": [asdict(choice) for choice in result.choices],
@@ -238,12 +133,18 @@ def quantize(
             tools=tool_versions(),
             stages=(*loaded.manifest.stages, stage),
         )
-        _finish(folder, manifest, digests)
+        finish_folder(folder, manifest, digests)
         size = (folder / WEIGHTS).stat().st_size
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
 
-def _with_alpha(recipe: Recipe, alpha: float | None, data_free: bool) -> Recipe:
+def load_recipe(source: str | Path | Recipe, alpha: float | None = None, *, data_free: bool = False) -> Recipe:
+    """The recipe, with its α fixed to ``alpha``.
+
+    Raises:
+        BismoothError: there is no such recipe, it is not valid, or ``alpha`` changes nothing.
+    """
+    recipe = Recipe.load(source)
     if alpha is None:
         return recipe
     if data_free or not recipe.smooths:
@@ -252,8 +153,13 @@ def _with_alpha(recipe: Recipe, alpha: float | None, data_free: bool) -> Recipe:
     return recipe.with_alpha(alpha)
 
 
-def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> StatisticsCalibration | None:
-    from ..calibrators.calibration import StatisticsCalibration
+def _check_statistics(statistics: Path | None, recipe: Recipe, *, data_free: bool) -> None:
+    if statistics is not None and (data_free or not recipe.needs_statistics):
+        reason = "--data none" if data_free else f"the recipe {recipe.name}"
+        raise BismoothError(f"--statistics {statistics}: has no effect with {reason}. Leave one of them out.")
+
+
+def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> Statistics | None:
     from ..calibrators.run import hash_model
     from ..calibrators.statistics import Statistics
 
@@ -267,7 +173,7 @@ def _calibration(artifact: Artifact, statistics: Path | None, recipe: Recipe) ->
         )
     loaded = Statistics.load(path)
     loaded.check_graph(hash_model(artifact.graph("float32")))
-    return StatisticsCalibration(loaded)
+    return loaded
 
 
 def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
@@ -282,7 +188,7 @@ def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
         if path.suffix in (".json", ".jinja", ".txt", ".model"):
             shutil.copyfile(path, target)
         else:
-            place_file(path, target)
+            place_file(path, target, copy=copies_weights(artifact))
             placed[name] = target
     return placed
 
@@ -295,32 +201,49 @@ def build(
     output: Path | None = None,
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
+    dims: Mapping[str, Sizes] | None = None,
     allow_float: bool = False,
     force: bool = False,
 ) -> BuildStageResult:
     """Build an engine of an artifact into a folder of its own, with its audit.
 
+    Args:
+        artifact: float or quantized.
+        engine: its name.
+        capabilities: compute capabilities (86 for SM86) to build for, of engines that are built ahead of time.
+        output: the engine's folder, ``engines/NAME`` in the artifact by default.
+        batch: see ``dims``, for the dimension ``batch``.
+        sequence: see ``dims``, for the dimension ``sequence``.
+        dims: minimum, optimum and maximum of the graph's dynamic dimensions, by their names.
+        allow_float: accept linears that were meant to be INT8 and run in float.
+        force: replace an engine at ``output``.
+
     Raises:
-        BismoothError: the engine cannot be built.
+        BismoothError: the engine cannot be built, or an argument has no effect on it.
         GateError: linears that were meant to be INT8 fell back to float.
     """
-    from ..engines.base import BuildRequest, Profile, Span
-    from .engines import deployment_graph, engine_file, find_builder, lint_for
-
-    loaded = Artifact.load(artifact, "float", "quantized")
-    builder = find_builder(engine)
-    graph = deployment_graph(loaded, engine)
-    if engine == "tensorrt-rtx" and not capabilities:
-        raise BismoothError(
-            "tensorrt-rtx: builds ahead of time for named compute capabilities. "
-            "Expected --capability 86 89 …, got none."
-        )
-    lint_for(graph, engine, capabilities)
-    name = "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
-    target = output or artifact / "engines" / name
-    profile = Profile(
-        batch=Span(*batch) if batch else Profile().batch, sequence=Span(*sequence) if sequence else Profile().sequence
+    from ..engines.base import BuildRequest, Profile
+    from .engines import (
+        check_options,
+        deployment_graph,
+        engine_file,
+        engine_name,
+        find_builder,
+        find_profile,
+        gather_sizes,
+        has_profile,
+        lint_for,
     )
+
+    builder = find_builder(engine)
+    sizes = gather_sizes(batch, sequence, dims)
+    check_options(engine, capabilities, sizes)
+    loaded = Artifact.load(artifact, "float", "quantized")
+    graph = deployment_graph(loaded, engine)
+    profile = find_profile(graph, sizes) if has_profile(engine) else Profile()
+    lint_for(graph, engine, capabilities)
+    name = engine_name(engine, capabilities)
+    target = output or artifact / "engines" / name
     with console.progress() as progress, new_folder(target, force=force) as folder:
         request = BuildRequest(
             onnx=graph,
@@ -330,11 +253,12 @@ def build(
             meant_int8=meant_int8(loaded),
             allow_float=allow_float,
             source=engine_source(loaded) | {"architecture": loaded.manifest.architecture},
+            copy_weights=copies_weights(loaded),
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
-        _finish(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)), loaded.manifest.hashes)
+        finish_folder(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)), loaded.manifest.hashes)
     moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
     return BuildStageResult(target, moved)
 
@@ -353,18 +277,25 @@ def verify(
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
 
     A run of some ``hops`` alone is no verdict on the artifact: its report goes to ``verify-partial.json``.
+    A gate in ``thresholds`` that nothing is held against, since its hop is skipped or has no such figure, is missed.
 
     Raises:
-        BismoothError: the artifact or the text cannot be used.
+        BismoothError: the artifact or the text cannot be used, or a gate is of a hop that is not run.
     """
     from ..calibrators.data import load_tokenizer, load_windows
 
     loaded = Artifact.load(artifact, "float", "quantized")
-    gates = _gates(loaded).replaced(dict(thresholds or {}))
+    limits = dict(thresholds or {})
+    gates = _gates(loaded).replaced(limits)
+    check_gates(limits, find_hops(loaded, hops or tuple(Hop)))
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
+    ids = text.ids[skip_windows:]
     with console.progress() as progress:
-        result = verify_artifact(loaded, text.ids[skip_windows:], gates, tuple(hops) or tuple(Hop), progress)
-    result = replace(result, data={"data": list(map(str, data)), "data_sha256": text.sha256})
+        result = verify_artifact(loaded, ids, gates, tuple(hops) or tuple(Hop), progress)
+    result = replace(
+        result.demanding([name for name, limit in limits.items() if limit is not None]),
+        data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
+    )
     _write_json(output or artifact / ("verify-partial.json" if hops else "verify.json"), result.to_json())
     return result
 
@@ -385,138 +316,6 @@ def inspect(path: Path) -> Any:
     from .inspect import inspect_path
 
     return inspect_path(path)
-
-
-def compile(
-    source: str | Path,
-    recipe: str | Path | Recipe,
-    engines: Sequence[str],
-    data: Sequence[str],
-    output: Path,
-    *,
-    verify_data: Sequence[str] = (),
-    calibrate_windows: int = 8,
-    verify_windows: int = 16,
-    length: int = 512,
-    rows: int = 256,
-    seed: int = 0,
-    alpha: float | None = None,
-    opset: int = 23,
-    capabilities: Sequence[int] = (),
-    batch: Sizes | None = None,
-    sequence: Sizes | None = None,
-    thresholds: Mapping[str, float | None] | None = None,
-    allow_float: bool = False,
-    trust_remote_code: bool = False,
-    force: bool = False,
-) -> CompileResult:
-    """Run all stages: ``output/float`` and ``output/quantized``, with the engines and ``verify.json`` in the latter.
-
-    Without ``verify_data``, the windows of ``data`` that follow those of the calibration are used. Without any data the
-    weights alone decide, and nothing is verified.
-
-    Raises:
-        BismoothError: bad input to any stage.
-        GateError: linears that were meant to be INT8 fell back to float.
-    """
-    start = time.perf_counter()
-    chosen = _with_alpha(Recipe.load(recipe), alpha, data_free=not data)
-    plans = _engine_plans(engines, capabilities)
-    _check_inputs(chosen, engines, [*data, *verify_data], data_free=not data)
-    if force:
-        with suppress(OSError):  # then nothing can be written there: the export says so
-            (output / "compile.json").unlink()
-    exported = export(
-        source,
-        output / "float",
-        dtype=chosen.compute_dtype,
-        opset=opset,
-        trust_remote_code=trust_remote_code,
-        force=force,
-    )
-    if verify_data or data:
-        skipped = 0 if verify_data else calibrate_windows
-        _check_text(exported.artifact, verify_data or data, skipped + verify_windows, length)
-    if data:
-        calibrate(
-            exported.artifact,
-            data,
-            windows=calibrate_windows,
-            length=length,
-            rows=rows,
-            seed=seed,
-            histograms=chosen.needs_histograms,
-        )
-    quantized = quantize(exported.artifact, chosen, output / "quantized", data_free=not data, alpha=alpha, force=force)
-    built = [
-        build(quantized.artifact, engine, capabilities=group, batch=batch, sequence=sequence, allow_float=allow_float)
-        for engine, group in plans
-    ]
-    verified = None
-    if verify_data or data:
-        verified = verify(
-            quantized.artifact,
-            verify_data or data,
-            windows=verify_windows,
-            length=length,
-            thresholds=thresholds,
-            skip_windows=0 if verify_data else calibrate_windows,
-        )
-    result = CompileResult(exported, quantized, tuple(built), verified, time.perf_counter() - start, peak_rss())
-    _write_json(output / "compile.json", result.to_json())
-    return result
-
-
-def _check_inputs(recipe: Recipe, engines: Sequence[str], sources: Sequence[str], *, data_free: bool) -> None:
-    """Find out now what a later stage would refuse, before the first stage has run.
-
-    Raises:
-        BismoothError: an engine or a text that cannot be used, or a recipe that needs text where there is none.
-    """
-    from ..calibrators.data import RANDOM
-    from ..calibrators.sources import check_source
-    from .engines import require_engine
-
-    for engine in engines:
-        require_engine(engine)
-    for source in sources:
-        if source != RANDOM:
-            check_source(source)
-    if data_free and recipe.has_static_scales:
-        raise BismoothError(
-            f"recipe {recipe.name}: has static activation scales, which come from text. Expected --data FILE, "
-            "got none. Or take a recipe with per-token activations."
-        )
-
-
-def _check_text(artifact: Path, sources: Sequence[str], windows: int, length: int) -> None:
-    """Raise :class:`BismoothError` now if there is too little text for verification."""
-    from ..calibrators.data import load_tokenizer, load_windows
-
-    load_windows(sources, load_tokenizer(artifact), windows=windows, length=length)
-
-
-def _engine_plans(engines: Sequence[str], capabilities: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """One build per engine; SM75 cannot share one with other capabilities."""
-    plans: list[tuple[str, tuple[int, ...]]] = []
-    for engine in engines:
-        if engine != "tensorrt-rtx":
-            plans.append((engine, ()))
-            continue
-        wanted = tuple(capabilities) or (75, 80, 86, 89, 120)
-        groups = (tuple(c for c in wanted if c == 75), tuple(c for c in wanted if c != 75))
-        plans += [(engine, group) for group in groups if group]
-    return plans
-
-
-def peak_rss() -> int:
-    """Peak resident memory in bytes of this process and of its largest child."""
-    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usages) * 1024
-
-
-def _finish(folder: Path, manifest: Manifest, hashes: Mapping[str, str] = MappingProxyType({})) -> None:
-    write_manifest(folder, replace(manifest, files=scan_files(folder, hashes)))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

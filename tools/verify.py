@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
 
-__all__ = ["HopResult", "VerifyResult", "read_audit", "verify_artifact"]
+__all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "read_audit", "verify_artifact"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,14 +66,29 @@ def verify_artifact(
     Raises:
         BismoothError: a graph cannot be run, or there is no space for the outputs of the float graph.
     """
-    quantized = artifact.manifest.kind == "quantized"
-    wanted = [hop for hop in Hop if hop in hops and (quantized or hop not in _QUANTIZED_ONLY)]
+    wanted = find_hops(artifact, hops)
     verifier = _Verifier(artifact, ids, gates, progress)
     results = verifier.run(wanted)
     layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
     return VerifyResult(
         artifact.path, len(ids), ids.shape[1], results, gates, layers, engine_source(artifact), tools=tool_versions()
     )
+
+
+def find_hops(artifact: Artifact, hops: Sequence[Hop]) -> list[Hop]:
+    """Those of ``hops`` that an artifact of this kind has, in their order."""
+    quantized = artifact.manifest.kind == "quantized"
+    return [hop for hop in Hop if hop in hops and (quantized or hop not in _QUANTIZED_ONLY)]
+
+
+def check_gates(names: Iterable[str], hops: Sequence[Hop]) -> None:
+    """Raise :class:`BismoothError` if a gate was named that judges none of ``hops``."""
+    for name in names:
+        if (hop := Gates.hop(name)) not in hops:
+            raise BismoothError(
+                f"--gate {name}: has no effect: it judges the hop {hop}, which this run does not have. "
+                f"Its hops are: {', '.join(hops) or 'none'}. Leave the gate out, or judge its hop too."
+            )
 
 
 class _Verifier:

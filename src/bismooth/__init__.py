@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
+    from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
-    from .tools.stages import compile as compile_model
     from .tools.stages import export as export_model
 
     __version__: str
@@ -45,7 +45,7 @@ _HOME = {
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
-    "compile_model": (_STAGES, "compile"),
+    "compile_model": ("bismooth.tools.pipeline", "compile"),
     "export_model": (_STAGES, "export"),
     "export_module": (_STAGES, "export_module"),
     "inspect": (_STAGES, "inspect"),

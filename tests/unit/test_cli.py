@@ -41,7 +41,7 @@ class Done:
 
 @dataclass
 class Stages:
-    """Stands in for the module ``bismooth.tools.stages``."""
+    """Stands in for the modules ``bismooth.tools.stages`` and ``pipeline``."""
 
     outcome: Mapping[str, Any] | BaseException = field(default_factory=lambda: {"size_bytes": 2_000_000})
     name: str = ""
@@ -61,8 +61,9 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    monkeypatch.setitem(sys.modules, "bismooth.tools.stages", fake)
-    monkeypatch.setattr(bismooth.tools, "stages", fake, raising=False)
+    for module in ("stages", "pipeline"):
+        monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
+        monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
 
 
@@ -85,6 +86,8 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == (Path("ART2"), "tensorrt-rtx")
     assert stages.named["capabilities"] == (86, 89, 120)
     assert (stages.named["batch"], stages.named["sequence"]) == ((1, 1, 1), (1, 128, 512))
+    assert run("build ART2 --engine null --dim rows=2 a=b=1:2:3") == 0
+    assert stages.named["dims"] == {"rows": (2, 2, 2), "a=b": (1, 2, 3)}
     assert run("verify ART2 --data a.txt --windows 3 --hop folded int8 --gate kl=1e-4 kl_p99=.5 top1=none") == 0
     assert stages.named["hops"] == ("folded", "int8")
     assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}
@@ -128,6 +131,7 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
     assert stages.named["data_free"] is False
     assert run("compile model --engine null --data none -o art") == 0
     assert stages.positional[3] == ()
+    assert run("compile model --engine null --data none --verify-data a.txt --verify-windows 3 -o art") == 0
     assert run("compile model --engine null --data a.txt none -o art") == 2
     assert "--data: Expected 'none' alone, got a.txt none." in capsys.readouterr().err
     assert run("quantize art -o art2 --data a.txt") == 2
@@ -139,6 +143,7 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
     [
         ("exprot model", "No such command 'exprot'. Did you mean 'export'? See 'bismooth --help'."),
         ("export model", "Missing option '--output' / '-o'. See 'bismooth export --help'."),
+        ("build art", "Missing option '--engine'. Choose from: tensorrt-rtx, tensorrt, onnxruntime, null. See"),
         ("export -o art", "Missing argument 'SOURCE'. See 'bismooth export --help'."),
         ("verify --data a.txt b.txt", "Missing argument 'ART'. See 'bismooth verify --help'."),
         ("inspect art --jason", "No such option: --jason"),
@@ -154,6 +159,23 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
         (
             "build art --engine null --batch 4:2:8",
             "--batch: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got '4:2:8'.",
+        ),
+        ("build art --engine null --dim rows", "--dim: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX"),
+        ("build art --engine null --dim =1", "--dim: Expected NAME=MIN:OPT:MAX, got '=1'."),
+        ("build art --engine null --dim rows=1 rows=2", "--dim: rows has sizes twice. Expected them once."),
+        ("calibrate art --data none", "--data none: Expected text. To quantize without: 'bismooth quantize ART"),
+        ("verify art --data none", "--data none: Expected text. Programs are compared by what they compute on it."),
+        (
+            "compile model --engine null -o art --data none --rows 5",
+            "--rows: has no effect: --data none calibrates on no text. Leave it out.",
+        ),
+        (
+            "compile model --engine null -o art --data none --verify-data a.txt --seed 5",
+            "--seed: has no effect: --data",
+        ),
+        (
+            "compile model --engine null -o art --data none --verify-windows 5",
+            "--verify-windows: has no effect: --data none without --verify-data verifies nothing. Leave it out.",
         ),
         ("build art --engine null --sequence 0", "--sequence: Expected MIN:OPT:MAX"),
         ("build art --engine null --sequence 1:2", "--sequence: Expected MIN:OPT:MAX"),
@@ -196,7 +218,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. What was there before is intact. Run the command again; 'compile' then needs --force.",
+            "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
         ),
         (
             ValueError("two\nlines"),

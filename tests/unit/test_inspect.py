@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from bismooth.calibrators.statistics import Provenance
+from bismooth.calibrators.writer import StatisticsWriter
+from bismooth.engines.audit import Audit
+from bismooth.engines.base import BuildRequest, EngineRecord
+from bismooth.engines.publish import publish
 from bismooth.export.artifact import Manifest, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.safetensors_file import SafetensorsWriter
+from bismooth.tools.engines import engine_file, find_builder
 from bismooth.tools.inspect import inspect_path
 from tests.quantized import channel_scaled_activation, make, per_token, save, weight_only
 
@@ -75,3 +84,101 @@ def test_the_documented_keys_of_the_manifest_are_those_written() -> None:
     rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
     keys = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert keys == set(json.loads(json.dumps(Manifest("float", {}, {}).to_json())))
+
+
+def built(tmp_path: Path, engine: str) -> Path:
+    """An engine folder without its manifest."""
+    graph = save(per_token("q_proj"), tmp_path)
+    target = tmp_path / "engine"
+    find_builder(engine).build(BuildRequest(graph, target / engine_file(engine), source={"architecture": "Tiny"}))
+    return target
+
+
+def test_an_engine_file_is_known_by_its_audit(tmp_path: Path) -> None:
+    folder = built(tmp_path, "null")
+    result = inspect_path(folder / "model.engine")
+    assert result.to_json()["model"] == "Tiny"
+    assert result.to_json()["engine"]["runtime"] == "null"
+    write_manifest(folder, Manifest("engine", {}, {}, architecture="Tiny", tools={"python": "3"}))
+    whole = inspect_path(folder).to_json()
+    assert whole == {**result.to_json(), "path": str(folder), "tools": {"python": "3"}}
+    (folder / "model.audit.json").unlink()
+    with pytest.raises(BismoothError, match=r"there is no model\.audit\.json beside it"):
+        inspect_path(folder / "model.engine")
+
+
+def test_a_graph_for_onnx_runtime_is_judged_for_that_alone(tmp_path: Path) -> None:
+    """As an engine TensorRT's rules do not concern it; anywhere else they do."""
+    path = save(channel_scaled_activation(), tmp_path)
+    assert inspect_path(path).failures
+    record = EngineRecord("onnxruntime", "1", (), {}, 1, "", {})
+    publish(save(channel_scaled_activation(), tmp_path), path, record, Audit((), {}, 0, 0, 0))
+    result = inspect_path(path)
+    assert set(result.to_json()["findings"]) == {"onnxruntime"}
+    assert result.failures == ()
+
+
+def test_statistics_say_what_they_were_taken_from(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    with path.open("wb") as file:
+        provenance = Provenance("graph", "tokenizer", "data", 2, 8, 1)
+        writer = StatisticsWriter(file, provenance, {"x": 4}, np.arange(3), histograms=False)
+        writer.rows("x", 0, np.zeros((3, 4), np.float32))
+    document = inspect_path(path).to_json()
+    assert (document["kind"], document["values"], document["rows"], document["histograms"]) == (
+        "statistics",
+        1,
+        3,
+        False,
+    )
+    assert (document["data_sha256"], document["windows"], document["length"], document["seed"]) == ("data", 2, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "message"),
+    [
+        ("model.gguf", "model.gguf", r"is a GGUF model\. Make an artifact of it: bismooth export .*model\.gguf -o ART"),
+        ("config.json", "", r"not a bismooth artifact, but a Hugging Face model\. Make an artifact .* bismooth export"),
+        ("model.engine", "", r"an engine without its bismooth\.json\. Look at the file: .*model\.engine"),
+        ("notes.txt", "", r"not a bismooth artifact: there is no bismooth\.json"),
+    ],
+)
+def test_what_is_something_else(tmp_path: Path, file: str, path: str, message: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(BismoothError, match=message):
+        inspect_path(tmp_path / path)
+
+
+def test_a_folder_of_artifacts_names_them(tmp_path: Path) -> None:
+    for name in ("quantized", "float"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, Manifest("float", {}, {}))
+    with pytest.raises(BismoothError, match=r"but holds float, quantized\. Look at one: bismooth inspect .*/float"):
+        inspect_path(tmp_path)
+
+
+def test_weights_are_not_statistics(tmp_path: Path) -> None:
+    with SafetensorsWriter(tmp_path / "w.safetensors", [("w", np.dtype(np.float32), (1,))]) as writer:
+        writer.write("w", np.ones(1, np.float32))
+    with pytest.raises(BismoothError, match=r"holds weights, not statistics\. Expected a file of 'bismooth calibrate'"):
+        inspect_path(tmp_path / "w.safetensors")
+
+
+def test_an_artifact_of_another_version(tmp_path: Path) -> None:
+    linear = {"name": "q", "node": "q/MatMul", "int8": True}
+    stage = {
+        "stage": "quantize",
+        "recipe": {"name": "r"},
+        "fingerprint": "",
+        "content_sha256": "",
+        "quantized": [linear],
+    }
+
+    def inspected(**changes: Any) -> str:
+        write_manifest(tmp_path, Manifest("quantized", {}, {}, stages=({**stage, **changes},)))
+        with pytest.raises(BismoothError, match="was quantized by another version of bismooth") as error:
+            inspect_path(tmp_path)
+        return str(error.value)
+
+    assert "its manifest lacks node, int8. Run 'bismooth quantize' again" in inspected(quantized=[{"name": "q"}])
+    assert "its manifest lacks float. Run" in inspected()

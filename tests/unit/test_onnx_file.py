@@ -84,6 +84,9 @@ def test_a_cnn_comes_out_as_it_went_in(tmp_path: Path, target: Path, weights: An
         "path": str(path),
         "format": "onnx",
         "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "files": {
+            file.name: {"size": len(content), "mtime_ns": time} for file, (content, time) in sorted(before.items())
+        },
     }
     np.testing.assert_array_equal(run(target / "model.onnx"), run(path))
     assert (target / DATA).samefile(path.parent / DATA) == (weights == "link")

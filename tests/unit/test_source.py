@@ -18,9 +18,12 @@ from bismooth.export.source import (
     GgufSource,
     HuggingFaceSource,
     OnnxSource,
+    identify,
     read_weights,
     resolve_source,
 )
+from tests.quantized import make
+from tests.quantized import save as save_graph
 
 CONFIG: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -266,3 +269,29 @@ def test_what_is_downloaded(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [[WEIGHTS, INDEX], [WEIGHTS, INDEX, "1.safetensors"]]
     resolve_source("org/tiny", trust_remote_code=True)
     assert asked[2:] == [[WEIGHTS, "*.py", INDEX], [WEIGHTS, "*.py", INDEX, "1.safetensors"]]
+
+
+def test_a_source_is_known_by_all_of_its_files(tmp_path: Path) -> None:
+    folder = whole_model(tmp_path / "m")
+    for name in ("tokenizer.json", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    found = identify(folder, resolve_source(folder))
+    assert (found["path"], found["format"]) == (str(folder), "huggingface")
+    assert set(found["files"]) == {WEIGHTS, "config.json", "tokenizer.json"}
+    status = (folder / WEIGHTS).stat()
+    assert found["files"][WEIGHTS] == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    assert found == identify(folder, resolve_source(folder)) == json.loads(json.dumps(found))
+    (folder / "vocab.json").write_text("{}")
+    assert found != identify(folder, resolve_source(folder))
+
+
+def test_an_onnx_file_is_known_by_its_weights_too(tmp_path: Path) -> None:
+    graph = make("(float[rows, 256] x) => (float[rows, 256] y) { y = MatMul(x, w) }", w=np.ones((256, 256), np.float32))
+    path = save_graph(graph, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    found = identify(path, resolve_source(path))
+    assert found["format"] == "onnx"
+    assert set(found["files"]) == {"model.onnx", "weights.bin"}
+    (tmp_path / "model.gguf").touch()
+    gguf = tmp_path / "model.gguf"
+    assert set(identify(gguf, resolve_source(gguf))["files"]) == {"model.gguf"}

@@ -4,16 +4,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bismooth.export.artifact import Artifact, Manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.export.hashing import file_sha256
 from bismooth.passes import quantize
+from bismooth.passes.gates import Hop
 from bismooth.passes.spec import ComputeType
-from bismooth.tools import stages
+from bismooth.tools import pipeline, stages
 from bismooth.tools.inspect import inspect_path
 from tests.graphs import Builder
+from tests.quantized import make, save
 
 
 @pytest.fixture
@@ -80,14 +83,76 @@ def test_weights_that_are_modified_while_they_are_quantized(
     assert not (tmp_path / "q").exists()
 
 
-def test_an_unknown_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.textgraphs import make
+@pytest.mark.parametrize(("recipe", "data_free"), [("w8a8", True), ("w8a16", False)])
+def test_statistics_without_effect(artifact: Path, tmp_path: Path, recipe: str, data_free: bool) -> None:
+    with pytest.raises(BismoothError, match=r"--statistics s\.safetensors: has no effect with "):
+        stages.quantize(artifact, recipe, tmp_path / "out", statistics=Path("s.safetensors"), data_free=data_free)
 
-    source = tmp_path / "model.onnx"
-    source.write_bytes(make("(float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }").SerializeToString())
+
+def test_a_gate_of_a_hop_that_is_not_run(artifact: Path) -> None:
+    message = r"--gate kl: has no effect: it judges the hop reference, .* Its hops are: "
+    with pytest.raises(BismoothError, match=f"{message}float, half"):
+        stages.verify(artifact, ["nowhere.txt"], thresholds={"kl": 0.1})
+    with pytest.raises(BismoothError, match=f"{message}half"):
+        stages.verify(artifact, ["nowhere.txt"], thresholds={"kl": None}, hops=[Hop.HALF])
+
+
+def test_an_unknown_opset_is_found_before_the_source_is_read(tmp_path: Path) -> None:
     with pytest.raises(BismoothError, match=r"--opset 12: Expected 23, or 20"):
-        stages.export(source, tmp_path / "out", dtype=ComputeType.FLOAT32, opset=12)
+        stages.export(tmp_path / "nowhere", tmp_path / "out", dtype=ComputeType.FLOAT32, opset=12)
+
+
+@pytest.mark.parametrize(
+    ("engines", "options", "message"),
+    [
+        (
+            ["null"],
+            {"capabilities": (86,)},
+            r"--capability 86: has no effect without the engine tensorrt-rtx, got null",
+        ),
+        (["onnxruntime"], {"batch": (1, 2, 3)}, r"--batch: has no effect on engine onnxruntime"),
+        (["null"], {"thresholds": {"kl": 0.1}}, r"--gate kl: has no effect: without text nothing is verified"),
+        (["null"], {"thresholds": {"kll": 0.1}}, r"There is no gate 'kll'"),
+        (["null"], {"opset": 12}, r"--opset 12"),
+    ],
+)
+def test_compile_refuses_what_it_could_only_ignore(
+    tmp_path: Path, engines: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BismoothError, match=message):
+        pipeline.compile(tmp_path / "no-model", "w8a8", engines, [], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_compile_takes_sizes_if_one_of_its_engines_does(tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    weight = np.ones((4, 4), np.float32)
+    graph = "(float[rows, 4] x) => (float[rows, 4] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, w) }"
+    source.write_bytes(make(graph, w=weight).SerializeToString())
+    engines = ["onnxruntime", "null", "null"]
+    with pytest.raises(BismoothError, match="'rows' of input 'x' has no sizes"):
+        pipeline.compile(source, "w8a8", engines, [], tmp_path / "out")
+    assert set((tmp_path / "out").iterdir()) == {tmp_path / "out/float"}
+    result = pipeline.compile(source, "w8a8", engines, [], tmp_path / "out", dims={"rows": (1, 2, 3)})
+    assert result.kept == ("float",)
+    shapes = [engine.result.record.shapes for engine in result.engines]
+    assert shapes == [{}, {"x": ((1, 4), (2, 4), (3, 4))}]
+
+
+def test_copied_weights_stay_copies(tmp_path: Path) -> None:
+    """In the artifact, in what is quantized from it, and in the folder for ONNX Runtime."""
+    (tmp_path / "source").mkdir()
+    graph = "(float[batch, 256] x) => (float[batch, 256] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    weights = {name: np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32) for name in "wv"}
+    source = save(make(graph, **weights), tmp_path / "source")
+    for name, copy_weights in (("copied", True), ("linked", False)):
+        folder = tmp_path / name
+        stages.export(source, folder / "float", copy_weights=copy_weights)
+        stages.quantize(folder / "float", "w8a8", folder / "int8", data_free=True)
+        engine = stages.build(folder / "int8", "onnxruntime").folder
+        links = [(path / "weights.bin").stat().st_nlink for path in (folder / "float", folder / "int8", engine)]
+        assert [count > 1 for count in links] == [not copy_weights] * 3
+        assert all(path.stat().st_nlink == 1 for path in folder.rglob("*") if path.is_file()) == copy_weights
 
 
 @pytest.mark.parametrize(
@@ -100,7 +165,7 @@ def test_an_unknown_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_compile_refuses_before_it_starts(tmp_path: Path, recipe: str, engine: str, data: str, message: str) -> None:
     with pytest.raises(BismoothError, match=message):
-        stages.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
+        pipeline.compile(tmp_path / "no-model", recipe, [engine], [data] if data else [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

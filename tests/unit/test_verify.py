@@ -58,6 +58,16 @@ def test_the_verdict_says_what_was_not_judged() -> None:
     assert result(passed, skipped).brief()["notes"] == {"device": "needs a GPU"}
 
 
+def test_a_gate_that_was_asked_for_is_judged_or_missed() -> None:
+    passed = judge(Hop.REFERENCE, kl=1.0, top1=0.5).result({"kl": 0.5})
+    skipped = judge(Hop.DEVICE).skip("needs a GPU")
+    assert result(passed, skipped).demanding(["kl"]).failures == ()
+    assert result(passed, skipped).demanding(["top1", "device_kl"]).failures == (
+        "reference: top1 was asked for and could not be judged: it was not measured.",
+        "device: device_kl was asked for and could not be judged: needs a GPU.",
+    )
+
+
 def test_the_summary_is_of_the_int8_kernels() -> None:
     names = ("reference_perplexity", "perplexity", "perplexity_ratio", "kl", "top1")
     half = judge(Hop.HALF).result(dict.fromkeys(names, 1.0))

@@ -1,0 +1,122 @@
+"""What ``compile`` finds at its output: per stage, whether it is what the stage would make, or what differs.
+
+Each function returns None, or the first difference in words, and raises :class:`BismoothError` if what is there is
+damaged. Nothing is judged by age: a result is taken only if everything that decides it is recorded and the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ..engines.base import BuildResult, Profile, audit_path
+from ..engines.linears import summarize
+from ..export.artifact import Artifact, Manifest
+from ..export.versions import tool_versions
+from ..passes.recipe import Recipe
+from .meant import quantize_stage, statistics_record
+from .results import BuildStageResult
+from .shipped import load_engine
+from .verify import read_audit
+
+_ENGINE_PACKAGES = frozenset({"tensorrt", "tensorrt-rtx-cu12"})
+"""Their versions decide about engines alone."""
+
+
+def float_differs(folder: Path, source: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
+    """``source`` as the manifest identifies it, ``options`` as the entry of the stage."""
+    manifest = Artifact.load(folder, "float").manifest
+    files, wanted = (cast(Mapping[str, Any], record.get("files", {})) for record in (manifest.source, source))
+    if manifest.source.get("path") == source["path"]:
+        for name in {**files, **wanted}:
+            if files.get(name) != wanted.get(name):
+                return f"the source's file {name} is not the one that it was made of"
+    return (
+        _difference("source", manifest.source, {**manifest.source, **source})
+        or _difference("export", _export_stage(manifest), options)
+        or _tools_differ(manifest, _ENGINE_PACKAGES)
+    )
+
+
+def statistics_differ(folder: Path, wanted: Mapping[str, Any], *, histograms: bool) -> str | None:
+    """``wanted`` as :func:`.meant.statistics_record` gives it."""
+    from ..calibrators.statistics import Statistics
+
+    found = Statistics.load(folder)
+    if histograms and not found.has_histograms:
+        return "it has no histograms, which the recipe needs"
+    return _difference("calibrate", statistics_record(found), wanted)
+
+
+def quantized_differs(
+    folder: Path, made_of: Manifest, recipe: Recipe, statistics: Mapping[str, Any] | None
+) -> str | None:
+    """``made_of`` of the float artifact; ``statistics`` as :func:`.meant.statistics_record` gives it."""
+    artifact = Artifact.load(folder, "quantized")
+    manifest, stage = artifact.manifest, quantize_stage(artifact)
+    said = recipe.to_dict() | {"name": recipe.name}
+    return (
+        _difference("source", manifest.source, made_of.source)
+        or _difference("export", _export_stage(manifest), _export_stage(made_of))
+        or _difference("recipe", stage["recipe"]["name"], recipe.name)
+        or _difference("recipe", stage["recipe"], said | {"description": stage["recipe"].get("description")})
+        or _difference("statistics", {"of": stage.get("statistics")}, {"of": statistics})
+        or _tools_differ(manifest, _ENGINE_PACKAGES)
+    )
+
+
+def engine_differs(
+    folder: Path, artifact: Artifact, graph: Path, capabilities: tuple[int, ...], profile: Profile, *, allow_float: bool
+) -> str | None:
+    """``graph`` is what the engine is built of."""
+    shipped = load_engine(folder, artifact)
+    inputs = summarize(graph).inputs
+    shapes = {name: profile.shapes(name, inputs[name]) for name in shipped.record.shapes if name in inputs}
+    fallbacks = read_audit(audit_path(shipped.file)).fallbacks
+    if fallbacks and not allow_float:
+        return f"{len(fallbacks)} linears run in float, and --allow-float is not given"
+    return (
+        _difference("capabilities", {"of": shipped.record.capabilities}, {"of": capabilities})
+        or _difference("shapes", shipped.record.shapes, shapes)
+        or _tools_differ(Artifact.load(folder, "engine").manifest, frozenset())
+    )
+
+
+def finished_engine(folder: Path, artifact: Artifact) -> BuildStageResult:
+    """What the build of an engine that is there once returned."""
+    shipped = load_engine(folder, artifact)
+    audit_file = audit_path(shipped.file)
+    return BuildStageResult(
+        folder, BuildResult(shipped.file, audit_file, shipped.record, read_audit(audit_file), 0.0, None)
+    )
+
+
+def _export_stage(manifest: Manifest) -> Mapping[str, Any]:
+    return manifest.stages[0] if manifest.stages else {}
+
+
+def _tools_differ(manifest: Manifest, but: frozenset[str]) -> str | None:
+    found, now = (
+        {name: version for name, version in versions.items() if name not in but}
+        for versions in (manifest.tools, tool_versions())
+    )
+    return _difference("version", found, now)
+
+
+def _difference(name: str, found: Any, wanted: Any) -> str | None:
+    """The first place where plain data differ: ``recipe.gates.kl is 0.02, and would be 0.05``."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        old, new = cast(Mapping[str, Any], found), cast(Mapping[str, Any], wanted)
+        for key in {**old, **new}:
+            path = name if key == "of" else f"{name}.{key}"
+            if text := _difference(path, old.get(key), new.get(key)):
+                return text
+        return None
+    left, right = _shown(found), _shown(wanted)
+    return None if left == right else f"{name} is {left}, and would be {right}"
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
