@@ -12,7 +12,7 @@ from ..export.errors import BismoothError
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
 
-_KEYS = ("recipe", "fingerprint", "content_sha256", "quantized")
+_KEYS = ("recipe", "fingerprint", "quantized")
 _LINEAR_KEYS = ("name", "node", "int8")
 
 

@@ -170,7 +170,6 @@ def test_an_artifact_of_another_version(tmp_path: Path) -> None:
         "stage": "quantize",
         "recipe": {"name": "r"},
         "fingerprint": "",
-        "content_sha256": "",
         "quantized": [linear],
     }
 
