@@ -222,7 +222,7 @@ def _session_options(
     options.intra_op_num_threads = threads or 0
     # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-    entries = dict(mode)
+    entries = dict(mode) | {"session.intra_op.allow_spinning": "0"}  # waiting threads would slow down all others
     if isinstance(model, InMemoryGraph):
         entries["session.model_external_initializers_file_folder_path"] = str(model.folder)
     if provider != "cpu":

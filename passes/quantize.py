@@ -13,7 +13,7 @@ Written into the output folder, which already holds the float graph's weight fil
 ``quantized.safetensors``
     INT8 weights, scales and 16-bit weights of both Q/DQ graphs.
 
-Weights pass through memory one at a time, while factors are searched those behind one site.
+Weights pass through memory a few at a time, while factors are searched those behind two sites.
 """
 
 from __future__ import annotations

@@ -18,12 +18,13 @@ from .fold_passes import folded_name
 from .fold_underflow import require_kept
 from .graph import Index
 from .linears import Linear
+from .parallel import ordered_map
 from .precision import NARROW_TYPES, StoredCast, narrow_pieces, store
 from .progress import Progress
 from .qdq import WeightNames, rescale
 from .spec import ComputeType, LinearSpec, StaticActivation
 from .weight_reader import WeightReader
-from .weights import quantize_weight, row_chunks
+from .weights import QuantizedWeight, quantize_weight, row_chunks
 
 Float = NDArray[np.float32]
 
@@ -125,7 +126,7 @@ def narrow_name(cast: StoredCast) -> str:
 def write_weights(
     file: WeightFile, sources: WeightSources, casts: Sequence[StoredCast], progress: Progress
 ) -> tuple[QuantizedLinear, ...]:
-    """Compute and write all tensors of the file, one in memory at a time.
+    """Compute and write all tensors of the file, a few in memory at a time.
 
     Args:
         file: Tensors of linears are declared; those of ``casts`` are added.
@@ -162,12 +163,14 @@ class _Tensors:
     def write(self, progress: Progress) -> tuple[QuantizedLinear, ...]:
         done: list[QuantizedLinear] = []
         linears, total = self.sources.linears, len(self.sources.linears) + len(self.casts)
-        for number, linear in enumerate(linears):
-            if self.sources.specs[linear.name].quantized:
-                done.append(self._quantized(linear))
-            elif folded_name(linear) in self.writer.entries:
+        quantized = [linear for linear in linears if self.sources.specs[linear.name].quantized]
+        for linear, weight in zip(quantized, ordered_map(self._quantize, quantized), strict=True):
+            done.append(self._write_quantized(linear, weight))
+            progress("write weights", len(done), total)
+        for linear in linears:
+            if folded_name(linear) in self.writer.entries and not self.sources.specs[linear.name].quantized:
                 self._folded(linear)
-            progress("write weights", number + 1, total)
+        progress("write weights", len(linears), total)
         for name, casts in list(self.casts.items()):
             reader = self.sources.reader
             tensor = reader.tensor(name) if name in reader else casts[0].initializer
@@ -178,12 +181,15 @@ class _Tensors:
         progress("write weights", total, total)
         return tuple(done)
 
-    def _quantized(self, linear: Linear) -> QuantizedLinear:
+    def _quantize(self, linear: Linear) -> QuantizedWeight:
+        spec = self.sources.specs[linear.name]
+        storage = NARROW_TYPES.get(self.sources.compute) if spec.activations is None else None
+        weight = self.sources.folded(linear)
+        return quantize_weight(weight, linear.weight, storage=storage, group=spec.group)
+
+    def _write_quantized(self, linear: Linear, quantized: QuantizedWeight) -> QuantizedLinear:
         spec, names = self.sources.specs[linear.name], WeightNames.of(linear)
         weight_only = spec.activations is None
-        storage = NARROW_TYPES.get(self.sources.compute) if weight_only else None
-        weight = self.sources.folded(linear)
-        quantized = quantize_weight(weight, linear.weight, storage=storage, group=spec.group)
         self.writer.write(names.values, np.moveaxis(quantized.values, 0, -1))
         limit = self.sources.ranges[linear.x] if isinstance(spec.activations, StaticActivation) else None
         scale = quantized.scale if weight_only else rescale(quantized.scale, limit)
