@@ -206,6 +206,9 @@ def verify(
     artifact: o.Artifact,
     data: o.Data,
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to compare on.")] = 16,
+    skip_windows: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Windows to pass over first, such as those of the calibration.")
+    ] = 0,
     length: o.Length = 512,
     hop: Annotated[
         list[Hop], typer.Option("--hop", metavar="NAME...", help=f"Hops to judge, of {', '.join(Hop)}.")
@@ -225,6 +228,7 @@ def verify(
         artifact,
         text,
         windows=windows,
+        skip_windows=skip_windows,
         length=length,
         hops=tuple(hop),
         thresholds=thresholds,

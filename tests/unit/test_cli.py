@@ -88,9 +88,11 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert (stages.named["batch"], stages.named["sequence"]) == ((1, 1, 1), (1, 128, 512))
     assert run("build ART2 --engine null --dim rows=2 a=b=1:2:3") == 0
     assert stages.named["dims"] == {"rows": (2, 2, 2), "a=b": (1, 2, 3)}
-    assert run("verify ART2 --data a.txt --windows 3 --hop folded int8 --gate kl=1e-4 kl_p99=.5 top1=none") == 0
+    assert run("verify ART2 --data a.txt --hop folded int8 --gate kl=1e-4 kl_p99=.5 top1=none") == 0
     assert stages.named["hops"] == ("folded", "int8")
     assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}
+    assert run("verify ART2 --data a.txt --windows 3 --skip-windows 2") == 0
+    assert (stages.named["windows"], stages.named["skip_windows"]) == (3, 2)
     assert run("inspect FILE.onnx") == 0
     assert stages.positional == (Path("FILE.onnx"),)
     assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
