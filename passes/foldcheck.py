@@ -3,7 +3,7 @@
 Each site is cut out of the graph (``segment``), folded on its own and run in ONNX Runtime's CPU provider, so a mistake
 of the data-flow analysis shows as an error and not as a worse model. It runs in float32, and then rounded to 16 bits
 wherever the deployed graph rounds (``rounding``): there a factor may push a channel out of the type's range. Memory:
-the constants of one site at a time. Sites of the same structure share one session: constants are fed, not stored.
+the constants of two sites at a time. Sites of the same structure share one session: constants are fed, not stored.
 
 NOTE: a tensor may carry the factors of two sites, and one channel of thousands hardly shows in a result. Stored 16-bit
 tensors are therefore also judged by themselves, channel by channel, when they are written (``fold_underflow``).
@@ -102,7 +102,8 @@ def check_folds(
     Raises:
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
-    checker, errors = _Checker(graph, Index.of(graph), factors, rounding, _Sessions()), FoldErrors()
+    checker = _Checker(graph, Index.of(graph), Sizes.of(graph), factors, rounding, _Sessions())
+    errors = FoldErrors()
     smoothed = [site for site in sites if site.name in factors]
     for site, (exact, compute) in zip(smoothed, ordered_map(checker.check, smoothed), strict=True):
         errors.exact[site.name] = exact
@@ -117,13 +118,14 @@ def check_folds(
 class _Checker:
     graph: Graph
     index: Index
+    sizes: Sizes
     factors: Factors
     rounding: Rounding | None
     sessions: "_Sessions"
 
     def check(self, site: Site) -> tuple[float, ComputeError | None]:
         """The error in float32, and those in 16 bits if the deployed graph computes in that."""
-        segment = cut(self.graph, self.index, site, Sizes.of(self.graph)).graph
+        segment = cut(self.graph, self.index, site, self.sizes).graph
         folded = segment.copy()
         fold_graph(folded, weight_edits([site], self.factors))
         expected, *results = self._run(site, [segment, folded, *self._rounded(segment, folded)])
@@ -143,9 +145,9 @@ class _Checker:
         return copies
 
     def _run(self, site: Site, graphs: Sequence[Graph]) -> list[list[Array]]:
-        sizes, constants = Sizes.of(self.graph), dict[str, Array]()
+        constants: dict[str, Array] = {}
         try:
-            return [self.sessions.run(_program(graph, sizes, constants)) for graph in graphs]
+            return [self.sessions.run(_program(graph, self.sizes, constants)) for graph in graphs]
         except Exception as error:
             raise BismoothError(
                 f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "

@@ -1,6 +1,6 @@
 """The output error of the linears behind a site, measured on token rows with weights and activations quantized."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +51,17 @@ class Consumer:
         """s per input column, float32 [K]."""
         return np.where(self.labels < 0, 1.0, s[self.labels]).astype(np.float32)
 
-    def quantized(self, x: Float, columns: Float) -> Float:
-        """X / s as its quantizer leaves it; ``x`` is divided already, ``columns`` is what by."""
-        if self.spec.activations is None:
-            return x
-        if isinstance(self.spec.activations, StaticActivation):
-            limit = self.limit(self.spec.activations, None if (columns == 1).all() else columns)
-            return fake_quantize_tensor(x, static_scale(limit))
-        return fake_quantize_rows(x, self.spec.group)
+    def quantized(self, columns: Float) -> Iterator[Float]:
+        """Per group of tokens X / s as its quantizer leaves it; ``columns`` is s per input column."""
+        activations = self.spec.activations
+        static = isinstance(activations, StaticActivation)
+        scale = static_scale(self.limit(activations, None if (columns == 1).all() else columns)) if static else 0.0
+        for tokens in self.tokens:
+            x = tokens / columns
+            if static:
+                yield fake_quantize_tensor(x, scale)
+            else:
+                yield x if activations is None else fake_quantize_rows(x, self.spec.group)
 
 
 class OutputError:
@@ -82,8 +85,8 @@ class OutputError:
         for consumer, outputs in zip(self._consumers, self._outputs, strict=True):
             columns = consumer.spread(s)
             weight = fake_quantize_rows(consumer.weight * columns, consumer.spec.group)
-            for group, (tokens, output) in enumerate(zip(consumer.tokens, outputs, strict=True)):
-                difference = consumer.quantized(tokens / columns, columns) @ weight.T
+            for group, (x, output) in enumerate(zip(consumer.quantized(columns), outputs, strict=True)):
+                difference = x @ weight.T
                 difference -= output
                 lost[group] += consumer.row_share * np.einsum("tn,tn->t", difference, difference)
         return _mean_of_groups(lost, [np.sum(power, axis=0) for power in zip(*self._power, strict=True)])

@@ -1,9 +1,11 @@
 """Work on arrays, several items at once."""
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -22,7 +24,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
     several threads that each want all cores would wait for each other.
     """
     workers = min(_WORKERS, os.cpu_count() or 1)
-    with _threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+    with _ONE_CORE.each_product(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -34,3 +36,29 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class _OneCore:
+    """The limit on BLAS, which is the whole process's: the first user sets it, the last one lifts it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limits: Any = None
+
+    @contextmanager
+    def each_product(self) -> Generator[None]:
+        with self._lock:
+            if not self._users:
+                self._limits = _threadpoolctl.threadpool_limits(1, "blas")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._limits.restore_original_limits()
+
+
+_ONE_CORE = _OneCore()

@@ -21,13 +21,12 @@ from .output_error import Consumer, OutputError, relative
 from .parallel import ordered_map
 from .refine import refine, sample
 from .sites import Site
-from .spec import LinearSpec, SiteKind, SmoothSpec, StaticActivation
+from .spec import LinearSpec, SiteKind, SmoothSpec
 from .static_ranges import Ranges
 from .walls import find_walls
 from .weights import require_finite
 
 Float = NDArray[np.float32]
-Limit = Callable[[str, StaticActivation, Float | None], float]
 
 SAMPLED_OUTPUTS = 256
 """Rows that the search looks at, of all weights together that read one tensor."""
@@ -124,12 +123,11 @@ def _choose(
         return None, _left(site, f"the recipe does not smooth {site.kind} sites")
     if activations is None:
         return _from_weights(site, [(_read(linears[item.linear], weight), item.labels) for item in quantized])
-    limit = _remembered(activations.limit)
     alike: dict[tuple[str, bytes, LinearSpec], list[Absorption]] = {}
     for item in quantized:
         alike.setdefault((linears[item.linear].x, item.labels.tobytes(), specs[item.linear]), []).append(item)
     consumers = [
-        _consumer([linears[item.linear] for item in items], items[0].labels, spec, weight, activations, limit)
+        _consumer([linears[item.linear] for item in items], items[0].labels, spec, weight, activations)
         for (_, _, spec), items in alike.items()
     ]
     return _search(site, consumers, smoothing)
@@ -158,7 +156,6 @@ def _consumer(
     spec: LinearSpec,
     weight: Callable[[Linear], Float],
     activations: Activations,
-    limit: Limit,
 ) -> Consumer:
     """All ``linears`` read one tensor; their weights pass through memory one at a time."""
     x, size = linears[0].x, len(labels)
@@ -180,22 +177,9 @@ def _consumer(
         column_peaks=peaks,
         column_power=power,
         absmax=activations.absmax(x),
-        limit=partial(limit, x),
+        limit=partial(activations.limit, x),
         tokens=(activations.rows(x), activations.outliers(x)),
     )
-
-
-def _remembered(limit: Limit) -> Limit:
-    """The same, computed once for linears that read one tensor: a histogram of all its rows is made for each range."""
-    known: dict[tuple[str, StaticActivation, bytes], float] = {}
-
-    def look_up(value: str, activation: StaticActivation, divisor: Float | None) -> float:
-        key = (value, activation, b"" if divisor is None else divisor.tobytes())
-        if key not in known:
-            known[key] = limit(value, activation, divisor)
-        return known[key]
-
-    return look_up
 
 
 def _read(linear: Linear, weight: Callable[[Linear], Float]) -> Float:

@@ -2,10 +2,14 @@
 
 import os
 import threading
+from importlib import import_module
+from typing import Any
 
 import pytest
 
 from bismooth.passes.parallel import ordered_map
+
+threadpoolctl: Any = import_module("threadpoolctl")
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -45,3 +49,19 @@ def test_a_caller_that_stops_stops_the_rest() -> None:
     for _ in ordered_map(work, range(1000)):
         break
     assert len(done) < 100
+
+
+def test_matrix_products_have_all_cores_again_afterwards() -> None:
+    def cores() -> set[int]:
+        return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(3, "blas"):
+        before = cores()
+        first, second = ordered_map(abs, [1, 2, 3]), ordered_map(abs, [4, 5, 6])
+        assert next(first) == 1
+        assert next(second) == 4
+        assert cores() == {1}
+        assert list(first) == [2, 3]
+        assert cores() == {1}, "the second one goes on"
+        assert list(second) == [5, 6]
+        assert cores() == before
