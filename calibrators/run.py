@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,14 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
 from ..engines.onnxruntime import InMemoryGraph, Session
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
 from ..export.hashing import array_sha256, file_sha256
 from ..export.replacing import replacing
+from ..passes.progress import Progress, silent
 from .histogram import BINS
 from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
 from .statistics import Provenance, Statistics
@@ -78,7 +76,7 @@ def calibrate(
     seed: int = 0,
     histograms: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progress = silent,
 ) -> Statistics:
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
@@ -97,7 +95,7 @@ def calibrate(
         seed: chooses the rows.
         histograms: count magnitudes, for per-tensor ranges. Costs about a third of the model's own time.
         threads: threads per operator; one per core by default.
-        progress: show a progress bar where stderr is a terminal.
+        progress: called with a step's name, how many windows are done, and how many there are.
 
     Raises:
         BismoothError: a value is unknown or not float, an activation is not finite, the graph cannot be run, or
@@ -119,10 +117,7 @@ def calibrate(
         Session(observed, mode="plain", threads=threads, constant_folding=False) as session,
         replacing(output) as temporary,
     ):
-        batches = _runs(session, windows, batch_size, chosen)
-        total = -(-len(windows) // batch_size)
-        if progress and sys.stderr.isatty():
-            batches = iter(track(batches, "calibrate", total, console=Console(stderr=True), transient=True))
+        batches = _runs(session, windows, batch_size, chosen, progress)
         _collect(temporary, batches, values, provenance, chosen)
     return Statistics.load(output)
 
@@ -147,14 +142,16 @@ def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def _runs(
-    session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64]
+    session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64], progress: Progress
 ) -> Iterator[dict[str, NDArray[Any]]]:
     length = windows.shape[1]
+    progress("calibrate", 0, len(windows))
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size]
         first, last = np.searchsorted(chosen, [start * length, start * length + ids.size])
         others = {ROWS: chosen[first:last] - start * length, TOKENS: np.array([ids.size], np.int64)}
         yield session.run(session.token_feeds(ids, others))
+        progress("calibrate", start + len(ids), len(windows))
 
 
 def _collect(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -249,15 +249,35 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Generator[Path]:
+def new_folder(
+    target: Path, kind: str | None = None, *, force: bool = False, inputs: Iterable[Path] = ()
+) -> Generator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends without an error.
 
+    Args:
+        target: the folder to make.
+        kind: what is made; ``force`` replaces nothing else. None: any artifact.
+        force: replace what is there.
+        inputs: files and folders that are read: they must not be in ``target``.
+
     Raises:
-        BismoothError: ``target`` exists and ``force`` is false, or is no artifact; the parent cannot be written; the
-            disk is full.
+        BismoothError: ``target`` exists and ``force`` is false, or is no such artifact; it holds an input; the parent
+            cannot be written; the disk is full.
     """
-    with _folder.new_folder(target, force=force, replaceable=lambda path: (path / MANIFEST).is_file()) as temporary:
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(target.resolve()):
+            raise BismoothError(f"{target}: is or holds what is read, {path}. Choose another output folder.")
+    what = "a bismooth artifact" if kind is None else f"a bismooth artifact of kind {kind}"
+    with _folder.new_folder(target, what, force=force, replaceable=lambda path: _is_artifact(path, kind)) as temporary:
         yield temporary
+
+
+def _is_artifact(folder: Path, kind: str | None) -> bool:
+    try:
+        document: Any = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and kind in (None, cast(dict[str, Any], document).get("kind"))
 
 
 def finish_folder(folder: Path, manifest: Manifest, hashes: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -14,11 +14,12 @@ from .replacing import cannot_write, flush, is_full, temporary
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Generator[Path]:
+def new_folder(target: Path, what: str, *, force: bool = False, replaceable: Callable[[Path], bool]) -> Generator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends without an error.
 
     Args:
         target: the folder to make; where it is a symbolic link, the folder that it points to.
+        what: what ``force`` replaces, for the message.
         force: replace ``target`` if it exists and is not empty.
         replaceable: whether ``force`` may replace this existing folder.
 
@@ -27,14 +28,14 @@ def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path
     """
     target = target.resolve()
     recover(target)
-    _check_free(target, force, replaceable)
+    _check_free(target, what, force, replaceable)
     with temporary(target, Path.mkdir) as folder:
         try:
             if target.exists():
                 shutil.rmtree(_previous(target), ignore_errors=True)
             yield folder
             _flush(folder)
-            _check_free(target, force, replaceable)
+            _check_free(target, what, force, replaceable)
             _put_in_place(folder, target)
         except OSError as error:
             if is_full(error):
@@ -50,15 +51,14 @@ def recover(target: Path) -> None:
             previous.rename(target)
 
 
-def _check_free(target: Path, force: bool, replaceable: Callable[[Path], bool]) -> None:
+def _check_free(target: Path, what: str, force: bool, replaceable: Callable[[Path], bool]) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
         raise BismoothError(f"{target}: already exists. Choose another output folder, or pass --force to replace it.")
     if not target.is_dir() or not replaceable(target):
         raise BismoothError(
-            f"{target}: exists and is not a bismooth artifact, so --force does not replace it. "
-            "Choose another output folder."
+            f"{target}: exists and is not {what}, so --force does not replace it. Choose another output folder."
         )
 
 

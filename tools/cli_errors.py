@@ -65,10 +65,8 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case OSError(strerror=str(reason)):
             return USAGE, f"{reason}."
         case KeyboardInterrupt() | typer.Abort():
-            return (
-                INTERRUPTED,
-                "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
-            )
+            again = "the same command goes on from here" if command == "compile" else "run the command again"
+            return INTERRUPTED, f"Interrupted. Nothing is half-written; {again}."
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return INTERNAL, f"Internal error, please report it: {what} (rerun with {TRACEBACK}=1 for a traceback)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
@@ -45,12 +47,30 @@ def show(result: Result, as_json: bool) -> None:
     if as_json:
         show_json(result.to_json())
     else:
-        Console().print(render(result))
+        _Console().print(render(result))
 
 
 def show_json(document: Mapping[str, Any]) -> None:
     """Write ``document`` to stdout as JSON."""
-    sys.stdout.write(json_text(document))
+    try:
+        sys.stdout.write(json_text(document))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop(sys.stdout)
+
+
+class _Console(Console):
+    """Goes on if nobody reads it any more, as behind a pipe into ``head``: a run is not worth less for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _drop(self.file)
+
+
+def _drop(stream: IO[str]) -> None:
+    """Let what is still written to ``stream`` vanish, at the end of the process too."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def json_text(document: Mapping[str, Any]) -> str:
@@ -157,7 +177,7 @@ def show_progress(on: bool) -> None:
 @contextmanager
 def progress() -> Generator[Report]:
     """A function to report progress with: bars on a terminal's stderr, one line per step where stderr is a file."""
-    console = Console(stderr=True)
+    console = _Console(stderr=True)
     if not _SHOW_PROGRESS.get():
         yield lambda _step, _done, _total: None
     elif not console.is_terminal:

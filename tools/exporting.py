@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def export(
     source: str | Path,
-    output: Path,
+    output: str | Path,
     *,
     dtype: ComputeType = ComputeType.FLOAT16,
     opset: int = 23,
@@ -53,9 +53,10 @@ def export(
                 weights="copy" if copy_weights else "link",
                 progress=progress,
             ),
-            output,
+            Path(output),
             options,
             force,
+            Path(source),
         )
 
 
@@ -85,7 +86,7 @@ def copies_weights(artifact: Artifact) -> bool:
 
 def export_module(
     module: torch.nn.Module,
-    output: Path,
+    output: str | Path,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -125,19 +126,21 @@ def export_module(
             input_names=input_names,
             output_names=output_names,
         ),
-        output,
+        Path(output),
         export_options(dtype, opset),
         force,
     )
 
 
-def _exported(write: Callable[[Path], Manifest], output: Path, options: dict[str, Any], force: bool) -> ExportResult:
+def _exported(
+    write: Callable[[Path], Manifest], output: Path, options: dict[str, Any], force: bool, *inputs: Path
+) -> ExportResult:
     """The artifact whose float32 graph and weights ``write`` puts into a folder."""
     from ..passes.graph import load
     from ..passes.linears import find_linears
 
     start = time.perf_counter()
-    with new_folder(output, force=force) as folder:
+    with new_folder(output, "float", force=force, inputs=inputs) as folder:
         manifest = write(folder)
         graph = load(folder / manifest.graphs["float32"])
         linears = len(find_linears(graph))

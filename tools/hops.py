@@ -11,7 +11,7 @@ from typing import Any
 
 from ..passes.gates import Gates, Hop
 
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "bismooth-verify", 1
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class VerifyResult:
     def to_json(self) -> dict[str, Any]:
         """Everything, as it is stored in ``verify.json``."""
         return {
-            "format": "bismooth-verify",
+            "format": FORMAT,
             "version": FORMAT_VERSION,
             "artifact": str(self.artifact),
             "source": dict(self.source),

@@ -42,7 +42,7 @@ def compile(
     recipe: str | Path | Recipe,
     engines: Sequence[str],
     data: Sequence[str],
-    output: Path,
+    output: str | Path,
     *,
     verify_data: Sequence[str] = (),
     calibrate_windows: int = 8,
@@ -75,6 +75,7 @@ def compile(
         GateError: linears that were meant to be INT8 fell back to float.
     """
     start = time.perf_counter()
+    output = Path(output)
     evaluation = verify_data or data
     sizes = gather_sizes(batch, sequence, dims)
     chosen = stages.load_recipe(recipe, alpha, data_free=not data)
@@ -102,6 +103,7 @@ def compile(
     profile = _profile(artifact, plans, sizes)
     skipped = 0 if verify_data else calibrate_windows
     if evaluation:
+        stages.check_length(artifact, length)
         _check_text(folder, evaluation, skipped + verify_windows, length)
 
     # what is kept is decided before the first long stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from .engines import Sizes
 from .exporting import copies_weights, export, export_module
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
-from .verify import VerifyResult, check_gates, find_hops, verify_artifact
+from .verify import VerifyResult, check_gates, find_hops, read_report, verify_artifact
 
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
@@ -42,7 +42,7 @@ STATISTICS = "statistics.safetensors"
 
 
 def calibrate(
-    artifact: Path,
+    artifact: str | Path,
     data: Sequence[str],
     *,
     windows: int = 8,
@@ -51,44 +51,51 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 1,
     histograms: bool = False,
-    output: Path | None = None,
+    output: str | Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.
 
     Raises:
-        BismoothError: the artifact or the text cannot be used.
+        BismoothError: the artifact or the text cannot be used, or ``output`` is a file of another kind.
     """
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
+    from ..calibrators.statistics import Statistics
     from ..passes.graph import load
     from ..passes.linears import find_linears
 
     start = time.perf_counter()
+    artifact = Path(artifact)
+    target = Path(output or artifact / STATISTICS)
+    if output is not None:
+        _check_replaceable(target, "a statistics file", Statistics.load)
     loaded = Artifact.load(artifact, "float")
+    check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
     values = list(dict.fromkeys(linear.x for linear in find_linears(load(loaded.graph("float32")))))
-    target = output or artifact / STATISTICS
-    run(
-        artifact,
-        values,
-        text.ids,
-        target,
-        graph=loaded.manifest.graphs["float32"],
-        batch_size=batch_size,
-        rows=rows,
-        seed=seed,
-        histograms=histograms,
-    )
+    with console.progress() as progress:
+        run(
+            artifact,
+            values,
+            text.ids,
+            target,
+            graph=loaded.manifest.graphs["float32"],
+            batch_size=batch_size,
+            rows=rows,
+            seed=seed,
+            histograms=histograms,
+            progress=progress,
+        )
     return CalibrateResult(target, len(values), windows, length, text.sha256, time.perf_counter() - start)
 
 
 def quantize(
-    artifact: Path,
+    artifact: str | Path,
     recipe: str | Path | Recipe,
-    output: Path,
+    output: str | Path,
     *,
     data_free: bool = False,
-    statistics: Path | None = None,
+    statistics: str | Path | None = None,
     alpha: float | None = None,
     force: bool = False,
 ) -> QuantizeStageResult:
@@ -101,14 +108,14 @@ def quantize(
     from ..passes.quantize import WEIGHTS, quantize_graph
 
     start = time.perf_counter()
+    artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
     loaded = Artifact.load(artifact, "float")
     chosen = load_recipe(recipe, alpha, data_free=data_free)
-    if output.absolute() == artifact.absolute():
-        raise BismoothError(f"{output}: is the artifact that is read. Choose another output folder.")
     _check_statistics(statistics, chosen, data_free=data_free)
     found = None if data_free else _find_statistics(loaded, statistics, chosen)
     calibration, used = (None, None) if found is None else (StatisticsCalibration(found), statistics_record(found))
-    with console.progress() as progress, new_folder(output, force=force) as folder:
+    inputs = [path for path in (artifact, statistics) if path is not None]
+    with console.progress() as progress, new_folder(output, "quantized", force=force, inputs=inputs) as folder:
         with hashing(_carry(loaded, folder)) as hashes:
             result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
             digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
@@ -148,8 +155,10 @@ def load_recipe(source: str | Path | Recipe, alpha: float | None = None, *, data
     if alpha is None:
         return recipe
     if data_free or not recipe.smooths:
-        reason = "without data, the weights alone decide" if data_free else f"the recipe {recipe.name} does not smooth"
-        raise BismoothError(f"--alpha {alpha:g}: has no effect: {reason}. Leave it out, or smooth with statistics.")
+        reason = f"the recipe {recipe.name} does not smooth. Leave it out, or take a recipe that smooths."
+        if recipe.smooths:
+            reason = "without data, the weights alone decide. Leave it out, or smooth with statistics."
+        raise BismoothError(f"--alpha {alpha:g}: has no effect: {reason}")
     return recipe.with_alpha(alpha)
 
 
@@ -194,11 +203,11 @@ def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
 
 
 def build(
-    artifact: Path,
+    artifact: str | Path,
     engine: str,
     *,
     capabilities: Sequence[int] = (),
-    output: Path | None = None,
+    output: str | Path | None = None,
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
     dims: Mapping[str, Sizes] | None = None,
@@ -235,6 +244,7 @@ def build(
         lint_for,
     )
 
+    artifact = Path(artifact)
     builder = find_builder(engine)
     sizes = gather_sizes(batch, sequence, dims)
     check_options(engine, capabilities, sizes)
@@ -243,8 +253,8 @@ def build(
     profile = find_profile(graph, sizes) if has_profile(engine) else Profile()
     lint_for(graph, engine, capabilities)
     name = engine_name(engine, capabilities)
-    target = output or artifact / "engines" / name
-    with console.progress() as progress, new_folder(target, force=force) as folder:
+    target = Path(output or artifact / "engines" / name)
+    with console.progress() as progress, new_folder(target, "engine", force=force, inputs=[artifact]) as folder:
         request = BuildRequest(
             onnx=graph,
             engine=folder / engine_file(engine),
@@ -264,14 +274,14 @@ def build(
 
 
 def verify(
-    artifact: Path,
+    artifact: str | Path,
     data: Sequence[str],
     *,
     windows: int = 16,
     length: int = 512,
     hops: Sequence[Hop] = (),
     thresholds: Mapping[str, float | None] | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     skip_windows: int = 0,
 ) -> VerifyResult:
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
@@ -280,23 +290,30 @@ def verify(
     A gate in ``thresholds`` that nothing is held against, since its hop is skipped or has no such figure, is missed.
 
     Raises:
-        BismoothError: the artifact or the text cannot be used, or a gate is of a hop that is not run.
+        BismoothError: the artifact or the text cannot be used, a hop is none of this artifact's, a gate is of a hop
+            that is not run, or ``output`` is a file of another kind.
     """
     from ..calibrators.data import load_tokenizer, load_windows
 
+    artifact = Path(artifact)
+    target = Path(output or artifact / ("verify-partial.json" if hops else "verify.json"))
+    if output is not None:
+        _check_replaceable(target, "a report of 'bismooth verify'", read_report)
     loaded = Artifact.load(artifact, "float", "quantized")
     limits = dict(thresholds or {})
     gates = _gates(loaded).replaced(limits)
-    check_gates(limits, find_hops(loaded, hops or tuple(Hop)))
+    check_gates(limits, find_hops(loaded, hops))
+    check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     ids = text.ids[skip_windows:]
     with console.progress() as progress:
-        result = verify_artifact(loaded, ids, gates, tuple(hops) or tuple(Hop), progress)
+        result = verify_artifact(loaded, ids, gates, hops, progress)
     result = replace(
         result.demanding([name for name, limit in limits.items() if limit is not None]),
         data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
     )
-    _write_json(output or artifact / ("verify-partial.json" if hops else "verify.json"), result.to_json())
+    with replacing(target) as temporary:
+        temporary.write_text(console.json_text(result.to_json()), "utf-8")
     return result
 
 
@@ -307,7 +324,7 @@ def _gates(artifact: Artifact) -> Gates:
     return Recipe.from_dict(plain, name=stage["recipe"]["name"]).gates
 
 
-def inspect(path: Path) -> Any:
+def inspect(path: str | Path) -> Any:
     """What an artifact, an engine folder or an ONNX file holds, and the linter's findings.
 
     Raises:
@@ -315,9 +332,24 @@ def inspect(path: Path) -> Any:
     """
     from .inspect import inspect_path
 
-    return inspect_path(path)
+    return inspect_path(Path(path))
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(console.json_text(document), "utf-8")
+def check_length(artifact: Artifact, length: int) -> None:
+    """Raise :class:`BismoothError` if windows of ``length`` tokens are longer than the model takes."""
+    most = artifact.manifest.dims.get("max_position_embeddings", length)
+    if length > most:
+        raise BismoothError(
+            f"--length {length}: the model has {most} positions (max_position_embeddings). Choose {most} or less."
+        )
+
+
+def _check_replaceable(path: Path, what: str, read: Callable[[Path], object]) -> None:
+    """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
+    if path.is_file():
+        try:
+            read(path)
+        except BismoothError as error:
+            raise BismoothError(
+                f"{path}: exists and is not {what}, so it is not replaced. Choose another place with --output."
+            ) from error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from ..export.errors import BismoothError, GateError
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
-from .hops import HopResult, Judge, VerifyResult
+from .hops import FORMAT, HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
 
@@ -56,15 +56,16 @@ def verify_artifact(
     artifact: Artifact,
     ids: Ids,
     gates: Gates,
-    hops: Sequence[Hop] = tuple(Hop),
+    hops: Sequence[Hop] = (),
     progress: Progress = lambda _step, _done, _total: None,
 ) -> VerifyResult:
-    """Run the hops that the artifact has on token windows ids [N, S].
+    """Run ``hops``, or all that the artifact has, on token windows ids [N, S].
 
     A candidate whose outputs are not finite fails its hop.
 
     Raises:
-        BismoothError: a graph cannot be run, or there is no space for the outputs of the float graph.
+        BismoothError: the artifact has no such hop, a graph cannot be run, or there is no space for the outputs of the
+            float graph.
     """
     wanted = find_hops(artifact, hops)
     verifier = _Verifier(artifact, ids, gates, progress)
@@ -75,10 +76,33 @@ def verify_artifact(
     )
 
 
-def find_hops(artifact: Artifact, hops: Sequence[Hop]) -> list[Hop]:
-    """Those of ``hops`` that an artifact of this kind has, in their order."""
-    quantized = artifact.manifest.kind == "quantized"
-    return [hop for hop in Hop if hop in hops and (quantized or hop not in _QUANTIZED_ONLY)]
+def read_report(path: Path) -> dict[str, Any]:
+    """What an earlier run has written.
+
+    Raises:
+        BismoothError: the file is no report.
+    """
+    try:
+        document: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BismoothError(f"{path}: cannot be read as a report: {error}. Run 'bismooth verify' again.") from error
+    if not isinstance(document, dict) or cast(dict[str, Any], document).get("format") != FORMAT:
+        raise BismoothError(f"{path}: is no report of 'bismooth verify'. Run it again.")
+    return cast(dict[str, Any], document)
+
+
+def find_hops(artifact: Artifact, hops: Sequence[Hop] = ()) -> list[Hop]:
+    """The hops in their order: ``hops``, or all that an artifact of this kind has.
+
+    Raises:
+        BismoothError: one of ``hops`` is none of them.
+    """
+    kind = artifact.manifest.kind
+    known = [hop for hop in Hop if kind == "quantized" or hop not in _QUANTIZED_ONLY]
+    for hop in hops:
+        if hop not in known:
+            raise BismoothError(f"--hop {hop}: {artifact.path} is a {kind} artifact. Its hops are: {', '.join(known)}.")
+    return [hop for hop in known if not hops or hop in hops]
 
 
 def check_gates(names: Iterable[str], hops: Sequence[Hop]) -> None:

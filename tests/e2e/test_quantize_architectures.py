@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         heads = find_head(linears, graph)
         values = [linear.x for linear in linears if linear not in heads]
         target = root / f"{name}.safetensors"
-        return folder, calibrate(folder, values, IDS, target, histograms=False, progress=False)
+        return folder, calibrate(folder, values, IDS, target, histograms=False)
 
     @cache
     def quantized(name: str, recipe: str) -> Artifact:

@@ -220,7 +220,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
+            "Interrupted. Nothing is half-written; run the command again.",
         ),
         (
             ValueError("two\nlines"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -124,3 +126,30 @@ def test_progress_on_a_terminal_is_a_bar_per_step(
     assert captured.out == ""
     for text in ("trace", "2/2", "link [weights]", "1/1"):
         assert text in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "--json"]])
+def test_nobody_reads_the_result(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bismooth", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_nobody_reads_the_progress() -> None:
+    code = """
+from bismooth.tools import console
+console.show_progress(True)
+with console.progress() as progress:
+    for step in "abc":
+        progress(step, 1, 1)
+print("done")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, b"done\n")

@@ -34,9 +34,52 @@ def test_an_alpha_without_effect(artifact: Path, tmp_path: Path, recipe: str, da
 
 
 def test_the_output_is_the_input(artifact: Path) -> None:
-    with pytest.raises(BismoothError, match="is the artifact that is read"):
-        stages.quantize(artifact, "w8a8", artifact, force=True)
+    for output in (artifact, artifact.parent):
+        with pytest.raises(BismoothError, match="is or holds what is read"):
+            stages.quantize(artifact, "w8a8", output, data_free=True, force=True)
+    source = artifact / "source.onnx"
+    source.touch()
+    with pytest.raises(BismoothError, match=r"is or holds what is read, .*source\.onnx\. Choose another output folder"):
+        stages.export(source, artifact, force=True)
     assert (artifact / "bismooth.json").is_file()
+
+
+def test_force_replaces_the_same_kind_alone(linear: Path, tmp_path: Path) -> None:
+    quantized = stages.quantize(linear, "w8a16", tmp_path / "q").artifact
+    for output in (linear, quantized):
+        with pytest.raises(BismoothError, match=r"is or holds what is read|not a bismooth artifact of kind engine"):
+            stages.build(quantized, "null", output=output, force=True)
+    assert Artifact.load(linear, "float")
+    assert Artifact.load(quantized, "quantized")
+
+
+def test_paths_may_be_text(linear: Path, tmp_path: Path) -> None:
+    stages.quantize(str(linear), "w8a16", str(tmp_path / "q"))
+    stages.build(str(tmp_path / "q"), "null", output=str(tmp_path / "engine"))
+    assert stages.inspect(str(tmp_path / "q"))
+    stages.export(str(tmp_path / "source/model.onnx"), str(tmp_path / "again"), dtype=ComputeType.FLOAT32)
+
+
+def test_files_of_another_kind_are_not_replaced(artifact: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "notes.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(BismoothError, match="exists and is not a statistics file, so it is not replaced"):
+            stages.calibrate(artifact, ["nowhere.txt"], output=tmp_path / name)
+        with pytest.raises(BismoothError, match="exists and is not a report of 'bismooth verify', so it is not repl"):
+            stages.verify(artifact, ["nowhere.txt"], output=tmp_path / name)
+        assert (tmp_path / name).read_text() == "{}"
+
+
+def test_a_hop_of_another_kind_of_artifact(artifact: Path) -> None:
+    with pytest.raises(BismoothError, match=r"--hop int8: .*float is a float artifact\. Its hops are: float, half"):
+        stages.verify(artifact, ["nowhere.txt"], hops=[Hop.INT8])
+
+
+def test_windows_longer_than_the_model_takes(artifact: Path) -> None:
+    write_manifest(artifact, Manifest("float", {}, {"float32": "model.onnx"}, dims={"max_position_embeddings": 64}))
+    for stage in (stages.calibrate, stages.verify):
+        with pytest.raises(BismoothError, match=r"--length 65: the model has 64 positions \(max_position_embeddings\)"):
+            stage(artifact, ["nowhere.txt"], length=65)
 
 
 def test_statistics_that_are_missing(artifact: Path, tmp_path: Path) -> None:
