@@ -52,7 +52,11 @@ Engine = Annotated[EngineName, typer.Option("--engine", metavar="NAME", help=f"{
 Engines = Annotated[list[EngineName], typer.Option("--engine", metavar="NAME...", help=f"Any of {_ENGINES}.")]
 Capabilities = Annotated[
     list[str],
-    typer.Option("--capability", metavar="SM...", help="Compute capabilities (86, 8.6 or sm86) to build for."),
+    typer.Option(
+        "--capability",
+        metavar="SM...",
+        help="Compute capabilities (86, 8.6 or sm86) to build for. 'compile' without it: 75, and 80 86 89 120 in one.",
+    ),
 ]
 Batch = Annotated[
     str | None, typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes that the engine accepts; one number fixes it.")
