@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,64 @@ def test_a_link_is_replaced_and_not_written_to(tmp_path: Path) -> None:
         file.write_text("new", "utf-8")
     assert (tmp_path / "precious").read_text("utf-8") == "precious"
     assert (tmp_path / "file").read_text("utf-8") == "new"
+
+
+def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("new", "old"):
+        (tmp_path / f"{name}.json").symlink_to(f"sub/{name}.json")
+    (tmp_path / "sub/old.json").write_text("old", "utf-8")
+    for name in ("new", "old"):
+        with replacing(tmp_path / f"{name}.json") as file:
+            assert file.parent == tmp_path / "sub"
+            file.write_text(name * 2, "utf-8")
+        assert (tmp_path / f"{name}.json").is_symlink()
+        assert (tmp_path / f"sub/{name}.json").read_text("utf-8") == name * 2
+    assert names(tmp_path / "sub") == {"new.json", "old.json"}
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (fifo, link):
+        with replacing(path) as file:
+            file.write_text("new", "utf-8")
+        assert os.read(reader, 10) == b"new"
+        assert fifo.is_fifo()
+    os.close(reader)
+    assert names(tmp_path) == {"fifo", "link"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_devices_are_written_to(tmp_path: Path) -> None:
+    """Through links, so that a failure of this test harms no device."""
+    for name in ("null", "full"):
+        (tmp_path / name).symlink_to(f"/dev/{name}")
+    with replacing(tmp_path / "null") as file:
+        file.write_text("new", "utf-8")
+    with (
+        pytest.raises(BismoothError, match=r"/full: the disk is full"),
+        replacing(tmp_path / "full") as file,
+    ):
+        file.write_text("new", "utf-8")
+    assert all((tmp_path / name).is_symlink() for name in ("null", "full"))
+    assert names(tmp_path) == {"null", "full"}
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for name, reason in (("socket", "Neither a file nor a pipe"), ("loop", "Too many levels of symbolic links")):
+        with (
+            pytest.raises(BismoothError, match=rf"/{name}: cannot be written \({reason}\)\. Choose a place"),
+            replacing(tmp_path / name),
+        ):
+            raise AssertionError
+    assert (tmp_path / "socket").is_socket()
+    assert names(tmp_path) == {"loop", "socket"}
 
 
 def test_an_error_leaves_the_previous_file(tmp_path: Path) -> None:
