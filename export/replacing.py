@@ -34,8 +34,8 @@ def replacing(path: Path) -> Generator[Path]:
     Folders that lack are made.
 
     Raises:
-        BismoothError: the file cannot be written, is a folder, a block device or a socket, or the disk is full;
-            ``path`` is then as it was.
+        BismoothError: the file cannot be written, is a folder, a block device, a socket, or where the standard streams
+            of this process go (``/dev/stdout`` in a file), or the disk is full; ``path`` is then as it was.
     """
     target, is_stream = _find(path)
     making = nullcontext(path) if is_stream else temporary(target, lambda name: name.touch(exist_ok=False))
@@ -54,17 +54,28 @@ def replacing(path: Path) -> Generator[Path]:
 def _find(path: Path) -> tuple[Path, bool]:
     """What ``path`` names, symbolic links followed; and whether it is a pipe or a character device."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except FileNotFoundError:
-        mode = stat.S_IFREG
+        return (path.resolve() if path.is_symlink() else path), False
     except OSError as error:
         raise cannot_write(path, error) from error
-    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+    if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
         return path, True
-    if not stat.S_ISREG(mode):
-        reason = "Is a directory" if stat.S_ISDIR(mode) else "Neither a file nor a pipe"
+    reason = ""
+    if not stat.S_ISREG(status.st_mode):
+        reason = "Is a directory" if stat.S_ISDIR(status.st_mode) else "Neither a file nor a pipe"
+    elif any(_is_open_as(descriptor, status) for descriptor in (1, 2)):
+        reason = "The messages of this command go to that file"  # which are lost with it
+    if reason:
         raise cannot_write(path, OSError(errno.EINVAL, reason))
     return (path.resolve() if path.is_symlink() else path), False
+
+
+def _is_open_as(descriptor: int, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), status)
+    except OSError:  # it is closed
+        return False
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,6 +78,38 @@ def test_devices_are_written_to(tmp_path: Path) -> None:
         file.write_text("new", "utf-8")
     assert all((tmp_path / name).is_symlink() for name in ("null", "full"))
     assert names(tmp_path) == {"null", "full"}
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_file_that_messages_go_to_is_left_alone(tmp_path: Path, stream: str) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from bismooth.export.errors import BismoothError
+from bismooth.export.replacing import replacing
+print("before", file=sys.{stream}, flush=True)
+for path in ("/dev/{stream}", {str(tmp_path / "log")!r}):
+    try:
+        with replacing(Path(path)) as file:
+            raise AssertionError
+    except BismoothError as error:
+        print(error, file=sys.{stream}, flush=True)
+"""
+    with (tmp_path / "log").open("w") as log:
+        streams = (log, None) if stream == "stdout" else (None, log)
+        subprocess.run([sys.executable, "-c", program], stdout=streams[0], stderr=streams[1], check=True)
+    first, *others = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert first == "before"
+    reason = "cannot be written (The messages of this command go to that file). Choose a place that can be written"
+    assert [reason in line for line in others] == [True, True]
+
+
+def test_closed_streams_are_no_file(tmp_path: Path) -> None:
+    program = "import os, sys; from pathlib import Path; from bismooth.export.replacing import replacing; os.close(1)"
+    program += "\nwith replacing(Path(sys.argv[1])) as file: file.write_text('new')"
+    (tmp_path / "file").touch()
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True)
+    assert (tmp_path / "file").read_text("utf-8") == "new"
 
 
 def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
