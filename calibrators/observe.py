@@ -46,7 +46,7 @@ class Taps:
 
     Attributes:
         absmax: float32 [K], max |x| per channel.
-        power: float32 [], the sum of x² over all elements; finite only if all of them are and no |x| is above 1e19.
+        power: float32 [], the sum of x² over all elements; finite only if all of them are and it is below 3.4e38.
         rows: float32 [r, K], the rows asked for through the input ``ROWS``.
         outliers: float32 [o, K], the rows with the largest |x|, at most ``OUTLIERS``, largest first.
         outlier_peaks: float32 [o], their max |x|.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..engines.onnxruntime import InMemoryGraph, Session
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
+from ..export.external_data import weight_files
 from ..export.hashing import array_sha256, file_sha256
 from ..export.replacing import replacing
 from ..passes.progress import Progress, silent
@@ -52,8 +53,9 @@ class _Totals:
         if not np.isfinite(power):
             kind = "NaN" if np.isnan(power) else f"magnitudes up to {absmax.max():.3g}"
             raise BismoothError(
-                f"value {self.value}: holds {kind} on this text. Expected finite activations below 1e19. "
-                "Check the weights with 'bismooth inspect', or leave the value out."
+                f"value {self.value}: holds {kind} on this text. Expected finite activations whose squares add up to "
+                "less than 3.4e38 (the end of float32) over a batch. Check the weights with 'bismooth inspect', or "
+                "leave the value out."
             )
         np.maximum(self.absmax, absmax, out=self.absmax)
         if self.counts is not None:
@@ -185,13 +187,13 @@ def hash_model(path: Path) -> str:
 
     Two checkpoints of one architecture have the same graph. Their weight files are told apart by size and by sixteen
     blocks of 64 KiB each, so that the hash takes no longer for a big model.
+
+    Raises:
+        BismoothError: the file is no ONNX, or its weights are missing, cut off, or outside of its folder.
     """
     digest = hashlib.sha256(path.read_bytes())
-    initializers = load_graph(path).graph.initializer
-    for name in sorted(
-        {entry.value for item in initializers for entry in item.external_data if entry.key == "location"}
-    ):
-        with (path.parent / name).open("rb") as file:
+    for name, weights in weight_files(path).items():
+        with weights.open("rb") as file:
             size = file.seek(0, 2)
             digest.update(f"{name} {size}".encode())
             for block in range(_HASHED_BLOCKS):

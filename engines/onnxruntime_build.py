@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class OnnxRuntimeBuilder:
 
     def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
         """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded only, ``profile`` is not looked at."""
+        from ..export.external_data import weight_files
+
         start = time.perf_counter()
         runtime = import_onnxruntime()
         summary = summarize(request.onnx)
@@ -51,7 +53,7 @@ class OnnxRuntimeBuilder:
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
-            files = [request.onnx, *_weight_files(request.onnx)]
+            weights = weight_files(request.onnx)
             staged = folder / request.engine.name
             shutil.copyfile(request.onnx, staged)
             record = EngineRecord(
@@ -59,11 +61,11 @@ class OnnxRuntimeBuilder:
                 version=runtime.__version__,
                 capabilities=request.capabilities,
                 shapes={},
-                bytes=sum(file.stat().st_size for file in files),
+                bytes=sum(file.stat().st_size for file in (request.onnx, *weights.values())),
                 sha256=file_sha256(staged),
                 source=request.source,
             )
-            _place(request.onnx.parent, files[1:], request.engine.parent, copy=request.copy_weights)
+            _place(request.onnx.parent, weights, request.engine.parent, copy=request.copy_weights)
             audit_file = publish(staged, request.engine, record, audit)
         if on_phase:
             on_phase(Phase("Auditing kernels", 1, 1))
@@ -121,23 +123,10 @@ def _kernel(node: Any, linear: Linear | None) -> Kernel:
     )
 
 
-def _weight_files(graph: Path) -> list[Path]:
-    """The files that the graph's weights lie in; :func:`.linears.summarize` has checked that they are there."""
-    from .subgraph import load_graph
-
-    names = {
-        entry.value
-        for tensor in load_graph(graph).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return [graph.parent / name for name in sorted(names)]
-
-
-def _place(source: Path, weights: Iterable[Path], target: Path, *, copy: bool) -> None:
+def _place(source: Path, weights: Mapping[str, Path], target: Path, *, copy: bool) -> None:
     """Link or copy the weights into ``target`` and copy what text needs."""
-    for weight in weights:
-        place = target / weight.relative_to(source)
+    for name, weight in weights.items():
+        place = target / name
         if place.exists():
             if not place.samefile(weight):
                 raise BismoothError(f"{place}: exists and is another file. Expected none. Choose an empty folder.")
@@ -146,5 +135,5 @@ def _place(source: Path, weights: Iterable[Path], target: Path, *, copy: bool) -
         place_file(weight, place, copy=copy)
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
-            if file.is_file() and file.suffix != ".onnx":
+            if file.is_file() and file.suffix != ".onnx" and file.name not in weights:
                 shutil.copyfile(file, target / file.name)

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_BLOCK_BYTES = 1 << 20
+
 
 def file_sha256(path: Path) -> str:
     """Of a file's content, which is read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _file_sha256(path, Event())
 
 
 @contextmanager
 def hashing(paths: Mapping[str, Path]) -> Generator[Callable[[], dict[str, str]]]:
-    """:func:`file_sha256` of files by name, on a thread of its own while the block runs; a call waits for the rest."""
+    """:func:`file_sha256` of files by name, on a thread of its own while the block runs; a call waits for the rest.
+
+    An error in the block, or an interrupt, ends the thread within one read.
+    """
+    stopped = Event()
     with ThreadPoolExecutor(1) as pool:
-        futures = {name: pool.submit(file_sha256, path) for name, path in paths.items()}
+        futures = {name: pool.submit(_file_sha256, path, stopped) for name, path in paths.items()}
         try:
             yield lambda: {name: future.result() for name, future in futures.items()}
+            wait(futures.values())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
             raise
+
+
+def _file_sha256(path: Path, stopped: Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            if stopped.is_set():
+                raise CancelledError
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def array_sha256(array: NDArray[Any]) -> str:

@@ -18,7 +18,7 @@ from .source import (
     HuggingFaceSource,
     OnnxSource,
     identify,
-    list_files,
+    list_side_files,
     read_weights,
     resolve_source,
 )
@@ -108,7 +108,7 @@ def _place_files(source: HuggingFaceSource, folder: Path, copy: bool, progress: 
     for done, path in enumerate(files, 1):
         if not place_file(path, folder / path.name, copy=copy):
             progress("copy the weights", done, len(files))
-    for path in list_files(source)[len(files) :]:
+    for path in list_side_files(source):
         _copy_side_file(path, folder / path.name)
 
 

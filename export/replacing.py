@@ -14,8 +14,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import escape
 from pathlib import Path
 
@@ -28,20 +29,53 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def replacing(path: Path) -> Generator[Path]:
     """A new empty file beside ``path`` that takes its place when the block ends without an error.
 
-    A hard link at ``path`` is replaced; what it is a link of is not written to. Folders that lack are made.
+    A hard link at ``path`` is replaced; what it is a link of is not written to. A symbolic link stays, and what it
+    points to is replaced. A pipe or a character device (``/dev/null``) is itself what the block gets to write to.
+    Folders that lack are made.
 
     Raises:
-        BismoothError: the file cannot be written, or the disk is full; ``path`` is then as it was.
+        BismoothError: the file cannot be written, is a folder, a block device, a socket, or where the standard streams
+            of this process go (``/dev/stdout`` in a file), or the disk is full; ``path`` is then as it was.
     """
-    with temporary(path, lambda name: name.touch(exist_ok=False)) as file:
+    target, is_stream = _find(path)
+    making = nullcontext(path) if is_stream else temporary(target, lambda name: name.touch(exist_ok=False))
+    with making as file:
         try:
             yield file
-            flush(file)
-            file.replace(path)
+            if not is_stream:
+                flush(file)
+                file.replace(target)
         except OSError as error:
             if error.errno in _FULL or error.filename in (None, str(file), file):
                 raise cannot_write(path, error) from error
             raise  # another file, which the block reads
+
+
+def _find(path: Path) -> tuple[Path, bool]:
+    """What ``path`` names, symbolic links followed; and whether it is a pipe or a character device."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return (path.resolve() if path.is_symlink() else path), False
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
+        return path, True
+    reason = ""
+    if not stat.S_ISREG(status.st_mode):
+        reason = "Is a directory" if stat.S_ISDIR(status.st_mode) else "Neither a file nor a pipe"
+    elif any(_is_open_as(descriptor, status) for descriptor in (1, 2)):
+        reason = "The messages of this command go to that file"  # which are lost with it
+    if reason:
+        raise cannot_write(path, OSError(errno.EINVAL, reason))
+    return (path.resolve() if path.is_symlink() else path), False
+
+
+def _is_open_as(descriptor: int, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), status)
+    except OSError:  # it is closed
+        return False
 
 
 @contextmanager

@@ -133,9 +133,15 @@ def _state(path: Path) -> dict[str, int]:
 
 def list_files(source: HuggingFaceSource) -> list[Path]:
     """The files of a folder that belong to the model: weights, then what lies beside them."""
+    return [*source.weights.files, *list_side_files(source)]
+
+
+def list_side_files(source: HuggingFaceSource) -> list[Path]:
+    """The files beside the weights that belong to the model."""
     patterns = [*SIDE_FILES, INDEX] if (source.folder / INDEX).is_file() else SIDE_FILES
     beside = [path for pattern in patterns for path in sorted(source.folder.glob(pattern)) if path.is_file()]
-    return list(dict.fromkeys([*source.weights.files, *beside]))
+    weights = set(source.weights.files)
+    return [path for path in dict.fromkeys(beside) if path not in weights]
 
 
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:

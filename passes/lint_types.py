@@ -186,14 +186,15 @@ def half_scale(view: View) -> Iterator[Hit]:
     for quantizer in view.quantizers.values():
         if view.type(quantizer.node.input[1]) != FLOAT16 or quantizer.scale is None:
             continue
-        smallest = float(np.min(np.abs(quantizer.scale)))
-        if quantizer.node.op_type == "QuantizeLinear" and 0 < smallest <= _SMALLEST_SCALE:
+        scales = np.abs(quantizer.scale)
+        smallest = float(np.min(scales, initial=np.inf, where=scales > 0))
+        if quantizer.node.op_type == "QuantizeLinear" and smallest <= _SMALLEST_SCALE:
             yield (
                 label(quantizer.node),
                 f"has the float16 scale {smallest:.3g}. The kernel multiplies by 1/scale, which overflows float16. "
                 "Cast the input to float32, and quantize with a float32 scale.",
             )
-        elif 0 < smallest < _SMALLEST_SCALE:
+        elif smallest < _SMALLEST_SCALE:
             yield (
                 label(quantizer.node),
                 f"has the float16 scale {smallest:.3g}, of which fewer than 8 bits are left. Use a scalar scale of "

@@ -32,6 +32,8 @@ CONSTANTS: dict[str, Array] = {
     "small16": np.array(2.0**-16, HALF),
     "tiny16": np.array(2.0**-16 - 2.0**-24, HALF),
     "above16": np.array(2.0**-16 + 2.0**-24, HALF),
+    "tiny_or_zero": np.array([0] + [2.0**-16 - 2.0**-24] * (N - 1), HALF),
+    "small_or_zero": np.array([0] + [2.0**-16] * (N - 1), HALF),
     "one": np.array(1, np.float32),
     "one16": np.array(1, HALF),
     "zero": np.array(0, np.int8),

@@ -92,15 +92,16 @@ def float_linear() -> onnx.ModelProto:
     )
 
 
-def save(model: onnx.ModelProto, folder: Path) -> Path:
+def save(model: onnx.ModelProto, folder: Path, data_file: str = "weights.bin") -> Path:
     """Write the model with its weights in a file of their own, at offsets that are no multiple of anything."""
     path = folder / "model.onnx"
-    with (folder / "weights.bin").open("wb") as file:
+    folder.mkdir(exist_ok=True)
+    with (folder / data_file).open("wb") as file:
         for tensor in model.graph.initializer:
             if len(data := tensor.raw_data) < K:
                 continue
             file.write(b"\x00" * 3)
-            entries = {"location": "weights.bin", "offset": file.tell(), "length": len(data)}
+            entries = {"location": data_file, "offset": file.tell(), "length": len(data)}
             file.write(data)
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL

@@ -136,6 +136,7 @@ def _exported(
     write: Callable[[Path], Manifest], output: Path, options: dict[str, Any], force: bool, *inputs: Path
 ) -> ExportResult:
     """The artifact whose float32 graph and weights ``write`` puts into a folder."""
+    from ..export.external_data import weight_files
     from ..passes.graph import load
     from ..passes.linears import find_linears
 
@@ -147,7 +148,7 @@ def _exported(
         graphs = _lower_export(graph, folder, manifest, ComputeType(options["dtype"]), options["opset"])
         manifest = replace(manifest, graphs=graphs, stages=(options,))
         finish_folder(folder, manifest)
-        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weights = sum(path.stat().st_size for path in weight_files(folder / graphs["float32"]).values())
     return ExportResult(
         output, manifest.architecture, tuple(graphs.values()), linears, weights, time.perf_counter() - start
     )

@@ -186,20 +186,22 @@ def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe
 
 
 def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
-    """Bring the files that later stages need: weights as links, tokenizer and configuration as copies; the former."""
-    placed: dict[str, Path] = {}
-    for name in artifact.manifest.files:
-        path = artifact.path / name
-        target = folder / name
+    """Bring the files that later stages need: weights as links, what lies beside them as copies; the former, by name.
+
+    Graphs, statistics and weight files that no graph refers to stay behind.
+    """
+    from ..export.external_data import weight_files
+
+    weights = weight_files(artifact.graph("float32"))
+    beside = [name for name in artifact.manifest.files if Path(name).suffix not in (".onnx", ".safetensors")]
+    for name in dict.fromkeys([*weights, *beside]):
+        path, target = artifact.path / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".onnx" or name == STATISTICS:
-            continue
-        if path.suffix in (".json", ".jinja", ".txt", ".model"):
-            shutil.copyfile(path, target)
-        else:
+        if name in weights:
             place_file(path, target, copy=copies_weights(artifact))
-            placed[name] = target
-    return placed
+        else:
+            shutil.copyfile(path, target)
+    return {name: folder / name for name in weights}
 
 
 def build(

@@ -210,6 +210,16 @@ def test_activation_that_is_not_finite(tmp_path: Path, content: float, message: 
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
+def test_activations_that_are_finite_and_whose_squares_do_not_add_up(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "artifact", np.full((VOCAB, HIDDEN), 5e18, np.float32))
+    message = (
+        r"value x: holds magnitudes up to 5e\+18 on this text\. Expected finite activations whose squares add up to "
+        r"less than 3\.4e38 \(the end of float32\) over a batch"
+    )
+    with pytest.raises(BismoothError, match=message):
+        run(artifact, tmp_path / "s.safetensors")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -233,7 +243,7 @@ def test_bad_request(artifact: Path, tmp_path: Path, options: dict[str, Any], me
 
 def test_output_that_cannot_be_written(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BismoothError, match=r"cannot be written \(File exists\)\. Choose a place"):
+    with pytest.raises(BismoothError, match=r"cannot be written \(Not a directory\)\. Choose a place"):
         run(artifact, tmp_path / "file" / "s.safetensors")
 
 

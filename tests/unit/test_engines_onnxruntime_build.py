@@ -14,7 +14,7 @@ from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.tools.engines import engine_file, find_builder
 from tests.graphs import Builder
-from tests.quantized import make
+from tests.quantized import make, save
 
 K, N = 8, 6
 
@@ -82,6 +82,15 @@ def test_no_weight_is_written_anew(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert [linear.node for linear in result.audit.linears] == ["fc/MatMul"]
     assert (tmp_path / "engine/model.safetensors").samefile(tmp_path / "art/model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["vocab.bin", "tokenizer.data"])
+def test_weights_that_are_called_like_a_companion(tmp_path: Path, name: str) -> None:
+    text = "(float[batch, 256] x) => (float[batch, 256] y) { y = MatMul(x, w) }"
+    path = save(make(text, w=np.ones((256, 256), np.float32)), tmp_path / "art", name)
+    OnnxRuntimeBuilder().build(BuildRequest(path, tmp_path / "engine/model.onnx"))
+    assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.audit.json", name}
+    assert (tmp_path / "engine" / name).samefile(path.parent / name)
 
 
 def test_a_graph_that_cannot_be_loaded(tmp_path: Path) -> None:

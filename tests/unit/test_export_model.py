@@ -12,6 +12,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.export.model import export_model
 from bismooth.export.safetensors_file import SafetensorsWriter
+from bismooth.export.source import HuggingFaceSource, list_side_files, resolve_source
 
 
 def source(folder: Path, **config: Any) -> Path:
@@ -75,6 +76,19 @@ def test_files_beside_the_weights(tmp_path: Path, target: Path) -> None:
     assert {file.name for file in target.iterdir()} == {*wanted, "config.json", "model.safetensors"}
     assert all((target / name).stat().st_nlink == 1 for name in (*wanted, "config.json"))
     assert (target / "model.safetensors").samefile(path / "model.safetensors")
+
+
+def test_weights_that_are_called_like_a_file_beside_them_are_placed_once(tmp_path: Path, target: Path) -> None:
+    path = source(tmp_path / "source", **LLAMA)
+    (path / "model.safetensors").rename(path / "vocab.safetensors")
+    (path / "LICENSE").write_text("{}", "utf-8")
+    resolved = resolve_source(path)
+    assert isinstance(resolved, HuggingFaceSource)
+    assert [file.name for file in list_side_files(resolved)] == ["config.json", "LICENSE"]
+    with pytest.raises(BismoothError, match="has no tensor"):
+        export_model(path, target)
+    assert (target / "vocab.safetensors").samefile(path / "vocab.safetensors")
+    assert {file.name for file in target.iterdir()} == {"config.json", "LICENSE", "vocab.safetensors"}
 
 
 def test_references_to_python_code_are_left_out(tmp_path: Path, target: Path) -> None:

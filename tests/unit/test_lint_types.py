@@ -167,6 +167,12 @@ CASES: Cases = {
             "the float16 scale 1.52e-05, of which fewer than 8 bits are left",
         ),
         Case(
+            linear16("wd = DequantizeLinear(wq, tiny_or_zero, zn)"),
+            linear16("wd = DequantizeLinear(wq, small_or_zero, zn)"),
+            "wd/DequantizeLinear",
+            "the float16 scale 1.52e-05, of which fewer than 8 bits are left",
+        ),
+        Case(
             linear16(WD16, "xq = QuantizeLinear(x, small16, zero) xd = DequantizeLinear(xq, small16, zero)"),
             linear16(WD16, "xq = QuantizeLinear(x, above16, zero) xd = DequantizeLinear(xq, above16, zero)"),
             "xq/QuantizeLinear",

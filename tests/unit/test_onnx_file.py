@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import onnx
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]: the package has no stubs
 import pytest
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from bismooth.export.errors import BismoothError
+from bismooth.export.external_data import weight_files
 from bismooth.export.model import export_model
 from bismooth.export.onnx_file import import_onnx
+from bismooth.passes.spec import ComputeType
+from bismooth.tools import stages
 
 ORT: Any = onnxruntime
 Array = NDArray[Any]
@@ -163,7 +168,7 @@ def declare(**fields: Any) -> Edit:
     return edit
 
 
-OUTSIDE = "is outside the model's folder. Expected a file beside the model."
+OUTSIDE = r"is outside the model's folder. Expected a file beside the model, named without '\.\.'\."
 CANNOT = "the external data of tensor conv.weight cannot be"
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "cycle": (cycle, "not a valid ONNX model: .*topological order|sorted"),
@@ -212,6 +217,57 @@ def test_a_hostile_file_is_refused(tmp_path: Path, target: Path, case: str) -> N
     assert str(path.parent) in str(caught.value)
 
 
+LOCATIONS: dict[str, tuple[str, str]] = {
+    "absolute": ("/etc/passwd", OUTSIDE),
+    "parent": ("../weights.bin", OUTSIDE),
+    "parent and back": ("sub/../weights.bin", OUTSIDE),
+    "the folder itself": ("./", OUTSIDE),
+    "symbolic link": ("link.bin", OUTSIDE),
+    "too long": ("x" * 300, r"cannot be read \(.*File name too long.*\). Expected a file beside the model."),
+    "NUL": ("weights\0.bin", r"cannot be read \(embedded null byte\). Expected"),
+    "circle of links": ("loop.bin", r"cannot be read \(.*[Ll]oop.*\). Expected|is missing"),
+}
+
+
+@pytest.mark.parametrize("case", LOCATIONS)
+def test_an_export_refuses_a_hostile_location(tmp_path: Path, case: str) -> None:
+    location, reason = LOCATIONS[case]
+    path = cnn(tmp_path / "source", place(location=location))
+    (tmp_path / "weights.bin").write_bytes(b"\0" * 2000)
+    (path.parent / "link.bin").symlink_to(tmp_path / "weights.bin")
+    (path.parent / "loop.bin").symlink_to("loop.bin")
+    (path.parent / "sub").mkdir()
+    with pytest.raises(BismoothError, match=f"cnn.onnx: its external data {re.escape(repr(location))} {reason}"):
+        stages.export(path, tmp_path / "out")
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "weights.bin"}
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../weights.bin"])
+def test_what_is_outside_by_its_name_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    path, looked = cnn(tmp_path / "source", place(location=location)), list[str]()
+    stat = os.stat
+
+    def spy(name: Any, **options: Any) -> os.stat_result:
+        looked.append(str(name))
+        return stat(name, **options)
+
+    monkeypatch.setattr(os, "stat", spy)
+    with pytest.raises(BismoothError, match="is outside"):
+        stages.export(path, tmp_path / "out")
+    assert looked
+    assert not [name for name in looked if name.endswith(location)]
+
+
+def test_two_names_of_one_file(tmp_path: Path) -> None:
+    path = cnn(tmp_path / "source", place(location=f"./{DATA}"))
+    made = stages.export(path, tmp_path / "out", dtype=ComputeType.FLOAT32)
+    assert {file.name for file in made.artifact.iterdir()} == {"bismooth.json", "model.onnx", DATA}
+    assert made.weights_bytes == 1600
+    np.testing.assert_array_equal(run(made.artifact / "model.onnx"), run(path))
+
+
 @pytest.mark.parametrize("content", [b"\x80\x04not a protobuf", b"PK\x03\x04" + b"\xff" * 100])
 def test_a_file_that_is_no_onnx(tmp_path: Path, target: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
@@ -243,16 +299,36 @@ def place_last(model: ModelProto, length: int) -> None:
     model.graph.initializer[-1].external_data[2].value = str(length)
 
 
+def foreign(*tensors: TensorProto) -> NodeProto:
+    node = NodeProto(op_type="Custom", domain="somewhere", output=["z"])
+    node.attribute.append(AttributeProto(name="t", type=AttributeProto.TENSORS, tensors=tensors))
+    sparse = SparseTensorProto(values=external("v", [8], 0, "values.bin"), dims=[8])
+    node.attribute.append(AttributeProto(name="s", type=AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse))
+    return node
+
+
 def test_attributes_with_lists_of_tensors_and_graphs_are_seen(tmp_path: Path, target: Path) -> None:
     """A foreign operator may have any attribute; what it refers to must still be inside."""
 
     def add(model: ModelProto) -> None:
-        node = NodeProto(op_type="Custom", domain="somewhere", output=["z"])
-        node.attribute.append(
-            AttributeProto(name="t", type=AttributeProto.TENSORS, tensors=[external("t", [8], 0, "../x")])
-        )
         model.opset_import.append(helper.make_opsetid("somewhere", 1))
-        model.graph.node.append(node)
+        model.graph.node.append(foreign(external("t", [8], 0, "../x")))
 
     with pytest.raises(BismoothError, match=r"'../x' is outside"):
         import_onnx(cnn(tmp_path, add), target)
+
+
+def test_weight_files_are_found_wherever_a_model_may_name_them(tmp_path: Path) -> None:
+    def add(model: ModelProto) -> None:
+        with_subgraph(model, external("", [8], 0, "branch.bin"))
+        model.graph.node.append(foreign(external("t", [8], 0, "./list.bin")))
+        model.functions.add(name="f", domain="somewhere").node.append(
+            helper.make_node("Constant", [], ["c"], value=external("", [8], 0, "function.bin"))
+        )
+
+    names = ("branch.bin", "function.bin", "list.bin", "values.bin")
+    for name in names:
+        (tmp_path / name).write_bytes(b"\0" * 32)
+    found = weight_files(cnn(tmp_path, add))
+    assert list(found) == sorted([*names, DATA])
+    assert all(file == tmp_path / name for name, file in found.items())

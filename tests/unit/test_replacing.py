@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +34,96 @@ def test_a_link_is_replaced_and_not_written_to(tmp_path: Path) -> None:
         file.write_text("new", "utf-8")
     assert (tmp_path / "precious").read_text("utf-8") == "precious"
     assert (tmp_path / "file").read_text("utf-8") == "new"
+
+
+def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("new", "old"):
+        (tmp_path / f"{name}.json").symlink_to(f"sub/{name}.json")
+    (tmp_path / "sub/old.json").write_text("old", "utf-8")
+    for name in ("new", "old"):
+        with replacing(tmp_path / f"{name}.json") as file:
+            assert file.parent == tmp_path / "sub"
+            file.write_text(name * 2, "utf-8")
+        assert (tmp_path / f"{name}.json").is_symlink()
+        assert (tmp_path / f"sub/{name}.json").read_text("utf-8") == name * 2
+    assert names(tmp_path / "sub") == {"new.json", "old.json"}
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (fifo, link):
+        with replacing(path) as file:
+            file.write_text("new", "utf-8")
+        assert os.read(reader, 10) == b"new"
+        assert fifo.is_fifo()
+    os.close(reader)
+    assert names(tmp_path) == {"fifo", "link"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_devices_are_written_to(tmp_path: Path) -> None:
+    """Through links, so that a failure of this test harms no device."""
+    for name in ("null", "full"):
+        (tmp_path / name).symlink_to(f"/dev/{name}")
+    with replacing(tmp_path / "null") as file:
+        file.write_text("new", "utf-8")
+    with (
+        pytest.raises(BismoothError, match=r"/full: the disk is full"),
+        replacing(tmp_path / "full") as file,
+    ):
+        file.write_text("new", "utf-8")
+    assert all((tmp_path / name).is_symlink() for name in ("null", "full"))
+    assert names(tmp_path) == {"null", "full"}
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_file_that_messages_go_to_is_left_alone(tmp_path: Path, stream: str) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from bismooth.export.errors import BismoothError
+from bismooth.export.replacing import replacing
+print("before", file=sys.{stream}, flush=True)
+for path in ("/dev/{stream}", {str(tmp_path / "log")!r}):
+    try:
+        with replacing(Path(path)) as file:
+            raise AssertionError
+    except BismoothError as error:
+        print(error, file=sys.{stream}, flush=True)
+"""
+    with (tmp_path / "log").open("w") as log:
+        streams = (log, None) if stream == "stdout" else (None, log)
+        subprocess.run([sys.executable, "-c", program], stdout=streams[0], stderr=streams[1], check=True)
+    first, *others = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert first == "before"
+    reason = "cannot be written (The messages of this command go to that file). Choose a place that can be written"
+    assert [reason in line for line in others] == [True, True]
+
+
+def test_closed_streams_are_no_file(tmp_path: Path) -> None:
+    program = "import os, sys; from pathlib import Path; from bismooth.export.replacing import replacing; os.close(1)"
+    program += "\nwith replacing(Path(sys.argv[1])) as file: file.write_text('new')"
+    (tmp_path / "file").touch()
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True)
+    assert (tmp_path / "file").read_text("utf-8") == "new"
+
+
+def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for name, reason in (("socket", "Neither a file nor a pipe"), ("loop", "Too many levels of symbolic links")):
+        with (
+            pytest.raises(BismoothError, match=rf"/{name}: cannot be written \({reason}\)\. Choose a place"),
+            replacing(tmp_path / name),
+        ):
+            raise AssertionError
+    assert (tmp_path / "socket").is_socket()
+    assert names(tmp_path) == {"loop", "socket"}
 
 
 def test_an_error_leaves_the_previous_file(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Stages refuse what they could only ignore."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bismooth.export.artifact import Artifact, Manifest, write_manifest
+from bismooth.export.artifact import Artifact, Manifest, scan_files, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.export.hashing import file_sha256
 from bismooth.passes import quantize
@@ -109,6 +110,22 @@ def test_quantize_records_the_hashes_of_all_weight_files(linear: Path, tmp_path:
     os.utime(tmp_path / "source/model.safetensors")
     for made in (quantized, engine):
         assert Artifact.load(made).manifest.files["model.safetensors"].linked
+
+
+def test_quantize_tells_weights_by_what_the_graph_refers_to(tmp_path: Path) -> None:
+    graph = "(float[batch, 256] x) => (float[batch, 256] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    weights = {name: np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32) for name in "wv"}
+    source = save(make(graph, **weights), tmp_path / "source", "one.txt")
+    folder = stages.export(source, tmp_path / "art", dtype=ComputeType.FLOAT32).artifact
+    for name in ("LICENSE", "unused.safetensors"):
+        (folder / name).write_text("text", "utf-8")
+    write_manifest(folder, replace(Artifact.load(folder).manifest, files=scan_files(folder)))
+    quantized = stages.quantize(folder, "w8a8", tmp_path / "q", data_free=True).artifact
+    manifest = Artifact.load(quantized).manifest
+    assert (quantized / "one.txt").samefile(source.parent / "one.txt")
+    assert set(manifest.hashes) == {"one.txt", "quantized.safetensors"}
+    assert not (quantized / "LICENSE").samefile(folder / "LICENSE")
+    assert "unused.safetensors" not in manifest.files
 
 
 def test_weights_that_are_modified_while_they_are_quantized(
