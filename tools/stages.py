@@ -237,6 +237,7 @@ def build(
 
     builder = find_builder(engine)
     sizes = gather_sizes(batch, sequence, dims)
+    capabilities = tuple(dict.fromkeys(capabilities))
     check_options(engine, capabilities, sizes)
     loaded = Artifact.load(artifact, "float", "quantized")
     graph = deployment_graph(loaded, engine)
@@ -248,7 +249,7 @@ def build(
         request = BuildRequest(
             onnx=graph,
             engine=folder / engine_file(engine),
-            capabilities=tuple(capabilities),
+            capabilities=capabilities,
             profile=profile,
             meant_int8=meant_int8(loaded),
             allow_float=allow_float,
