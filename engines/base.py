@@ -11,6 +11,7 @@ from ..export.errors import BismoothError
 from .audit import Audit
 
 Shape = tuple[int, ...]
+_RECORD_TYPES = {"runtime": str, "version": str, "bytes": int, "sha256": str, "source": dict}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,11 @@ class EngineRecord:
         triples: Mapping[str, list[list[int]]] = fields["shapes"]
         fields["capabilities"] = tuple(fields["capabilities"])
         fields["shapes"] = {name: _triple(shapes) for name, shapes in triples.items()}
-        return EngineRecord(**fields)
+        record = EngineRecord(**fields)
+        for key, kind in _RECORD_TYPES.items():
+            if type(value := getattr(record, key)) is not kind:
+                raise TypeError(f"{key} is {value!r}")
+        return record
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A file that was there before, perhaps a hard link of somebody's own, is replaced
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ def check_proto(model: onnx.ModelProto) -> None:
 
 
 def save_ir(model: ir.Model, path: Path) -> None:
-    """Write an ONNX file; references to external data stay as they are."""
+    """Write an ONNX file of bismooth's own making; references to external data stay as they are."""
+    model.producer_name, model.producer_version = "bismooth", version("bismooth")
     with replacing(path) as temporary:
         _ir.save(model, str(temporary), format="protobuf")

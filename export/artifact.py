@@ -29,6 +29,13 @@ MANIFEST = "bismooth.json"
 FORMAT_VERSION = 1
 Kind = Literal["float", "quantized", "engine"]
 _JSON_TYPES = {"source": dict, "graphs": dict, "files": dict, "dims": dict, "tools": dict, "stages": list}
+_RECORD_TYPES = {
+    "size": (int,),
+    "linked": (bool,),
+    "mtime_ns": (int, type(None)),
+    "inode": (int, type(None)),
+    "sha256": (str, type(None)),
+}
 RESERVED = (".onnx", ".json", "quantized.safetensors", "statistics.safetensors")
 """How the names end that stages give to files of their own: no weight file of a source may be called so."""
 
@@ -67,7 +74,8 @@ class Manifest:
     Attributes:
         kind: what the folder holds.
         source: where the model came from: ``path``, ``format``, ``fingerprint`` (SHA-256 over the weight files'
-            headers), ``remote_code`` (true where the model's class was its own Python code), …
+            headers), ``remote_code`` (true where the model's class was its own Python code), ``foreign_code`` (what
+            ``auto_map`` names outside the source), …
         graphs: role → ONNX file. Roles: ``float32``, ``float16``, ``bfloat16`` (compute types), ``reference``,
             ``folded``.
         files: every file of the folder but the manifest, by its path in the folder.
@@ -121,12 +129,32 @@ class Manifest:
         if manifest.kind not in get_args(Kind):
             raise ValueError(f"it has kind {manifest.kind!r}, expected one of {', '.join(get_args(Kind))}")
         for name, record in manifest.files.items():
-            if type(record.size) is not int:
-                raise TypeError(f"{name} has size {record.size!r}")
+            for key, types in _RECORD_TYPES.items():
+                if type(value := getattr(record, key)) not in types:
+                    raise TypeError(f"{name} has {key} {value!r}")
+        _check_types(manifest)
         for name in (*manifest.files, *manifest.graphs.values()):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"it names a file outside of the folder: {name}")
         return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise ``TypeError`` where a value in the manifest is of another type than its annotation says."""
+    blocks = manifest.blocks or Blocks("", ())
+    checks: list[tuple[str, type, list[Any]]] = [
+        ("source.files", dict, [manifest.source.get("files", {})]),
+        ("architecture", str, [] if manifest.architecture is None else [manifest.architecture]),
+        ("dims", int, list(manifest.dims.values())),
+        ("blocks.prefix", str, [blocks.prefix]),
+        ("blocks.kinds", int, list(blocks.kinds)),
+        ("tools", str, list(manifest.tools.values())),
+        ("stages", dict, list(manifest.stages)),
+        ("stages.stage", str, [stage.get("stage") for stage in manifest.stages if type(stage) is dict]),
+    ]
+    for key, kind, values in checks:
+        if wrong := [value for value in values if type(value) is not kind]:
+            raise TypeError(f"{key} has {wrong[0]!r}")
 
 
 @dataclass(frozen=True)

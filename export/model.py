@@ -136,7 +136,6 @@ def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: boo
     link_weights(model, source.weights, stored_names(skeleton.model, source.weights))
     name_constants(model, set(source.weights.entries))
     name_nodes(model)
-    model.producer_name = "bismooth"
     save_ir(model, folder / GRAPH)
     progress("link the weights", 1, 1)
     return Manifest(

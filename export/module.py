@@ -85,7 +85,6 @@ def export_module(
     link_weights(model, weights, names)
     name_constants(model, set(weights.entries))
     name_nodes(model)
-    model.producer_name = "bismooth"
     save_ir(model, folder / GRAPH)
     return Manifest(
         kind="float",

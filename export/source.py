@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -109,10 +111,14 @@ def identify(source: str | Path, resolved: Source) -> dict[str, Any]:
     """What tells a source from others and from itself after a change, as it is recorded in the manifest.
 
     Returns:
-        ``path``, ``format``, and ``files``: size and time of the last modification of each. No weight is read.
+        ``path``, ``format``, and ``files``: size and time of the last modification of each, Python code included. No
+        weight is read. Also ``foreign_code`` where the model names code that lies elsewhere: the names.
     """
+    foreign: list[str] = []
     if isinstance(resolved, HuggingFaceSource):
-        kind, folder, files = "huggingface", resolved.folder, list_files(resolved)
+        kind, folder = "huggingface", resolved.folder
+        files = [*list_files(resolved), *sorted(folder.glob("*.py"))]
+        foreign = _foreign_code(folder)
     elif isinstance(resolved, GgufSource):
         kind, folder, files = "gguf", resolved.path.parent, [resolved.path]
     else:
@@ -123,7 +129,30 @@ def identify(source: str | Path, resolved: Source) -> dict[str, Any]:
         "path": str(Path(source).absolute() if Path(source).exists() else source),
         "format": kind,
         "files": {path.relative_to(folder).as_posix(): _state(path) for path in files if path.is_file()},
+        **({"foreign_code": foreign} if foreign else {}),
     }
+
+
+def _foreign_code(folder: Path) -> list[str]:
+    """What ``auto_map`` names outside the folder: ``org/repo--module.Class``, or a module in a folder below."""
+    names: set[str] = set()
+    for path in folder.glob("*config.json"):
+        with suppress(ValueError):  # what is no JSON names no code
+            document = json.loads(path.read_text("utf-8"))
+            if isinstance(document, dict):
+                names.update(_strings(cast(dict[str, Any], document).get("auto_map")))
+    return sorted(name for name in names if "--" in name or "/" in name)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The strings in plain data; ``auto_map`` holds single ones, and lists of them for tokenizers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(cast(dict[str, Any], value).values()))
+    elif isinstance(value, list):
+        for item in cast(list[Any], value):
+            yield from _strings(item)
 
 
 def _state(path: Path) -> dict[str, int]:

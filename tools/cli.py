@@ -22,7 +22,8 @@ from ..passes.recipe_file import BUILTIN
 from ..passes.spec import ComputeType
 from . import cli_options as o
 from . import console
-from .cli_errors import GATE, INTERRUPTED, report
+from .cli_errors import GATE, report
+from .entry import INTERRUPTED
 
 Function = TypeVar("Function", bound=Callable[..., None])
 

@@ -8,12 +8,12 @@ import traceback
 import typer
 
 from ..export.errors import BismoothError, GateError
-from . import console
+from . import console, entry
 
 TRACEBACK = "BISMOOTH_TRACEBACK"
 """The environment variable that, set to 1, shows the traceback as well."""
 
-GATE, USAGE, INTERNAL, INTERRUPTED = 1, 2, 70, 130
+GATE, USAGE, INTERNAL = 1, 2, 70
 
 _COMPILE = (
     "gguf",
@@ -65,8 +65,7 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case OSError(strerror=str(reason)):
             return USAGE, f"{reason}."
         case KeyboardInterrupt() | typer.Abort():
-            again = "the same command goes on from here" if command == "compile" else "run the command again"
-            return INTERRUPTED, f"Interrupted. Nothing is half-written; {again}."
+            return entry.INTERRUPTED, entry.MESSAGE
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return INTERNAL, f"Internal error, please report it: {what} (rerun with {TRACEBACK}=1 for a traceback)"

@@ -24,6 +24,7 @@ _BUILDERS: dict[str, EngineBuilder] = {
     "onnxruntime": OnnxRuntimeBuilder(),
     "null": NullBuilder(),
 }
+ENGINES = tuple(_BUILDERS)
 _SHOWN = 5
 _NO_CAPABILITIES = {
     "tensorrt": "it builds for the GPU of this machine",

@@ -20,12 +20,16 @@ def quantize_stage(artifact: Artifact) -> Mapping[str, Any]:
     """The manifest's entry of the stage; empty for a float artifact.
 
     Raises:
-        BismoothError: the entry is not as this version of bismooth writes it.
+        BismoothError: the entry is missing, or not as this version of bismooth writes it.
     """
     stage = next((stage for stage in artifact.manifest.stages if stage.get("stage") == "quantize"), dict[str, Any]())
     if not stage:
+        if artifact.manifest.kind == "quantized":
+            raise other_version(artifact, ["quantize"])
         return stage
     missing = [key for key in _KEYS if key not in stage]
+    if not isinstance(recipe := stage.get("recipe", {"name": ""}), dict) or "name" not in recipe:
+        missing.append("recipe.name")
     missing += [key for key in _LINEAR_KEYS if any(key not in linear for linear in stage.get("quantized", ()))]
     if missing:
         raise other_version(artifact, missing)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..export.source import identify, resolve_source
 from ..passes.recipe import Recipe
 from . import console, stages
 from .engines import (
+    ENGINES,
     Sizes,
     check_options,
     deployment_graph,
@@ -31,6 +33,7 @@ from .engines import (
 from .exporting import export_options
 from .results import BuildStageResult, CompileResult
 from .resume import engine_differs, finished_engine, float_differs, quantized_differs, statistics_differ
+from .shipped import load_engine
 
 REPORT = "compile.json"
 Plan = tuple[str, tuple[int, ...]]
@@ -238,15 +241,18 @@ def _engine_plans(engines: Sequence[str], capabilities: Sequence[int], sizes: Ma
     """One build per engine; SM75 cannot share one with other capabilities.
 
     Raises:
-        BismoothError: an engine that is unknown or not installed, or options that none of the engines heeds.
+        BismoothError: no engine, one that is unknown or not installed, or options that none of the engines heeds.
     """
+    if not engines:
+        raise BismoothError(f"compile: got no engine. Expected at least one of {', '.join(ENGINES)}.")
+    capabilities = tuple(dict.fromkeys(capabilities))
     plans: list[Plan] = []
     for engine in dict.fromkeys(engines):
         require_engine(engine)
         if engine != "tensorrt-rtx":
             plans.append((engine, ()))
             continue
-        wanted = tuple(capabilities) or (75, 80, 86, 89, 120)
+        wanted = capabilities or (75, 80, 86, 89, 120)
         groups = (tuple(c for c in wanted if c == 75), tuple(c for c in wanted if c != 75))
         plans += [(engine, group) for group in groups if group]
     if capabilities and "tensorrt-rtx" not in engines:
@@ -283,16 +289,16 @@ def _finished_engines(
     """The engines that need not be built again."""
     artifact = Artifact.load(target, "quantized")
     finished: dict[Plan, BuildStageResult] = {}
+
+    def differs(folder: Path, engine: str, group: tuple[int, ...]) -> str | None:
+        shipped = load_engine(folder, artifact)
+        built = finished[engine, group] = finished_engine(shipped)  # kept, or else the run ends here
+        graph = deployment_graph(artifact, engine)
+        return engine_differs(shipped, built, engine, graph, group, profile, allow_float=allow_float)
+
     for engine, group in plans:
         folder = target / "engines" / engine_name(engine, group)
-        graph = deployment_graph(artifact, engine)
-        if earlier.keeps(
-            folder,
-            lambda folder=folder, graph=graph, group=group: engine_differs(
-                folder, artifact, graph, group, profile, allow_float=allow_float
-            ),
-        ):
-            finished[engine, group] = finished_engine(folder, artifact)
+        earlier.keeps(folder, partial(differs, folder, engine, group))
     return finished
 
 

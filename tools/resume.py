@@ -13,12 +13,14 @@ from typing import Any, cast
 
 from ..engines.base import BuildResult, Profile, audit_path
 from ..engines.linears import summarize
+from ..engines.tensorrt_runtime import RUNTIMES, load_module
 from ..export.artifact import Artifact, Manifest
+from ..export.hashing import file_sha256
 from ..export.versions import tool_versions
 from ..passes.recipe import Recipe
 from .meant import quantize_stage, statistics_record
 from .results import BuildStageResult
-from .shipped import load_engine
+from .shipped import ShippedEngine
 from .verify import read_audit
 
 _ENGINE_PACKAGES = frozenset({"tensorrt", "tensorrt-rtx-cu12"})
@@ -27,6 +29,9 @@ _ENGINE_PACKAGES = frozenset({"tensorrt", "tensorrt-rtx-cu12"})
 
 def float_differs(folder: Path, source: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     """``source`` as the manifest identifies it, ``options`` as the entry of the stage."""
+    foreign = source.get("foreign_code")
+    if foreign and options["trust_remote_code"]:
+        return f"it is made with the code of {foreign[0]}, which lies outside the source and may have changed"
     manifest = Artifact.load(folder, "float").manifest
     files, wanted = (cast(Mapping[str, Any], record.get("files", {})) for record in (manifest.source, source))
     if manifest.source.get("path") == source["path"]:
@@ -62,35 +67,61 @@ def quantized_differs(
         or _difference("export", _export_stage(manifest), _export_stage(made_of))
         or _difference("recipe", stage["recipe"]["name"], recipe.name)
         or _difference("recipe", stage["recipe"], said | {"description": stage["recipe"].get("description")})
-        or _difference("statistics", {"of": stage.get("statistics")}, {"of": statistics})
+        or _difference("statistics", stage.get("statistics"), statistics)
         or _tools_differ(manifest, _ENGINE_PACKAGES)
+        or _damage(folder, manifest.hashes)
     )
 
 
 def engine_differs(
-    folder: Path, artifact: Artifact, graph: Path, capabilities: tuple[int, ...], profile: Profile, *, allow_float: bool
+    shipped: ShippedEngine,
+    built: BuildStageResult,
+    engine: str,
+    graph: Path,
+    capabilities: tuple[int, ...],
+    profile: Profile,
+    *,
+    allow_float: bool,
 ) -> str | None:
-    """``graph`` is what the engine is built of."""
-    shipped = load_engine(folder, artifact)
-    inputs = summarize(graph).inputs
-    shapes = {name: profile.shapes(name, inputs[name]) for name in shipped.record.shapes if name in inputs}
-    fallbacks = read_audit(audit_path(shipped.file)).fallbacks
+    """``shipped`` is what is there, ``built`` as :func:`finished_engine` gives it; the rest is what would be built."""
+    runtime = RUNTIMES.get(engine)
+    if runtime is not None and not runtime.ahead_of_time:
+        return (
+            f"{engine} builds for the GPU that it finds, and no record says which one this engine was built for. "
+            f"To build it alone again, delete {shipped.folder}"
+        )
+    record, inputs = shipped.record, summarize(graph).inputs
+    shapes = {name: profile.shapes(name, inputs[name]) for name in record.shapes if name in inputs}
+    fallbacks = built.result.audit.fallbacks
     if fallbacks and not allow_float:
         return f"{len(fallbacks)} linears run in float, and --allow-float is not given"
     return (
-        _difference("capabilities", {"of": shipped.record.capabilities}, {"of": capabilities})
-        or _difference("shapes", shipped.record.shapes, shapes)
-        or _tools_differ(Artifact.load(folder, "engine").manifest, frozenset())
+        _difference("runtime", record.runtime, engine)
+        or _difference("capabilities", record.capabilities, capabilities)
+        or _difference("shapes", record.shapes, shapes)
+        or (runtime and _difference(f"version.{engine}", record.version, load_module(runtime).__version__))
+        or _tools_differ(shipped.manifest, frozenset())
+        or _damage(shipped.folder, shipped.manifest.hashes)
     )
 
 
-def finished_engine(folder: Path, artifact: Artifact) -> BuildStageResult:
+def finished_engine(shipped: ShippedEngine) -> BuildStageResult:
     """What the build of an engine that is there once returned."""
-    shipped = load_engine(folder, artifact)
     audit_file = audit_path(shipped.file)
     return BuildStageResult(
-        folder, BuildResult(shipped.file, audit_file, shipped.record, read_audit(audit_file), 0.0, None)
+        shipped.folder, BuildResult(shipped.file, audit_file, shipped.record, read_audit(audit_file), 0.0, None)
     )
+
+
+def _damage(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """The first file whose content is not the one on record. All of them are read, a second per gigabyte."""
+    for name, expected in hashes.items():
+        if (got := file_sha256(folder / name)) != expected:
+            return (
+                f"{name} was changed: expected SHA-256 {expected}, got {got}. "
+                f"To make this folder alone again, delete {folder}"
+            )
+    return None
 
 
 def _export_stage(manifest: Manifest) -> Mapping[str, Any]:
@@ -110,8 +141,7 @@ def _difference(name: str, found: Any, wanted: Any) -> str | None:
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         old, new = cast(Mapping[str, Any], found), cast(Mapping[str, Any], wanted)
         for key in {**old, **new}:
-            path = name if key == "of" else f"{name}.{key}"
-            if text := _difference(path, old.get(key), new.get(key)):
+            if text := _difference(f"{name}.{key}", old.get(key), new.get(key)):
                 return text
         return None
     left, right = _shown(found), _shown(wanted)

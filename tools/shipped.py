@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..engines.base import EngineRecord
 from ..engines.publish import read_record
-from ..export.artifact import MANIFEST, Artifact
+from ..export.artifact import MANIFEST, Artifact, Manifest
 from ..export.errors import BismoothError
 from ..export.hashing import file_sha256
 from .engines import engine_file
@@ -21,6 +21,7 @@ class ShippedEngine:
     folder: Path
     file: Path
     record: EngineRecord
+    manifest: Manifest
 
 
 def engine_folders(artifact: Artifact) -> list[Path]:
@@ -47,8 +48,14 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
     Raises:
         BismoothError: it is damaged, or was made of something else than ``artifact``.
     """
-    stage = Artifact.load(folder, "engine").manifest.stages[-1]
-    file = folder / engine_file(stage["engine"])
+    manifest = Artifact.load(folder, "engine").manifest
+    engine = next((stage.get("engine") for stage in manifest.stages if stage["stage"] == "build"), None)
+    if not isinstance(engine, str):
+        raise BismoothError(
+            f"{folder}: its manifest does not say which engine this is. Expected an engine of 'bismooth build'. "
+            "Build the engine again."
+        )
+    file = folder / engine_file(engine)
     record = read_record(file)
     if (got := file_sha256(file)) != record.sha256:
         raise BismoothError(f"{file}: expected SHA-256 {record.sha256}, got {got}. Build the engine again.")
@@ -58,4 +65,4 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
                 f"{folder}: the engine was not made of this artifact. Expected {key} {expected}, got {found}. "
                 "Build the engine again."
             )
-    return ShippedEngine(folder, file, record)
+    return ShippedEngine(folder, file, record, manifest)

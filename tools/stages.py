@@ -249,6 +249,7 @@ def build(
     artifact = Path(artifact)
     builder = find_builder(engine)
     sizes = gather_sizes(batch, sequence, dims)
+    capabilities = tuple(dict.fromkeys(capabilities))
     check_options(engine, capabilities, sizes)
     loaded = Artifact.load(artifact, "float", "quantized")
     graph = deployment_graph(loaded, engine)
@@ -260,7 +261,7 @@ def build(
         request = BuildRequest(
             onnx=graph,
             engine=folder / engine_file(engine),
-            capabilities=tuple(capabilities),
+            capabilities=capabilities,
             profile=profile,
             meant_int8=meant_int8(loaded),
             allow_float=allow_float,

@@ -184,6 +184,12 @@ def test_another_source_and_a_source_that_was_changed(tiny: Tiny, output: Path, 
     with pytest.raises(BismoothError, match=r'out/float: .* source\.path is ".*", and would be ".*/source"'):
         again(tiny, output, source=other)
     fresh = tmp_path / "fresh"
+    (other / "modeling.py").write_text("depth = 1")
+    stages.export(other, fresh / "float")
+    (other / "modeling.py").write_text("depth = 22")
+    with pytest.raises(BismoothError, match=r"the source's file modeling\.py is not the one that it was made of"):
+        again(tiny, fresh, source=other)
+    shutil.rmtree(fresh)
     stages.export(other, fresh / "float")
     (other / "model.safetensors").unlink()
     shutil.copyfile(tiny.source / "model.safetensors", other / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. Nothing is half-written; run the command again.",
+            "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
         ),
         (
             ValueError("two\nlines"),
@@ -301,3 +302,12 @@ def test_every_command_of_the_base_installation_fails_in_one_line(command: str) 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"error: .+\n", done.stderr)
+
+
+def test_an_interruption_while_the_command_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, "-m", "bismooth", "recipes"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    message = "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here."
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"error: {message}\n")

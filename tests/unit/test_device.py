@@ -219,7 +219,9 @@ def shipped(artifact: Artifact, **changes: Any) -> Path:
     plain = BuildRequest(artifact.graph("float16"), engine, (86, 89), source=source)
     changes["source"] = source | changes.get("source", {})
     NullBuilder("tensorrt-rtx").build(replace(plain, **changes))
-    built = Manifest("engine", {}, {}, files=scan_files(engine.parent), stages=({"engine": "tensorrt-rtx"},))
+    built = Manifest(
+        "engine", {}, {}, files=scan_files(engine.parent), stages=({"stage": "build", "engine": "tensorrt-rtx"},)
+    )
     write_manifest(engine.parent, built)
     return engine
 

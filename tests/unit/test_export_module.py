@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto
 from torch import Tensor, nn
 
+import bismooth
 from bismooth.export.errors import BismoothError
 from bismooth.export.module import export_module
 from bismooth.export.safetensors_file import read_header, read_tensor
@@ -62,6 +63,7 @@ def run(folder: Path, **feeds: Tensor) -> Array:
 
 def graph_of(folder: Path) -> GraphProto:
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
+    assert (model.producer_name, model.producer_version) == ("bismooth", bismooth.__version__)
     return model.graph
 
 

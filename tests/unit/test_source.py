@@ -19,6 +19,7 @@ from bismooth.export.source import (
     HuggingFaceSource,
     OnnxSource,
     identify,
+    list_files,
     read_weights,
     resolve_source,
 )
@@ -273,16 +274,30 @@ def test_what_is_downloaded(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_source_is_known_by_all_of_its_files(tmp_path: Path) -> None:
     folder = whole_model(tmp_path / "m")
-    for name in ("tokenizer.json", "trainer_state.json"):
+    for name in ("tokenizer.json", "trainer_state.json", "modeling_novel.py"):
         (folder / name).write_text("{}")
     found = identify(folder, resolve_source(folder))
     assert (found["path"], found["format"]) == (str(folder), "huggingface")
-    assert set(found["files"]) == {WEIGHTS, "config.json", "tokenizer.json"}
+    assert set(found["files"]) == {WEIGHTS, "config.json", "tokenizer.json", "modeling_novel.py"}
+    assert folder / "modeling_novel.py" not in list_files(HuggingFaceSource(folder, read_weights([folder / WEIGHTS])))
     status = (folder / WEIGHTS).stat()
     assert found["files"][WEIGHTS] == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     assert found == identify(folder, resolve_source(folder)) == json.loads(json.dumps(found))
     (folder / "vocab.json").write_text("{}")
     assert found != identify(folder, resolve_source(folder))
+
+
+def test_code_that_lies_elsewhere_is_named(tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "org/repo--configuration.Novel", "AutoModel": "modeling.Novel"}
+    folder = whole_model(tmp_path / "m", auto_map=auto_map)
+    tokenizer = {"auto_map": {"AutoTokenizer": [None, "code/tokenization.Fast"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "adapter_config.json").write_text("[]")
+    (folder / "image_config.json").write_text("{")
+    found = identify(folder, resolve_source(folder, trust_remote_code=True))
+    assert found["foreign_code"] == ["code/tokenization.Fast", "org/repo--configuration.Novel"]
+    plain = whole_model(tmp_path / "plain", auto_map={"AutoModel": "modeling.Novel"})
+    assert "foreign_code" not in identify(plain, resolve_source(plain, trust_remote_code=True))
 
 
 def test_an_onnx_file_is_known_by_its_weights_too(tmp_path: Path) -> None:

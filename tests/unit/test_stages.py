@@ -171,6 +171,8 @@ def test_an_unknown_opset_is_found_before_the_source_is_read(tmp_path: Path) -> 
             r"--capability 86: has no effect without the engine tensorrt-rtx, got null",
         ),
         (["onnxruntime"], {"batch": (1, 2, 3)}, r"--batch: has no effect on engine onnxruntime"),
+        ([], {}, r"compile: got no engine\. Expected at least one of tensorrt-rtx, tensorrt, onnxruntime, null"),
+        ([], {"capabilities": (86,), "batch": (1, 2, 3)}, r"compile: got no engine"),
         (["null"], {"thresholds": {"kl": 0.1}}, r"--gate kl: has no effect: without text nothing is verified"),
         (["null"], {"thresholds": {"kll": 0.1}}, r"There is no gate 'kll'"),
         (["null"], {"opset": 12}, r"--opset 12"),
@@ -182,6 +184,12 @@ def test_compile_refuses_what_it_could_only_ignore(
     with pytest.raises(BismoothError, match=message):
         pipeline.compile(tmp_path / "no-model", "w8a8", engines, [], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_capabilities_count_once(linear: Path) -> None:
+    built = stages.build(linear, "null", capabilities=(86, 89, 86))
+    assert built.folder.name == "null-sm86-sm89"
+    assert built.result.record.capabilities == (86, 89)
 
 
 def test_compile_takes_sizes_if_one_of_its_engines_does(tmp_path: Path) -> None:
