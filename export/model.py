@@ -21,6 +21,7 @@ from .source import (
     list_side_files,
     read_weights,
     resolve_source,
+    side_files,
 )
 from .tokenizer import complete_tokenizer
 from .versions import tool_versions
@@ -89,6 +90,9 @@ def export_model(
         from .onnx_file import import_onnx
 
         manifest = import_onnx(resolved.path, folder, copy=copy)
+        for path in side_files(resolved.path.parent, [resolved.path]):
+            if not (folder / path.name).exists():  # not weights of that name
+                _copy_side_file(path, folder / path.name)
         return replace(manifest, source=manifest.source | origin)
     if isinstance(resolved, GgufSource):
         from .gguf_file import convert_gguf

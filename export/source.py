@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +125,7 @@ def identify(source: str | Path, resolved: Source) -> dict[str, Any]:
         from . import onnx_file
 
         kind, folder, files = "onnx", resolved.path.parent, onnx_file.list_files(resolved.path)
+        files += side_files(folder, files)
     return {
         "path": str(Path(source).absolute() if Path(source).exists() else source),
         "format": kind,
@@ -167,10 +168,14 @@ def list_files(source: HuggingFaceSource) -> list[Path]:
 
 def list_side_files(source: HuggingFaceSource) -> list[Path]:
     """The files beside the weights that belong to the model."""
-    patterns = [*SIDE_FILES, INDEX] if (source.folder / INDEX).is_file() else SIDE_FILES
-    beside = [path for pattern in patterns for path in sorted(source.folder.glob(pattern)) if path.is_file()]
-    weights = set(source.weights.files)
-    return [path for path in dict.fromkeys(beside) if path not in weights]
+    return side_files(source.folder, source.weights.files, (*SIDE_FILES, INDEX))
+
+
+def side_files(folder: Path, others: Iterable[Path], patterns: Sequence[str] = SIDE_FILES) -> list[Path]:
+    """Files in ``folder`` that fit ``patterns`` and are none of ``others``."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    known = set(others)
+    return [path for path in dict.fromkeys(found) if path not in known]
 
 
 def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:

@@ -306,7 +306,7 @@ def test_an_onnx_file_is_known_by_its_weights_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     found = identify(path, resolve_source(path))
     assert found["format"] == "onnx"
-    assert set(found["files"]) == {"model.onnx", "weights.bin"}
+    assert set(found["files"]) == {"model.onnx", "weights.bin", "config.json"}
     (tmp_path / "model.gguf").touch()
     gguf = tmp_path / "model.gguf"
     assert set(identify(gguf, resolve_source(gguf))["files"]) == {"model.gguf"}

@@ -1,5 +1,6 @@
 """Stages refuse what they could only ignore."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -249,3 +250,22 @@ def test_a_torch_module_becomes_an_artifact(tmp_path: Path) -> None:
     assert set(artifact.manifest.graphs) == {"float32", "float16"}
     quantized = stages.quantize(tmp_path / "mlp", "w8a8", tmp_path / "int8", data_free=True)
     assert len(quantized.result.linears) == 1  # the last linear makes the output: the head stays float
+
+
+def test_what_lies_beside_an_onnx_file_comes_along(linear: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "tokenizer.json").write_text("{}")
+    (source / "config.json").write_text('{"auto_map": {"AutoModel": "code.Model"}, "model_type": "tiny"}')
+    (source / "notes.txt").touch()
+    artifact = stages.export(source / "model.onnx", tmp_path / "whole", dtype=ComputeType.FLOAT32).artifact
+    assert {path.name for path in artifact.iterdir()} == {path.name for path in linear.iterdir()} | {
+        "config.json",
+        "tokenizer.json",
+    }
+    assert json.loads((artifact / "config.json").read_text()) == {"model_type": "tiny"}
+    assert set(Artifact.load(artifact).manifest.source["files"]) == {
+        "model.onnx",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+    }
