@@ -26,6 +26,7 @@ from tests.quantized import make, save
 ROOT = Path(__file__).parents[2]
 RTX = "quantized/engines/tensorrt-rtx-sm86-sm89"
 Install = Callable[[str, str], None]
+Run = Callable[..., pipeline.CompileResult]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., pipeline.CompileResult]:
+def run(tmp_path: Path) -> Run:
     """Compiles one linear into ``out``; only the rounding to 16 bits, so that the engine's kernels do not matter."""
     (tmp_path / "source").mkdir()
     weight = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
@@ -57,9 +58,6 @@ def run(tmp_path: Path) -> Callable[..., pipeline.CompileResult]:
         return pipeline.compile(source, "fp16", [engine], [], tmp_path / "out", **options)
 
     return compile_again
-
-
-Run = Callable[..., pipeline.CompileResult]
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
