@@ -92,11 +92,17 @@ def has_profile(engine: str) -> bool:
     return engine != "onnxruntime"
 
 
-def find_profile(graph: Path, sizes: Mapping[str, Sizes]) -> Profile:
+def find_profile(graph: Path, sizes: Mapping[str, Sizes], positions: int | None = None) -> Profile:
     """``sizes`` for the dynamic dimensions of ``graph``, and those of the profile's defaults that are not given.
 
+    Args:
+        graph: what is built.
+        sizes: minimum, optimum and maximum by dimension.
+        positions: the longest sequence that the model takes, which bounds the default.
+
     Raises:
-        BismoothError: sizes for a dimension that the graph does not have, or none for one that it has.
+        BismoothError: sizes for a dimension that the graph does not have, or none for one that it has; or sequences
+            longer than the model takes.
     """
     inputs = summarize(graph).inputs
     dynamic = list(dict.fromkeys(size for shape in inputs.values() for size in shape if isinstance(size, str)))
@@ -105,7 +111,18 @@ def find_profile(graph: Path, sizes: Mapping[str, Sizes]) -> Profile:
             f"{_options(unknown)}: the inputs of {graph} have no dynamic dimension {unknown[0]!r}. "
             f"Expected one of: {', '.join(dynamic) or 'none, all sizes are fixed'}."
         )
-    spans = Profile().spans() | {name: Span(*triple) for name, triple in sizes.items()}
+    if positions is not None and sizes.get("sequence", (0, 0, 0))[2] > positions:
+        raise BismoothError(
+            f"--sequence {':'.join(map(str, sizes['sequence']))}: the model has {positions} positions "
+            f"(max_position_embeddings). Expected a maximum of {positions} or less."
+        )
+    spans = Profile().spans()
+    if positions is not None:
+        default = spans["sequence"]
+        spans["sequence"] = Span(
+            *(min(size, positions) for size in (default.minimum, default.optimum, default.maximum))
+        )
+    spans |= {name: Span(*triple) for name, triple in sizes.items()}
     for tensor, shape in inputs.items():
         for axis, size in enumerate(shape):
             if size is None:

@@ -268,7 +268,11 @@ def _engine_plans(engines: Sequence[str], capabilities: Sequence[int], sizes: Ma
 
 def _profile(artifact: Artifact, plans: Sequence[Plan], sizes: Mapping[str, Sizes]) -> Profile:
     engine = next((engine for engine, _ in plans if has_profile(engine)), None)
-    return Profile() if engine is None else find_profile(deployment_graph(artifact, engine), sizes)
+    return (
+        Profile()
+        if engine is None
+        else find_profile(deployment_graph(artifact, engine), sizes, stages.positions(artifact))
+    )
 
 
 def _wanted_statistics(

@@ -253,7 +253,7 @@ def build(
     check_options(engine, capabilities, sizes)
     loaded = Artifact.load(artifact, "float", "quantized")
     graph = deployment_graph(loaded, engine)
-    profile = find_profile(graph, sizes) if has_profile(engine) else Profile()
+    profile = find_profile(graph, sizes, positions(loaded)) if has_profile(engine) else Profile()
     lint_for(graph, engine, capabilities)
     name = engine_name(engine, capabilities)
     target = Path(output or artifact / "engines" / name)
@@ -338,10 +338,15 @@ def inspect(path: str | Path) -> Any:
     return inspect_path(Path(path))
 
 
+def positions(artifact: Artifact) -> int | None:
+    """The longest sequence that the model takes, where its configuration says so."""
+    return artifact.manifest.dims.get("max_position_embeddings")
+
+
 def check_length(artifact: Artifact, length: int) -> None:
     """Raise :class:`BismoothError` if windows of ``length`` tokens are longer than the model takes."""
-    most = artifact.manifest.dims.get("max_position_embeddings", length)
-    if length > most:
+    most = positions(artifact)
+    if most is not None and length > most:
         raise BismoothError(
             f"--length {length}: the model has {most} positions (max_position_embeddings). Choose {most} or less."
         )

@@ -80,6 +80,17 @@ def test_every_dynamic_dimension_has_sizes(graph: Path) -> None:
         find_profile(graph, {"rows": SIZES, "cols": SIZES, "batch": SIZES})
 
 
+def test_sequences_are_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(make("(float[sequence, 8] x) => (float[sequence, 8] y) { y = Relu(x) }").SerializeToString())
+    longest = Profile().sequence.maximum
+    assert find_profile(path, {}, longest) == Profile()
+    assert find_profile(path, {}, 64).sequence == Span(1, 64, 64)
+    assert find_profile(path, {"sequence": (1, 2, 64)}, 64).sequence == Span(1, 2, 64)
+    with pytest.raises(BismoothError, match=r"--sequence 1:2:65: the model has 64 positions .* maximum of 64 or less"):
+        find_profile(path, {"sequence": (1, 2, 65)}, 64)
+
+
 def test_dimensions_that_are_fixed_or_have_no_name(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(make("(float[2, 8] x) => (float[2, 8] y) { y = Relu(x) }").SerializeToString())
