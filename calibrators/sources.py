@@ -110,7 +110,7 @@ def _dataset(source: str) -> Iterator[str]:
             yield _text(source, record, field or "text")
     except BismoothError:
         raise
-    except Exception as error:
+    except Exception as error:  # the library, its readers and its network raise what they like
         reason = " ".join(str(error).split())
         raise BismoothError(
             f"{source}: the dataset cannot be read: {reason} Expected hf:NAME[@CONFIG][:SPLIT[:FIELD]]."

@@ -145,6 +145,15 @@ class Statistics:
         return read_tensor(self.path, self.entries[key])
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file is a whole statistics file of this version."""
+    try:
+        Statistics.load(path)
+    except BismoothError:
+        return False
+    return True
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))

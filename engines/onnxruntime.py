@@ -125,9 +125,10 @@ class Session:
                 enable_fallback=0,
                 disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
             )
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise BismoothError(
-                f"{self.label}: ONNX Runtime cannot load the graph: {_reason(error)} {_LOAD_ADVICE[provider == 'cpu']}"
+                f"{self.label}: ONNX Runtime cannot load the graph: {reason_of(error)} "
+                f"{_LOAD_ADVICE[provider == 'cpu']}"
             ) from error
         _check_placement(session, provider)
         self._session: _InferenceSession | None = session
@@ -157,10 +158,10 @@ class Session:
         names = [port.name for port in self.outputs] if outputs is None else list(outputs)
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
             shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
             raise BismoothError(
-                f"{self.label}: ONNX Runtime failed: {_reason(error)} It was fed: {shapes or 'nothing'}. "
+                f"{self.label}: ONNX Runtime failed: {reason_of(error)} It was fed: {shapes or 'nothing'}. "
                 f"Expected: {', '.join(f'{p.name} {p.dtype} {list(p.shape)}' for p in self.inputs)}."
             ) from error
 
@@ -276,7 +277,7 @@ def _port(port: _Port) -> Port:
     return Port(port.name, _DTYPES.get(port.type), tuple(port.shape))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """ONNX Runtime's message without its prefix and line breaks, closed by a full stop."""
     text = " ".join(str(error).split())
     return text.removeprefix("[ONNXRuntimeError] : ").rstrip(".") + "."

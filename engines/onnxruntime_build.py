@@ -22,7 +22,7 @@ from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
-from .onnxruntime import MODES, PROVIDERS, import_onnxruntime
+from .onnxruntime import MODES, PROVIDERS, import_onnxruntime, reason_of
 from .publish import publish
 
 _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
@@ -91,9 +91,8 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     try:
         runtime.InferenceSession(str(graph), options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
     except Exception as error:  # its exceptions have no public base class
-        reason = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ").rstrip(".")
         raise BismoothError(
-            f"{graph}: ONNX Runtime cannot load the graph: {reason}. "
+            f"{graph}: ONNX Runtime cannot load the graph: {reason_of(error)} "
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
     return onnx.ModelProto.FromString(target.read_bytes())

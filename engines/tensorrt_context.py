@@ -63,7 +63,7 @@ class EngineContext:
         self._runtime = self._engine = self._context = None
         try:
             self._open(runtime, plan)
-        except BaseException:
+        except BaseException:  # an interrupt too: what was opened is not the garbage collector's to free
             self.close()
             raise
 

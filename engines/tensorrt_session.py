@@ -55,7 +55,7 @@ class EngineSession:
         self._feeds: dict[str, NDArray[Any]] = {}
         try:
             self._open(trt, runtime, plan)
-        except BaseException:
+        except BaseException:  # an interrupt too: device memory is not freed by itself
             self._release()
             raise
 

@@ -125,7 +125,7 @@ def main() -> None:
             "error",
             f"{request.onnx}: the engine cannot be written: {error}. Choose a folder on a disk with enough space.",
         )
-    except Exception:
+    except Exception:  # a defect: the parent process shows it
         answer("bug", traceback.format_exc())
 
 

@@ -106,7 +106,7 @@ def _unreadable(path: Path) -> Generator[None]:
     """gguf and transformers raise bare errors of many kinds on damaged and unknown files."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of no common class, and the block does nothing but read
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BismoothError(
             f"{path}: this GGUF file cannot be read: {reason[0]} "

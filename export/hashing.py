@@ -33,9 +33,8 @@ def hashing(paths: Mapping[str, Path]) -> Generator[Callable[[], dict[str, str]]
         try:
             yield lambda: {name: future.result() for name, future in futures.items()}
             wait(futures.values())
-        except BaseException:
+        finally:
             stopped.set()
-            raise
 
 
 def _file_sha256(path: Path, stopped: Event) -> str:

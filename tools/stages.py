@@ -21,7 +21,7 @@ from .engines import Sizes
 from .exporting import copies_weights, export, export_module
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
-from .verify import VerifyResult, check_gates, find_hops, read_report, verify_artifact
+from .verify import VerifyResult, check_gates, find_hops, is_report, verify_artifact
 
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
@@ -60,7 +60,7 @@ def calibrate(
     """
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
-    from ..calibrators.statistics import Statistics
+    from ..calibrators.statistics import is_statistics
     from ..passes.graph import load
     from ..passes.linears import find_linears
 
@@ -68,7 +68,7 @@ def calibrate(
     artifact = Path(artifact)
     target = Path(output or artifact / STATISTICS)
     if output is not None:
-        _check_replaceable(target, "a statistics file", Statistics.load)
+        _check_replaceable(target, "a statistics file", is_statistics)
     loaded = Artifact.load(artifact, "float")
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
@@ -301,7 +301,7 @@ def verify(
     artifact = Path(artifact)
     target = Path(output or artifact / ("verify-partial.json" if hops else "verify.json"))
     if output is not None:
-        _check_replaceable(target, "a report of 'bismooth verify'", read_report)
+        _check_replaceable(target, "a report of 'bismooth verify'", is_report)
     loaded = Artifact.load(artifact, "float", "quantized")
     limits = dict(thresholds or {})
     gates = _gates(loaded).replaced(limits)
@@ -352,12 +352,9 @@ def check_length(artifact: Artifact, length: int) -> None:
         )
 
 
-def _check_replaceable(path: Path, what: str, read: Callable[[Path], object]) -> None:
+def _check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
     """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
-    if path.is_file():
-        try:
-            read(path)
-        except BismoothError as error:
-            raise BismoothError(
-                f"{path}: exists and is not {what}, so it is not replaced. Choose another place with --output."
-            ) from error
+    if path.is_file() and not is_one(path):
+        raise BismoothError(
+            f"{path}: exists and is not {what}, so it is not replaced. Choose another place with --output."
+        )

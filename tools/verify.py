@@ -76,19 +76,13 @@ def verify_artifact(
     )
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """What an earlier run has written.
-
-    Raises:
-        BismoothError: the file is no report.
-    """
+def is_report(path: Path) -> bool:
+    """Whether a file is what an earlier run has written."""
     try:
         document: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BismoothError(f"{path}: cannot be read as a report: {error}. Run 'bismooth verify' again.") from error
-    if not isinstance(document, dict) or cast(dict[str, Any], document).get("format") != FORMAT:
-        raise BismoothError(f"{path}: is no report of 'bismooth verify'. Run it again.")
-    return cast(dict[str, Any], document)
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == FORMAT
 
 
 def find_hops(artifact: Artifact, hops: Sequence[Hop] = ()) -> list[Hop]:

@@ -72,7 +72,7 @@ CASES: Cases = {
     ],
     "external-data": [
         Case(located("../w.bin"), located("w.bin"), "w", "is stored at '../w.bin'"),
-        Case(located("/tmp/w.bin"), located("sub/w.bin"), "w", "Put the file next to the model"),
+        Case(located("/elsewhere/w.bin"), located("sub/w.bin"), "w", "Put the file next to the model"),
     ],
 }
 FLAT = flat(CASES)

@@ -63,13 +63,13 @@ def test_paths_may_be_text(linear: Path, tmp_path: Path) -> None:
 
 
 def test_files_of_another_kind_are_not_replaced(artifact: Path, tmp_path: Path) -> None:
-    for name in ("model.onnx", "notes.json"):
-        (tmp_path / name).write_text("{}")
+    for name, text in {"model.onnx": "no JSON", "notes.json": "{}", "list.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
         with pytest.raises(BismoothError, match="exists and is not a statistics file, so it is not replaced"):
             stages.calibrate(artifact, ["nowhere.txt"], output=tmp_path / name)
         with pytest.raises(BismoothError, match="exists and is not a report of 'bismooth verify', so it is not repl"):
             stages.verify(artifact, ["nowhere.txt"], output=tmp_path / name)
-        assert (tmp_path / name).read_text() == "{}"
+        assert (tmp_path / name).read_text() == text
 
 
 def test_a_hop_of_another_kind_of_artifact(artifact: Path) -> None:
