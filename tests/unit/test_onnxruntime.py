@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,48 +16,7 @@ from bismooth.engines import onnxruntime as engine
 from bismooth.engines.onnxruntime import InMemoryGraph, Session
 from bismooth.engines.subgraph import cut, load_graph
 from bismooth.export.errors import BismoothError
-
-VOCAB, HIDDEN = 11, 8
-IDS = np.array([[1, 2, 3], [4, 5, 10], [0, 0, 7]], dtype=np.int64)
-Edit = Callable[[onnx.ModelProto], None]
-
-
-def external(name: str, shape: list[int], offset: int, location: str = "weights.bin") -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
-    length = 4 * int(np.prod(shape))
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor
-
-
-def language_model(folder: Path, edit: Edit = lambda _: None) -> Path:
-    """Embedding, tanh, tied head; weights [VOCAB, HIDDEN] outside of the graph."""
-    weights = np.random.default_rng(0).standard_normal((VOCAB, HIDDEN)).astype(np.float32)
-    (folder / "weights.bin").write_bytes(weights.tobytes())
-    nodes = [
-        helper.make_node("Gather", ["embed", "input_ids"], ["x"], "embed/Gather"),
-        helper.make_node("Tanh", ["x"], ["hidden"], "act/Tanh"),
-        helper.make_node("Transpose", ["embed"], ["head"], "head/Transpose"),
-        helper.make_node("MatMul", ["hidden", "head"], ["logits"], "head/MatMul"),
-    ]
-    shape = ["batch", "sequence"]
-    graph = helper.make_graph(
-        nodes,
-        "lm",
-        [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "attention_mask")],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*shape, VOCAB])],
-        [external("embed", [VOCAB, HIDDEN], 0)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    edit(model)
-    path = folder / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def expected_logits(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    weights = np.fromfile(folder / "weights.bin", np.float32).reshape(VOCAB, HIDDEN).astype(np.float64)
-    return np.tanh(weights[ids]) @ weights.T
+from tests.language_model import HIDDEN, IDS, VOCAB, Edit, expected_logits, language_model
 
 
 def test_weights_can_be_left_as_they_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,103 +270,3 @@ def test_input_that_text_does_not_determine(tmp_path: Path) -> None:
 
 
 # --- installations and providers ------------------------------------------------------------------------------------
-
-
-def pretend_installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    def distribution(name: str) -> object:
-        if name not in names:
-            raise metadata.PackageNotFoundError(name)
-        return object()
-
-    monkeypatch.setattr(metadata, "distribution", distribution)
-
-
-def test_two_onnxruntimes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_installed(monkeypatch, "onnxruntime", "onnxruntime-gpu")
-    with pytest.raises(BismoothError, match=r"both installed .* Run 'pip uninstall onnxruntime onnxruntime-gpu'"):
-        Session(language_model(tmp_path))
-
-
-def test_no_onnxruntime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_installed(monkeypatch)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BismoothError, match=r"onnxruntime: cannot be imported .*bismooth\[runtime\]"):
-        Session(language_model(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("provider", "message"),
-    [
-        ("cuda", r"no CUDAExecutionProvider\. It has: CPUExecutionProvider\. Install bismooth\[gpu\] instead of"),
-        ("tensorrt-rtx", r"no NvTensorRTRTXExecutionProvider\. .* Install onnxruntime-trt-rtx instead of"),
-    ],
-)
-def test_provider_that_the_build_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: engine.Provider, message: str
-) -> None:
-    monkeypatch.setattr(engine.import_onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BismoothError, match=message):
-        Session(language_model(tmp_path), provider=provider)
-
-
-def ignore(key: str, value: str) -> None:
-    """Take a session setting."""
-
-
-class FakeRuntime(SimpleNamespace):
-    """An onnxruntime with a CUDA provider whose sessions report what they are told to."""
-
-    def __init__(self, providers: list[str], cpu_ops: list[str]) -> None:
-        nodes = [SimpleNamespace(name=f"node/{op}", op_type=op) for op in cpu_ops]
-        part = SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)
-        session = SimpleNamespace(
-            get_providers=lambda: providers,
-            get_provider_graph_assignment_info=lambda: [part],
-            get_inputs=list[Any],
-            get_outputs=list[Any],
-        )
-
-        def answer(model: str, options: object, **settings: object) -> object:
-            return session
-
-        super().__init__(
-            get_available_providers=lambda: ["CUDAExecutionProvider"],
-            ExecutionOrder=SimpleNamespace(PRIORITY_BASED=1),
-            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=ignore),
-            InferenceSession=answer,
-        )
-
-
-def test_provider_that_fails_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(model: str, options: object, **settings: object) -> object:
-        raise RuntimeError("Please install TensorRT libraries.")
-
-    runtime = FakeRuntime(GPU, [])
-    runtime.InferenceSession = fail
-    monkeypatch.setattr(engine, "import_onnxruntime", lambda: runtime)
-    with pytest.raises(BismoothError, match=r"install TensorRT libraries\. Check that the provider's libraries"):
-        Session(tmp_path / "model.onnx", provider="cuda")
-
-
-GPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-
-@pytest.mark.parametrize(
-    ("providers", "cpu_ops", "message"),
-    [
-        (["CPUExecutionProvider"], [], r"could not be started and ONNX Runtime fell back to CPUExecutionProvider"),
-        (GPU, ["Shape", "Attention", "MatMul"], r"puts 2 nodes on the CPU, first node/Attention \(Attention\)"),
-    ],
-)
-def test_no_silent_fallback(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, providers: list[str], cpu_ops: list[str], message: str
-) -> None:
-    monkeypatch.setattr(engine, "import_onnxruntime", lambda: FakeRuntime(providers, cpu_ops))
-    with pytest.raises(BismoothError, match=message):
-        Session(tmp_path / "model.onnx", provider="cuda")
-
-
-def test_shape_arithmetic_may_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(engine, "import_onnxruntime", lambda: FakeRuntime(GPU, ["Shape", "Gather"]))
-    with Session(tmp_path / "model.onnx", provider="cuda") as session:
-        assert session.inputs == ()
