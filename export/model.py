@@ -128,7 +128,7 @@ def _copy_side_file(path: Path, target: Path) -> None:
 
 
 def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: bool, progress: Progress) -> Manifest:
-    from ._onnx import save_ir
+    from ._ir import save_ir
     from .link import link_weights, stored_names
     from .naming import name_constants, name_nodes
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ._onnx import save_ir
+from ._ir import save_ir
 from .artifact import Manifest
 from .errors import BismoothError
 from .link import link_weights

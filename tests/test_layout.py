@@ -119,6 +119,16 @@ def test_the_command_line_starts_well_under_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 1
 
 
+@pytest.mark.parametrize("stage", ["calibrators.run", "passes.quantize", "engines.tensorrt", "tools.stages"])
+def test_stages_behind_the_export_do_without_its_libraries(stage: str) -> None:
+    """Each of these takes as long to import as such a stage takes on a small model."""
+    script = (
+        f"import sys, bismooth.{stage}; print({{'torch', 'transformers', 'onnx_ir', 'onnxscript'}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_importing_the_package_imports_nothing_but_the_standard_library() -> None:
     script = "import sys; before = set(sys.modules); import bismooth; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
