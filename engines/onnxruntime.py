@@ -1,5 +1,7 @@
 """Run ONNX graphs in ONNX Runtime: token ids in, logits or any named values out.
 
+A session runs in a thread of its own, where subnormal numbers are zero (``subnormals``).
+
 NOTE: on CPUs without VNNI, ONNX Runtime's default INT8 kernels saturate (u8 x s8 into 16 bits) and are wrong by several
 percent. Mode "int8" sets ``session.x64quantprecision=1``, which is exact.
 NOTE: run FP32 graphs on the CPU. It upcasts FP16 graphs and then does not fuse their Q/DQ nodes.
@@ -9,7 +11,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
 Mode = Literal["int8", "reference", "plain"]
@@ -116,15 +121,17 @@ class Session:
         graph = _with_values(model, values) if values else model
         options = _session_options(runtime, graph, MODES[mode], provider, threads)
         _check_available(runtime, provider)
-        source = str(graph) if isinstance(graph, Path) else graph.data
+        make = partial(
+            runtime.InferenceSession,
+            str(graph) if isinstance(graph, Path) else graph.data,
+            options,
+            providers=[PROVIDERS[provider]],
+            enable_fallback=0,
+            disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
+        )
+        self._thread = ThreadPoolExecutor(1, f"onnxruntime {self.label}", flush_subnormals)
         try:
-            session: _InferenceSession = runtime.InferenceSession(
-                source,
-                options,
-                providers=[PROVIDERS[provider]],
-                enable_fallback=0,
-                disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
-            )
+            session: _InferenceSession = self._thread.submit(make).result()
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise BismoothError(
                 f"{self.label}: ONNX Runtime cannot load the graph: {reason_of(error)} "
@@ -144,7 +151,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free the graph and its weights; running is an error from then on."""
+        """Free the graph and its weights, once what runs is done; running is an error from then on."""
+        self._thread.shutdown(cancel_futures=True)
         self._session = None
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
@@ -157,13 +165,14 @@ class Session:
             raise BismoothError(f"{self.label}: the session was closed. Run it inside its 'with' block.")
         names = [port.name for port in self.outputs] if outputs is None else list(outputs)
         try:
-            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+            values = self._thread.submit(self._session.run, names, dict(feeds)).result()
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
             raise BismoothError(
                 f"{self.label}: ONNX Runtime failed: {reason_of(error)} It was fed: {shapes or 'nothing'}. "
                 f"Expected: {', '.join(f'{p.name} {p.dtype} {list(p.shape)}' for p in self.inputs)}."
             ) from error
+        return dict(zip(names, values, strict=True))
 
     def token_feeds(
         self, ids: NDArray[np.int64], others: Mapping[str, NDArray[Any]] | None = None
@@ -223,7 +232,10 @@ def _session_options(
     options.intra_op_num_threads = threads or 0
     # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-    entries = dict(mode) | {"session.intra_op.allow_spinning": "0"}  # waiting threads would slow down all others
+    entries = dict(mode) | {
+        "session.intra_op.allow_spinning": "0",  # waiting threads would slow down all others
+        "session.set_denormal_as_zero": "1",  # in the operators' threads; ``flush_subnormals`` does it in the session's
+    }
     if isinstance(model, InMemoryGraph):
         entries["session.model_external_initializers_file_folder_path"] = str(model.folder)
     if provider != "cpu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,23 @@ def test_logits_and_inner_values(tmp_path: Path) -> None:
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected_logits(tmp_path, IDS), rtol=1e-5, atol=1e-6)
     assert hidden.shape == (3, 3, HIDDEN)
+
+
+def test_subnormal_numbers_are_zero_in_a_session_and_nowhere_else() -> None:
+    tiny = np.full(4096, 1e-38, np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "x1"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4096]) for name in ("x", "x1")],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4096])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    tenth = np.full(4096, 0.1, np.float32)
+    with Session(InMemoryGraph("product", model.SerializeToString(), Path())) as session:
+        (product,) = session.run({"x": tiny, "x1": tenth}).values()
+    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        assert not product.any()
+    assert (tiny * tenth > 0).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
