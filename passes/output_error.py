@@ -1,6 +1,6 @@
 """The output error of the linears behind a site, measured on token rows with weights and activations quantized."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,8 @@ class Consumer:
         column_power: Σₙ W[n,k]² over all rows, [K].
         absmax: maxₜ|x[t,k]|, [K].
         limit: The range ±limit that a static scale will have after division by a factor per column, None for no factor.
-        tokens: The groups of tokens that ``GROUP_WEIGHTS`` weighs, float32 [T, K] each.
+        tokens: Sampled tokens, and then those with the largest activations, float32 [T, K].
+        sampled: How many tokens are sampled.
     """
 
     labels: NDArray[np.int32]
@@ -45,57 +46,94 @@ class Consumer:
     column_power: Float
     absmax: Float
     limit: Callable[[StaticActivation, Float | None], float]
-    tokens: tuple[Float, Float]
+    tokens: Float
+    sampled: int
 
     def spread(self, s: Factor) -> Float:
         """s per input column, float32 [K]."""
         return np.where(self.labels < 0, 1.0, s[self.labels]).astype(np.float32)
 
-    def quantized(self, columns: Float) -> Iterator[Float]:
-        """Per group of tokens X / s as its quantizer leaves it; ``columns`` is s per input column."""
+    def quantized(self, columns: Float, out: Float) -> Float:
+        """X / s as its quantizer leaves it, in ``out``; ``columns`` is s per input column."""
         activations = self.spec.activations
-        static = isinstance(activations, StaticActivation)
-        scale = static_scale(self.limit(activations, None if (columns == 1).all() else columns)) if static else 0.0
-        for tokens in self.tokens:
-            x = tokens / columns
-            if static:
-                yield fake_quantize_tensor(x, scale)
-            else:
-                yield x if activations is None else fake_quantize_rows(x, self.spec.group)
+        x = np.divide(self.tokens, columns, out=out)
+        if activations is None:
+            return x
+        if isinstance(activations, StaticActivation):
+            limit = self.limit(activations, None if (columns == 1).all() else columns)
+            return fake_quantize_tensor(x, static_scale(limit))
+        return fake_quantize_rows(x, self.spec.group, out=x)
 
 
 class OutputError:
     """Measures factors for the linears behind one site."""
 
     def __init__(self, consumers: Sequence[Consumer]) -> None:
-        self._consumers = consumers
-        self._outputs = [[tokens @ c.weight.T for tokens in c.tokens] for c in consumers]
-        self._power = [
-            [c.row_share * np.einsum("tn,tn->t", y, y) for y in outputs]
-            for c, outputs in zip(consumers, self._outputs, strict=True)
-        ]
+        self._consumers = [_Measured.of(consumer) for consumer in consumers]
+        power = np.sum([measured.power for measured in self._consumers], axis=0)
+        weights = token_weights(power, consumers[0].sampled)
+        self._seen = np.flatnonzero(weights)
+        self._weights, self._power = weights[self._seen], power[self._seen]
 
     def of(self, s: Factor) -> float:
         """Mean over tokens of log(‖y − ŷ‖² / ‖y‖²), y being the outputs of all linears side by side.
 
-        Each W counts by all its rows, not by those sampled. A weighted mean of the groups' means; the logarithm keeps
-        single tokens from deciding for all others.
+        Each W counts by all its rows, not by those sampled. Tokens count by ``token_weights``; the logarithm keeps
+        single ones from deciding for all others.
         """
-        lost = [np.zeros(len(tokens)) for tokens in self._consumers[0].tokens]
-        for consumer, outputs in zip(self._consumers, self._outputs, strict=True):
-            columns = consumer.spread(s)
-            weight = fake_quantize_rows(consumer.weight * columns, consumer.spec.group)
-            for group, (x, output) in enumerate(zip(consumer.quantized(columns), outputs, strict=True)):
-                difference = x @ weight.T
-                difference -= output
-                lost[group] += consumer.row_share * np.einsum("tn,tn->t", difference, difference)
-        return _mean_of_groups(lost, [np.sum(power, axis=0) for power in zip(*self._power, strict=True)])
+        lost = np.sum([measured.lost(s) for measured in self._consumers], axis=0)[self._seen]
+        return float(self._weights @ np.log(np.maximum(lost / self._power, 1e-30)))
 
     def operands(self) -> list[Operand] | None:
         """What the refinement needs of the linears; None if one has a scale per group: there is no formula for that."""
-        if any(consumer.spec.group is not None for consumer in self._consumers):
+        if any(measured.consumer.spec.group is not None for measured in self._consumers):
             return None
-        return [_operand(c, power) for c, power in zip(self._consumers, self._power, strict=True)]
+        return [_operand(measured) for measured in self._consumers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A consumer, its outputs y [T, R] and ‖y‖² [T] of all rows of W, and room for what is made anew for every s."""
+
+    consumer: Consumer
+    outputs: Float
+    power: NDArray[np.float64]
+    tokens: Float
+    weight: Float
+    difference: Float
+
+    @staticmethod
+    def of(consumer: Consumer) -> "_Measured":
+        y = consumer.tokens @ consumer.weight.T
+        power = consumer.row_share * np.einsum("tn,tn->t", y, y).astype(np.float64)
+        return _Measured(
+            consumer, y, power, np.empty_like(consumer.tokens), np.empty_like(consumer.weight), np.empty_like(y)
+        )
+
+    def lost(self, s: Factor) -> NDArray[np.float64]:
+        """‖y − ŷ‖² of each token, over all rows of W: [T]."""
+        consumer = self.consumer
+        columns = consumer.spread(s)
+        np.multiply(consumer.weight, columns, out=self.weight)
+        weight = fake_quantize_rows(self.weight, consumer.spec.group, out=self.weight)
+        difference = np.matmul(consumer.quantized(columns, self.tokens), weight.T, out=self.difference)
+        difference -= self.outputs
+        return consumer.row_share * np.einsum("tn,tn->t", difference, difference).astype(np.float64)
+
+
+def token_weights(power: NDArray[np.float64], sampled: int) -> NDArray[np.float64]:
+    """How much each token counts, [T], 1 in sum: those of a group alike, groups by ``GROUP_WEIGHTS``.
+
+    Args:
+        power: ‖y‖² of each token; those without outputs count nothing.
+        sampled: How many tokens the first group has.
+    """
+    seen = power > 0
+    weights = np.zeros(len(power))
+    for weight, group in zip(GROUP_WEIGHTS, (slice(sampled), slice(sampled, None)), strict=True):
+        if count := np.count_nonzero(seen[group]):
+            weights[group] = seen[group] * (weight / count)
+    return weights / (weights.sum() or 1.0)
 
 
 def relative(error: float) -> float:
@@ -103,22 +141,12 @@ def relative(error: float) -> float:
     return float(np.exp(error / 2))
 
 
-def _mean_of_groups(lost: Sequence[NDArray[np.float64]], total: Sequence[NDArray[np.float64]]) -> float:
-    result = weights = 0.0
-    for weight, a, b in zip(GROUP_WEIGHTS, lost, total, strict=True):
-        if (seen := b > 0).any():
-            result += weight * float(np.log(np.maximum(a[seen] / b[seen], 1e-30)).mean())
-            weights += weight
-    return result / weights if weights else 0.0
-
-
-def _operand(consumer: Consumer, power: Sequence[Float]) -> Operand:
-    groups = [
-        Tokens(np.square(tokens[p > 0]), p[p > 0], weight)
-        for tokens, p, weight in zip(consumer.tokens, power, GROUP_WEIGHTS, strict=True)
-        if (p > 0).any()
-    ]
+def _operand(measured: _Measured) -> Operand:
+    consumer = measured.consumer
+    weights = token_weights(measured.power, consumer.sampled)
+    seen = weights > 0
+    tokens = Tokens(np.square(consumer.tokens[seen]), measured.power[seen], weights[seen])
     rows, share = sampled_rows(consumer.weight)
     static = isinstance(consumer.spec.activations, StaticActivation)
     peaks = consumer.absmax if static else None
-    return Operand(consumer.labels, groups, consumer.column_power, rows, share * consumer.row_share, peaks)
+    return Operand(consumer.labels, tokens, consumer.column_power, rows, share * consumer.row_share, peaks)

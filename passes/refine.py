@@ -8,8 +8,7 @@ linear with N outputs and K inputs therefore has the expected squared output err
                                         B  = Σₙ (maxₖ|W'[n,k]| / 127)²   steps of the weight's rows
                                         q_t = Σₖ x'[t,k]²                what weight noise is multiplied with
 
-The mean over tokens of log(e_t / ‖y_t‖²) is minimised in log s; no matrix product is needed. Tokens with the largest
-activations are a separate group with a weight of its own: they are few, but other tokens attend to them.
+The weighted mean over tokens of log(e_t / ‖y_t‖²) is minimised in log s; no matrix product is needed.
 """
 
 from collections.abc import Sequence
@@ -26,17 +25,17 @@ Float = NDArray[np.float32]
 SAMPLED_ROWS = 192
 """Rows of a weight that stand for all in B."""
 
-_RATE = 0.05
+_RATE = 0.13
 _DECAY = (0.9, 0.999)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A group of tokens: X² [T, K], ‖y_t‖² [T] of all rows of W, and the group's weight in the objective."""
+    """X² [T, K], ‖y_t‖² of all rows of W [T], above 0, and how much each token counts in the objective [T]."""
 
     squares: Float
-    power: Float
-    weight: float
+    power: NDArray[np.float64]
+    weights: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class Operand:
 
     Attributes:
         labels: Which channel of the site each input column reads, −1 for none.
-        tokens: Groups of tokens.
+        tokens: What they read.
         column_power: ‖W[:,k]‖², [K].
         rows: W² of sampled rows, [R, K].
         row_share: How many rows each sampled row stands for.
@@ -53,7 +52,7 @@ class Operand:
     """
 
     labels: NDArray[np.int32]
-    tokens: Sequence[Tokens]
+    tokens: Tokens
     column_power: Float
     rows: Float
     row_share: float
@@ -95,16 +94,15 @@ def refine(start: Factor, operands: Sequence[Operand], free: NDArray[np.bool_], 
 
 
 def expected_error(s: Factor, operands: Sequence[Operand]) -> float:
-    """The objective: the weighted mean of log(e_t / ‖y_t‖²) over the groups of tokens of all linears."""
+    """The objective: the weighted mean over tokens of log(e_t / ‖y_t‖²), summed over the operands."""
     loss = 0.0
     for operand in operands:
-        scratch = _Scratch.like(operand)
+        tokens, scratch = operand.tokens, _Scratch.like(operand)
         state = _State.of(np.log(s), operand, scratch)
         a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
-        for group, room in zip(operand.tokens, scratch.tokens, strict=True):
-            step2 = _squared_steps(group, state, operand, room)[0]
-            error = (step2 * a + b * (group.squares @ state.shrunk)) / 12 / group.power
-            loss += group.weight * float(np.log(error).mean())
+        step2 = _squared_steps(operand, state, scratch)[0]
+        error = (step2 * a + b * (tokens.squares @ state.shrunk)) / 12 / tokens.power
+        loss += float(tokens.weights @ np.log(error))
     return loss
 
 
@@ -113,11 +111,11 @@ class _Scratch:
     """Room for the scaled squares of one operand, since new memory for them in every step costs more than the step."""
 
     rows: Float
-    tokens: Sequence[Float]
+    tokens: Float
 
     @staticmethod
     def like(operand: Operand) -> "_Scratch":
-        return _Scratch(np.empty_like(operand.rows), [np.empty_like(group.squares) for group in operand.tokens])
+        return _Scratch(np.empty_like(operand.rows), np.empty_like(operand.tokens.squares))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,29 +145,27 @@ def _largest(squares: Float, by_column: Float, room: Float) -> tuple[Float, NDAr
     return room[np.arange(len(room)), columns], columns
 
 
-def _squared_steps(group: Tokens, state: _State, operand: Operand, room: Float) -> tuple[Float, NDArray[np.intp]]:
+def _squared_steps(operand: Operand, state: _State, scratch: _Scratch) -> tuple[Float, NDArray[np.intp]]:
     """d² of each token's grid, and the column that sets it."""
     if operand.peaks is None:
-        squares, columns = _largest(group.squares, state.shrunk, room)
+        squares, columns = _largest(operand.tokens.squares, state.shrunk, scratch.tokens)
         return squares / np.float32(QMAX**2), columns
     scaled = np.square(operand.peaks) * state.shrunk
-    column = int(scaled.argmax())
-    return np.full(len(room), scaled[column] / QMAX**2, np.float32), np.full(len(room), column)
+    column, count = int(scaled.argmax()), len(operand.tokens.squares)
+    return np.full(count, scaled[column] / QMAX**2, np.float32), np.full(count, column)
 
 
 def _add_gradient(slope: Factor, logarithm: Factor, operand: Operand, scratch: _Scratch) -> None:
     """Add ∂/∂log s of the objective for one operand."""
-    state = _State.of(logarithm, operand, scratch)
+    state, squares = _State.of(logarithm, operand, scratch), operand.tokens.squares
     a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
-    columns = np.zeros(len(state.grown))
-    b_slope = 2 * np.bincount(state.row_peaks, state.row_noise, minlength=len(columns))
-    for group, room in zip(operand.tokens, scratch.tokens, strict=True):
-        step2, peak = _squared_steps(group, state, operand, room)
-        q = group.squares @ state.shrunk
-        inverse = (group.weight / len(q)) / np.maximum(step2 * a + b * q, np.float32(1e-30))
-        columns -= 2 * a * np.bincount(peak, inverse * step2, minlength=len(columns))
-        columns += 2 * state.column_noise * float(inverse @ step2)
-        columns += b_slope * float(inverse @ q)
-        columns -= 2 * b * (inverse @ group.squares) * state.shrunk
+    step2, peak = _squared_steps(operand, state, scratch)
+    q = squares @ state.shrunk
+    inverse = operand.tokens.weights / np.maximum(step2 * a + b * q, np.float32(1e-30))
+    on_steps = inverse * step2
+    columns = state.column_noise * on_steps.sum()
+    columns += np.bincount(state.row_peaks, state.row_noise, len(columns)) * float(inverse @ q)
+    columns -= np.bincount(peak, on_steps, len(columns)) * a
+    columns -= (inverse.astype(np.float32) @ squares) * state.shrunk * np.float32(b)
     used = operand.labels >= 0
-    np.add.at(slope, operand.labels[used], columns[used])
+    slope += 2 * np.bincount(operand.labels[used], columns[used], len(slope))

@@ -128,16 +128,19 @@ def row_chunks(shape: tuple[int, ...], elements: int = _CHUNK) -> Iterator[slice
         yield slice(start, min(start + step, shape[0]))
 
 
-def fake_quantize_rows(rows: Float, group: int | None = None) -> Float:
+def fake_quantize_rows(rows: Float, group: int | None = None, out: Float | None = None) -> Float:
     """INT8 and back with one scale max|row| / 127 per row, or per row and group: float32 [R, K].
 
-    For tokens this is per-token quantization (arXiv 2206.01861, token-wise), for W per output channel.
+    For tokens this is per-token quantization (arXiv 2206.01861, token-wise), for W per output channel. ``out``, which
+    may be ``rows``, takes the result.
     """
     if group is not None and group < rows.shape[1]:
-        parts = fake_quantize_rows(split_groups(rows, group).reshape(-1, group))
-        return parts.reshape(rows.shape[0], -1)[:, : rows.shape[1]]
+        parts = split_groups(rows, group)
+        flat = parts.reshape(-1, group)
+        result = fake_quantize_rows(flat).reshape(len(rows), -1)[:, : rows.shape[1]]
+        return np.positive(result, out=out)
     scale = weight_scale(rows)[:, None]
-    result = rows / scale
+    result = np.divide(rows, scale, out=out)
     np.rint(result, out=result)
     result *= scale
     return result

@@ -17,9 +17,9 @@ def _operand(seed: int, *, static: bool = False, channels: int = 12) -> Operand:
         np.float32
     )
     power = ((x @ w.T) ** 2).sum(axis=1)
-    groups = [Tokens(x[:16] ** 2, power[:16], 1.0), Tokens(x[16:] ** 2, power[16:], 0.3)]
+    tokens = Tokens(x**2, power.astype(np.float64), np.repeat([1 / 16, 0.3 / 4], [16, 4]))
     rows, share = sampled_rows(w)
-    return Operand(labels, groups, (w**2).sum(axis=0), rows, share, np.abs(x).max(axis=0) if static else None)
+    return Operand(labels, tokens, (w**2).sum(axis=0), rows, share, np.abs(x).max(axis=0) if static else None)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -57,8 +57,8 @@ def test_the_model_predicts_the_measured_error() -> None:
     y, quantized = x @ w.T, (np.rint(x / t) * t) @ (np.rint(w / s) * s).T
     measured = np.log(((y - quantized) ** 2).sum(axis=1) / (y**2).sum(axis=1)).mean()
     rows, share = sampled_rows(w)
-    tokens = Tokens(x**2, (y**2).sum(axis=1), 1.0)
-    operand = Operand(np.arange(96, dtype=np.int32), [tokens], (w**2).sum(axis=0), rows, share, None)
+    tokens = Tokens(x**2, (y**2).sum(axis=1, dtype=np.float64), np.full(64, 1 / 64))
+    operand = Operand(np.arange(96, dtype=np.int32), tokens, (w**2).sum(axis=0), rows, share, None)
     assert expected_error(np.ones(96), [operand]) == pytest.approx(measured, abs=0.1)
 
 

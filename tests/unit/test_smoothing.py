@@ -1,6 +1,7 @@
 """The search for smoothing factors: what it chooses, why, and what it leaves alone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.graph import load
 from bismooth.passes.linears import find_linears
-from bismooth.passes.output_error import Consumer, OutputError, relative
+from bismooth.passes.output_error import Consumer, OutputError, relative, token_weights
 from bismooth.passes.sites import Site, find_sites
 from bismooth.passes.smoothing import LARGEST, Choice, choose_factors, smoothing_factor, within_bounds
 from bismooth.passes.spec import (
@@ -196,7 +197,8 @@ def _consumer(x: Array, w: Array, spec: LinearSpec, row_share: float = 1.0) -> C
         column_power=(w**2).sum(axis=0),
         absmax=np.abs(x).max(axis=0),
         limit=lambda spec, columns: float(np.abs(x if columns is None else x / columns).max()) * _KEPT[spec.method],
-        tokens=(x, np.zeros((4, K), np.float32)),
+        tokens=np.concatenate([x, np.zeros((4, K), np.float32)]),
+        sampled=len(x),
     )
 
 
@@ -217,6 +219,18 @@ def test_the_measured_error_is_that_of_the_quantized_linear() -> None:
     expected = _mean_log(exact, (xq * t) @ (wq * scale).T)
     assert OutputError([_consumer(x, w, _spec())]).of(s) == pytest.approx(expected, abs=1e-4)
     assert relative(expected) == pytest.approx(np.exp(expected / 2))
+
+
+def test_tokens_count_by_their_group_and_those_without_outputs_not_at_all() -> None:
+    np.testing.assert_allclose(token_weights(np.array([1, 0, 5, 1, 1.0]), 3), np.array([0.5, 0, 0.5, 0.15, 0.15]) / 1.3)
+    np.testing.assert_allclose(token_weights(np.array([1.0, 1, 0, 0]), 2), [0.5, 0.5, 0, 0])
+    assert not token_weights(np.zeros(3), 2).any()
+    x, w, s = _data()
+    consumer = _consumer(x, w, _spec())
+    outliers = replace(consumer, tokens=np.concatenate([x, 100 * x[:1]]))
+    one = OutputError([replace(consumer, tokens=100 * x[:1], sampled=1)]).of(s)
+    assert OutputError([outliers]).of(s) == pytest.approx((OutputError([consumer]).of(s) + 0.3 * one) / 1.3, rel=1e-6)
+    assert OutputError([replace(consumer, tokens=np.zeros_like(x))]).of(s) == 0
 
 
 def test_static_and_weight_only_linears_are_measured_as_such() -> None:

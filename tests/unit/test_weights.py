@@ -131,6 +131,10 @@ def test_tokens_are_rounded_with_one_scale_per_row_or_group() -> None:
     np.testing.assert_allclose(grouped[:, 16:32], fake_quantize_rows(rows[:, 16:32]), rtol=1e-6)
     np.testing.assert_allclose(grouped[:, 32:], fake_quantize_rows(rows[:, 32:]), rtol=1e-6)
     np.testing.assert_array_equal(fake_quantize_rows(rows, 64), fake_quantize_rows(rows))
+    for group in (None, 16):
+        expected, place = fake_quantize_rows(rows, group), rows.copy()
+        assert fake_quantize_rows(place, group, out=place) is place
+        np.testing.assert_array_equal(place, expected)
     assert not fake_quantize_rows(np.zeros((2, 4), np.float32)).any()
 
 
