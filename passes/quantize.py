@@ -18,6 +18,7 @@ Weights pass through memory a few at a time, while factors are searched those be
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def quantize_graph(
     recipe: Recipe,
     calibration: Calibration | None,
     progress: Progress = silent,
+    *,
+    narrow_source: Path | None = None,
 ) -> QuantizeResult:
     """Quantize the float32 graph ``source`` by ``recipe`` into ``folder``, where its weight files are already.
 
@@ -94,6 +97,7 @@ def quantize_graph(
         recipe: What to do with each linear.
         calibration: Statistics of the activations, or None to smooth by the weights alone.
         progress: Called with a step's name, how much of it is done, and how much there is.
+        narrow_source: The same graph in the recipe's 16-bit type, if the artifact has it; otherwise it is made.
 
     Raises:
         BismoothError: the recipe does not fit the model, needs statistics that are missing, a weight holds NaN or
@@ -118,7 +122,7 @@ def quantize_graph(
         Counter(progress, "smooth", len(sites)),
     )
     edits = weight_edits(sites, factors)
-    graphs = _save_float(graph, folder, edits, recipe.compute_dtype)
+    graphs = _save_float(graph, source, narrow_source, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
     file = WeightFile(folder / WEIGHTS)
     original = graph.copy()
@@ -200,19 +204,29 @@ def _lowering(
     ]
 
 
-def _save_float(graph: Graph, folder: Path, edits: Mapping[str, Edit], compute: ComputeType) -> dict[str, str]:
+def _save_float(
+    graph: Graph,
+    source: Path,
+    narrow_source: Path | None,
+    folder: Path,
+    edits: Mapping[str, Edit],
+    compute: ComputeType,
+) -> dict[str, str]:
     """Write the graphs that others are compared with; role → file name."""
     graphs = {"reference": "reference.onnx"}
-    save(graph, folder / graphs["reference"])
+    shutil.copyfile(source, folder / graphs["reference"])
     if edits:
         graphs["folded"] = "folded.onnx"
         folded = graph.copy()
         fold_graph(folded, edits)
         save(folded, folder / graphs["folded"])
-    narrowed, _ = _narrowed(graph, compute)
-    if narrowed is not None:
-        role = f"reference_{compute}"
-        graphs[role] = f"reference.{compute}.onnx"
+    if compute is ComputeType.FLOAT32:
+        return graphs
+    role = f"reference_{compute}"
+    graphs[role] = f"reference.{compute}.onnx"
+    if narrow_source is not None:
+        shutil.copyfile(narrow_source, folder / graphs[role])
+    elif (narrowed := _narrowed(graph, compute)[0]) is not None:
         save(narrowed, folder / graphs[role])
     return graphs
 

@@ -117,7 +117,9 @@ def quantize(
     inputs = [path for path in (artifact, statistics) if path is not None]
     with console.progress() as progress, new_folder(output, "quantized", force=force, inputs=inputs) as folder:
         with hashing(_carry(loaded, folder)) as hashes:
-            result = quantize_graph(loaded.graph("float32"), folder, chosen, calibration, progress)
+            source, role = loaded.graph("float32"), chosen.compute_dtype.value
+            narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
+            result = quantize_graph(source, folder, chosen, calibration, progress, narrow_source=narrow)
             digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
         loaded.check_files()  # nobody has modified the weights meanwhile
         stage: dict[str, Any] = {

@@ -258,6 +258,16 @@ def test_passes_and_progress_are_reported(tmp_path: Path) -> None:
     assert all(0 < done <= total for _, done, total in steps)
 
 
+def test_float_graphs_that_exist_are_copied(tmp_path: Path) -> None:
+    b = norm_and_linears()
+    source, narrow, target = b.save(tmp_path), tmp_path / "narrow.onnx", tmp_path / "quantized"
+    narrow.write_bytes(b"the float16 graph")
+    target.mkdir()
+    result = quantize_graph(source, target, recipe(compute_dtype="float16"), None, narrow_source=narrow)
+    assert (target / result.graphs["reference"]).read_bytes() == source.read_bytes()
+    assert (target / result.graphs["reference_float16"]).read_bytes() == b"the float16 graph"
+
+
 def test_a_recipe_without_quantization_copies_the_function(tmp_path: Path) -> None:
     b = decoder()
     made = quantize(b, tmp_path, Recipe.load("fp16"))
