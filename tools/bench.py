@@ -119,11 +119,13 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         mine = _median("bismooth calibrate + quantize", ours)
         other = _median("onnxruntime quantize_static", peers)
+        alone = statistics.median(steps[0].output["quantize_static_seconds"] for steps in peers)
         shares = {
             "seconds_share": mine["wall_seconds"] / other["wall_seconds"],
+            "seconds_share_without_preparation": mine["wall_seconds"] / alone,
             "peak_share": mine["peak_bytes"] / other["peak_bytes"],
         }
-        return mine | shares, other
+        return mine | shares, other | {"seconds_without_preparation": alone}
 
     def _bismooth(self, *arguments: str | Path, label: str = "") -> Step:
         command = [sys.executable, "-m", "bismooth", *map(str, arguments), "--json", "--quiet"]

@@ -134,9 +134,9 @@ def test_weights_that_are_modified_while_they_are_quantized(
 ) -> None:
     run = quantize.quantize_graph
 
-    def edit_and_run(*arguments: Any) -> Any:
+    def edit_and_run(*arguments: Any, **options: Any) -> Any:
         os.utime(linear / "model.safetensors")
-        return run(*arguments)
+        return run(*arguments, **options)
 
     monkeypatch.setattr(quantize, "quantize_graph", edit_and_run)
     with pytest.raises(BismoothError, match="which were modified since"):
