@@ -8,7 +8,6 @@ the graph writes the reference, never the bytes.
 import math
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
@@ -78,14 +77,10 @@ class FileValues(_LazyValues):
         self.proto = tensor
         self.folder = folder
 
-    @cached_property
-    def place(self) -> "ExternalLocation":
-        """Where the bytes are; looked up, and checked, once."""
-        return external_location(self.proto, self.folder)
-
     def load(self) -> Array:
         """Read the bytes: one array of the tensor's own type (``ml_dtypes`` for bfloat16)."""
-        data = np.fromfile(self.place.file, dtype=np.uint8, count=self.place.size, offset=self.place.offset)
+        place = external_location(self.proto, self.folder)
+        data = np.fromfile(place.file, dtype=np.uint8, count=place.size, offset=place.offset)
         if self.proto.data_type in _PACKED_BITS:
             packed = onnx.TensorProto(dims=self.proto.dims, data_type=self.proto.data_type, raw_data=data.tobytes())
             return onnx.numpy_helper.to_array(packed)
@@ -97,7 +92,7 @@ class FileValues(_LazyValues):
         if self.proto.data_type in _PACKED_BITS:
             yield self.load().reshape(-1)
             return
-        place = self.place
+        place = external_location(self.proto, self.folder)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
         step = elements * dtype.itemsize
         for start in range(0, place.size, step):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..engines.base import BuildResult
-from ..export.artifact import Artifact
-from ..passes.quantize import QuantizeResult
 from .meant import quantize_stage
-from .verify import VerifyResult
+
+if TYPE_CHECKING:
+    from ..engines.base import BuildResult
+    from ..export.artifact import Artifact
+    from ..passes.quantize import QuantizeResult
+    from .verify import VerifyResult
 
 
 @dataclass(frozen=True)

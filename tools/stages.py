@@ -17,7 +17,6 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
 from . import console
-from .engines import Sizes
 from .exporting import copies_weights, export, export_module
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
@@ -25,6 +24,7 @@ from .verify import VerifyResult, check_gates, find_hops, is_report, verify_arti
 
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
+    from .engines import Sizes
 
 __all__ = [
     "STATISTICS",
