@@ -38,12 +38,12 @@ def hashing(paths: Mapping[str, Path]) -> Generator[Callable[[], dict[str, str]]
 
 
 def _file_sha256(path: Path, stopped: Event) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
             if stopped.is_set():
                 raise CancelledError
-            digest.update(block)
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
