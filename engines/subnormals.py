@@ -1,4 +1,4 @@
-"""Subnormal float32 numbers as zero, in a thread.
+"""Subnormal numbers as zero, in a thread.
 
 The softmax of a causal mask gives numbers like 1e-45 for every masked position. x86 cores take more than a hundred
 cycles for an operation that makes or takes one, so attention needs about twice the time. No sum of probabilities can
@@ -21,9 +21,12 @@ def flush_subnormals() -> None:
     """Make this thread treat subnormal inputs and results as zero, where that is known to pay: on Linux on x86-64."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return
-    libm = ctypes.CDLL(None)  # which every Python is linked to
     environment = ctypes.create_string_buffer(64)
-    if libm.fegetenv(environment):
+    try:
+        libm = ctypes.CDLL(None)  # which Python is linked to
+        if libm.fegetenv(environment):
+            return
+    except (OSError, AttributeError):  # a Python that is linked otherwise works too, only slower
         return
     control = int.from_bytes(environment[_MXCSR : _MXCSR + 4], sys.byteorder) | _FLUSH_RESULTS | _ZERO_INPUTS
     environment[_MXCSR : _MXCSR + 4] = control.to_bytes(4, sys.byteorder)

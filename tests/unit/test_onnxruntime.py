@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGINT, pthread_kill
+from threading import Timer, main_thread
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bismooth.engines import onnxruntime as engine
 from bismooth.engines.onnxruntime import InMemoryGraph, Session
 from bismooth.engines.subgraph import cut, load_graph
+from bismooth.engines.subnormals import flush_subnormals
 from bismooth.export.errors import BismoothError
 from tests.language_model import HIDDEN, IDS, VOCAB, Edit, expected_logits, language_model
 
@@ -63,11 +68,55 @@ def test_subnormal_numbers_are_zero_in_a_session_and_nowhere_else() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     tenth = np.full(4096, 0.1, np.float32)
-    with Session(InMemoryGraph("product", model.SerializeToString(), Path())) as session:
-        (product,) = session.run({"x": tiny, "x1": tenth}).values()
-    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
-        assert not product.any()
-    assert (tiny * tenth > 0).all()
+    for _ in range(2):  # ONNX Runtime itself sets the calling thread for the first session of a process alone
+        with Session(InMemoryGraph("product", model.SerializeToString(), Path())) as session:
+            (product,) = session.run({"x": tiny, "x1": tenth}).values()
+        if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+            assert not product.any()
+        assert (tiny * tenth > 0).all()
+
+
+def test_subnormal_numbers_stay_where_they_cannot_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_functions(name: object) -> object:
+        return name
+
+    monkeypatch.setattr(ctypes, "CDLL", without_functions)
+    flush_subnormals()
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    flush_subnormals()
+
+
+def test_an_interrupt_ends_the_run() -> None:
+    """Minutes of products in one run."""
+    steps = [helper.make_node("MatMul", [f"x{i}", "x0"], [f"x{i + 1}"]) for i in range(2000)]
+    graph = helper.make_graph(
+        steps,
+        "long",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1024, 1024])],
+        [helper.make_tensor_value_info("x2000", TensorProto.FLOAT, [1024, 1024])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    thread = main_thread().ident
+    assert thread is not None
+    with Session(InMemoryGraph("long", model.SerializeToString(), Path())) as session:
+        Timer(0.3, pthread_kill, (thread, SIGINT)).start()
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            session.run({"x0": np.zeros((1024, 1024), np.float32)})
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_several_runs_come_in_order(tmp_path: Path, at_once: int) -> None:
+    windows = np.random.default_rng(0).integers(0, VOCAB, (9, 1, 5))
+    with Session(language_model(tmp_path), at_once=at_once) as session:
+        runs = session.map(session.token_feeds(window) for window in windows)
+        logits = np.concatenate([run["logits"] for run in runs])
+        with pytest.raises(BismoothError, match="ONNX Runtime failed"):
+            list(session.map([session.token_feeds(IDS), {"input_ids": IDS}]))
+        assert next(session.map([session.token_feeds(IDS)] * 5)).keys() == {"logits"}, "the rest is not wanted"
+        session.logits(IDS)
+    np.testing.assert_allclose(logits, expected_logits(tmp_path, windows[:, 0]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -76,6 +76,7 @@ class FakeRuntime(SimpleNamespace):
         super().__init__(
             get_available_providers=lambda: ["CUDAExecutionProvider"],
             ExecutionOrder=SimpleNamespace(PRIORITY_BASED=1),
+            RunOptions=SimpleNamespace,
             SessionOptions=lambda: SimpleNamespace(add_session_config_entry=ignore),
             InferenceSession=answer,
         )
