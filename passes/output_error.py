@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .fold import Factor
 from .quantizers import static_scale
 from .refine import Operand, Tokens, sampled_rows
-from .spec import LinearSpec, StaticActivation
+from .spec import DynamicActivation, LinearSpec, StaticActivation
 from .weights import fake_quantize_rows, fake_quantize_tensor
 
 Float = NDArray[np.float32]
@@ -93,30 +93,27 @@ class OutputError:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A consumer, its outputs y [T, R] and ‖y‖² [T] of all rows of W, and room for what is made anew for every s."""
+    """A consumer, its outputs y [T, R] and ‖y‖² [T] of all rows of W, and room for X / s, W · s and ŷ − y."""
 
     consumer: Consumer
     outputs: Float
     power: NDArray[np.float64]
-    tokens: Float
-    weight: Float
-    difference: Float
+    room: tuple[Float, Float, Float]
 
     @staticmethod
     def of(consumer: Consumer) -> "_Measured":
         y = consumer.tokens @ consumer.weight.T
         power = consumer.row_share * np.einsum("tn,tn->t", y, y).astype(np.float64)
-        return _Measured(
-            consumer, y, power, np.empty_like(consumer.tokens), np.empty_like(consumer.weight), np.empty_like(y)
-        )
+        room = (np.empty_like(consumer.tokens), np.empty_like(consumer.weight), np.empty_like(y))
+        return _Measured(consumer, y, power, room)
 
     def lost(self, s: Factor) -> NDArray[np.float64]:
         """‖y − ŷ‖² of each token, over all rows of W: [T]."""
-        consumer = self.consumer
+        consumer, (x, weight, difference) = self.consumer, self.room
         columns = consumer.spread(s)
-        np.multiply(consumer.weight, columns, out=self.weight)
-        weight = fake_quantize_rows(self.weight, consumer.spec.group, out=self.weight)
-        difference = np.matmul(consumer.quantized(columns, self.tokens), weight.T, out=self.difference)
+        np.multiply(consumer.weight, columns, out=weight)
+        fake_quantize_rows(weight, consumer.spec.group, out=weight)
+        np.matmul(consumer.quantized(columns, x), weight.T, out=difference)
         difference -= self.outputs
         return consumer.row_share * np.einsum("tn,tn->t", difference, difference).astype(np.float64)
 
@@ -147,6 +144,15 @@ def _operand(measured: _Measured) -> Operand:
     seen = weights > 0
     tokens = Tokens(np.square(consumer.tokens[seen]), measured.power[seen], weights[seen])
     rows, share = sampled_rows(consumer.weight)
-    static = isinstance(consumer.spec.activations, StaticActivation)
-    peaks = consumer.absmax if static else None
-    return Operand(consumer.labels, tokens, consumer.column_power, rows, share * consumer.row_share, peaks)
+    return Operand(consumer.labels, tokens, consumer.column_power, rows, share * consumer.row_share, _peaks(consumer))
+
+
+def _peaks(consumer: Consumer) -> Float | None:
+    """What sets the step of the activation, as :class:`Operand` wants it."""
+    match consumer.spec.activations:
+        case DynamicActivation():
+            return None
+        case StaticActivation():
+            return consumer.absmax
+        case None:
+            return np.zeros_like(consumer.absmax)

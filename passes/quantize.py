@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..export.errors import BismoothError
+from ..export.replacing import replacing
 from ._gs import Graph
 from .driver import PassRecord, run_passes
 from .fold import Edit, Factors, fold_graph, weight_edits
@@ -214,7 +215,7 @@ def _save_float(
 ) -> dict[str, str]:
     """Write the graphs that others are compared with; role → file name."""
     graphs = {"reference": "reference.onnx"}
-    shutil.copyfile(source, folder / graphs["reference"])
+    _copy(source, folder / graphs["reference"])
     if edits:
         graphs["folded"] = "folded.onnx"
         folded = graph.copy()
@@ -225,10 +226,15 @@ def _save_float(
     role = f"reference_{compute}"
     graphs[role] = f"reference.{compute}.onnx"
     if narrow_source is not None:
-        shutil.copyfile(narrow_source, folder / graphs[role])
+        _copy(narrow_source, folder / graphs[role])
     elif (narrowed := _narrowed(graph, compute)[0]) is not None:
         save(narrowed, folder / graphs[role])
     return graphs
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _narrowed(graph: Graph, compute: ComputeType) -> tuple[Graph | None, tuple[PassRecord, ...]]:

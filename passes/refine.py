@@ -25,8 +25,10 @@ Float = NDArray[np.float32]
 SAMPLED_ROWS = 192
 """Rows of a weight that stand for all in B."""
 
-_RATE = 0.13
+_RATE = 0.05
 _DECAY = (0.9, 0.999)
+_LEAST = np.float32(1e-30)
+"""Floor of an error, so that tokens which hardly lose anything do not decide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,8 @@ class Operand:
         column_power: ‖W[:,k]‖², [K].
         rows: W² of sampled rows, [R, K].
         row_share: How many rows each sampled row stands for.
-        peaks: maxₜ|x[t,k]| if the activation has one constant scale, [K]; None if each token has its own.
+        peaks: [K], maxₜ|x[t,k]| if the activation has one constant scale, zeros if it is not rounded; None if each
+            token has a scale of its own.
     """
 
     labels: NDArray[np.int32]
@@ -101,8 +104,8 @@ def expected_error(s: Factor, operands: Sequence[Operand]) -> float:
         state = _State.of(np.log(s), operand, scratch)
         a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
         step2 = _squared_steps(operand, state, scratch)[0]
-        error = (step2 * a + b * (tokens.squares @ state.shrunk)) / 12 / tokens.power
-        loss += float(tokens.weights @ np.log(error))
+        error = np.maximum(step2 * a + b * (tokens.squares @ state.shrunk), _LEAST)
+        loss += float(tokens.weights @ np.log(error / 12 / tokens.power))
     return loss
 
 
@@ -161,7 +164,7 @@ def _add_gradient(slope: Factor, logarithm: Factor, operand: Operand, scratch: _
     a, b = float(state.column_noise.sum()), float(state.row_noise.sum())
     step2, peak = _squared_steps(operand, state, scratch)
     q = squares @ state.shrunk
-    inverse = operand.tokens.weights / np.maximum(step2 * a + b * q, np.float32(1e-30))
+    inverse = operand.tokens.weights / np.maximum(step2 * a + b * q, _LEAST)
     on_steps = inverse * step2
     columns = state.column_noise * on_steps.sum()
     columns += np.bincount(state.row_peaks, state.row_noise, len(columns)) * float(inverse @ q)

@@ -19,7 +19,7 @@ from .fold import Factor
 from .linears import Linear
 from .output_error import Consumer, OutputError, relative
 from .parallel import ordered_map
-from .refine import expected_error, refine, sample
+from .refine import refine, sample
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec
 from .static_ranges import Ranges
@@ -191,23 +191,18 @@ def _read(linear: Linear, weight: Callable[[Linear], Float]) -> Float:
 
 
 def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) -> tuple[Factor | None, Choice]:
-    """The best of: no smoothing, the best α of the grid, and that refined; by measured output error.
-
-    Where s is refined, α only says where to start, so the grid is ranked by the error that the refinement descends.
-    """
+    """The best of: no smoothing, each α of the grid, and the best α refined; by measured output error."""
     peaks_x = _channel_max([(c.absmax, c.labels) for c in consumers], site.size)
     peaks_w = _channel_max([(c.column_peaks, c.labels) for c in consumers], site.size)
     measure = OutputError(consumers)
     unsmoothed = measure.of(np.ones(site.size))
     fixed = len(smoothing.alphas) == 1
-    operands = measure.operands() if smoothing.refine_steps else None
     candidates = [(alpha, smoothing_factor(peaks_x, peaks_w, alpha, site.free)) for alpha in smoothing.alphas]
-    ranks = [measure.of(s) if operands is None else expected_error(s, operands) for _, s in candidates]
-    best = int(np.argmin(ranks))
-    alpha, factor = candidates[best]
-    error = ranks[best] if operands is None else measure.of(factor)
+    errors = [measure.of(factor) for _, factor in candidates]
+    best = int(np.argmin(errors))
+    (alpha, factor), error = candidates[best], errors[best]
     reason = "fixed by the recipe" if fixed else "least output error on the grid"
-    if operands is not None:
+    if smoothing.refine_steps and (operands := measure.operands()) is not None:
         refined = within_bounds(refine(factor, operands, site.free, smoothing.refine_steps), site.free)
         if (refined_error := measure.of(refined)) < error:
             factor, error, reason = refined, refined_error, "least output error, refined"

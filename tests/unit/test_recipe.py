@@ -28,7 +28,7 @@ LINEARS = [f"model.layers.{block}.{path}" for block in range(4) for path in ("se
 HEADS = ["lm_head"]
 SELECTED = {"@head": HEADS, "@gated_product": [name for name in LINEARS if name.endswith("down_proj")]}
 Q0, DOWN3 = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
-GRID = SmoothSpec((0.4, 0.55, 0.7, 0.85), refine_steps=20)
+GRID = SmoothSpec((0.4, 0.55, 0.7, 0.85), refine_steps=30)
 
 
 def resolve(**keys: Any) -> dict[str, LinearSpec]:

@@ -1,9 +1,13 @@
 """The refinement of smoothing factors: its gradient, and what it gains."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from bismooth.passes.recipe import Recipe
 from bismooth.passes.refine import Operand, Tokens, expected_error, refine, sample, sampled_rows
+from bismooth.passes.spec import SmoothSpec
 
 
 def _operand(seed: int, *, static: bool = False, channels: int = 12) -> Operand:
@@ -39,13 +43,44 @@ def test_steps_descend_along_the_numerical_gradient(static: bool) -> None:
     np.testing.assert_array_equal(np.sign(moved[steep]), -np.sign(numerical[steep]))
 
 
-def test_refinement_lowers_the_expected_error_and_leaves_pinned_channels_alone() -> None:
-    operands, free = [_operand(3), _operand(4)], np.ones(12, np.bool_)
+@pytest.mark.parametrize("static", [False, True])
+def test_refinement_lowers_the_expected_error_and_leaves_pinned_channels_alone(static: bool) -> None:
+    operands, free = [_operand(seed, static=static) for seed in (3, 4)], np.ones(12, np.bool_)
     free[5] = False
     start = np.ones(12)
     refined = refine(start, operands, free, 80)
     assert refined[5] == 1.0
     assert expected_error(refined, operands) < expected_error(start, operands) - 0.3
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_steps_of_the_built_in_recipe_descend(static: bool) -> None:
+    """A rate that is too high for one constant scale, whose step a single column sets, ends above the start."""
+    smoothing = Recipe.load("w8a8").settings.smoothing
+    assert isinstance(smoothing, SmoothSpec)
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        x = (random.standard_t(3, (64, 96)) * np.exp(random.normal(size=96))).astype(np.float32)
+        w = random.standard_normal((128, 96), np.float32)
+        power = np.square(x @ w.T, dtype=np.float64).sum(axis=1)
+        rows, share = sampled_rows(w)
+        operand = Operand(
+            np.arange(96, dtype=np.int32),
+            Tokens(x**2, power, np.full(64, 1 / 64)),
+            (w**2).sum(axis=0),
+            rows,
+            share,
+            np.abs(x).max(axis=0) if static else None,
+        )
+        start = np.sqrt(np.abs(x).max(axis=0).astype(np.float64) / np.abs(w).max(axis=0))
+        refined = refine(start, [operand], np.ones(96, np.bool_), smoothing.refine_steps)
+        assert expected_error(refined, [operand]) < expected_error(start, [operand])
+
+
+def test_tokens_that_lose_next_to_nothing_count_a_finite_error() -> None:
+    operand = _operand(5)
+    tokens = replace(operand.tokens, squares=operand.tokens.squares * np.float32(1e-38))
+    assert np.isfinite(expected_error(np.ones(12), [replace(operand, tokens=tokens)]))
 
 
 def test_the_model_predicts_the_measured_error() -> None:

@@ -11,9 +11,11 @@ from bismooth.export.errors import BismoothError
 from bismooth.passes.graph import load
 from bismooth.passes.linears import find_linears
 from bismooth.passes.output_error import Consumer, OutputError, relative, token_weights
+from bismooth.passes.refine import expected_error
 from bismooth.passes.sites import Site, find_sites
 from bismooth.passes.smoothing import LARGEST, Choice, choose_factors, smoothing_factor, within_bounds
 from bismooth.passes.spec import (
+    ActivationSpec,
     DynamicActivation,
     LinearSpec,
     PerGroup,
@@ -244,6 +246,17 @@ def test_static_and_weight_only_linears_are_measured_as_such() -> None:
     assert OutputError([_consumer(x, w, LinearSpec(WeightSpec()))]).of(s) == pytest.approx(
         _mean_log(exact, moved @ weight.T), abs=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    "activations", [None, DynamicActivation(), StaticActivation(RangeMethod.MINMAX)], ids=["none", "token", "tensor"]
+)
+def test_the_formula_predicts_the_measured_error(activations: ActivationSpec | None) -> None:
+    x, w, s = _data()
+    measure = OutputError([_consumer(x, w, LinearSpec(WeightSpec(), activations))])
+    operands = measure.operands()
+    assert operands is not None
+    assert expected_error(s, operands) == pytest.approx(measure.of(s), abs=0.1)
 
 
 def test_a_static_linear_is_measured_with_the_range_that_will_be_deployed() -> None:

@@ -14,6 +14,7 @@ from bismooth.export.errors import BismoothError
 from bismooth.export.hashing import file_sha256
 from bismooth.passes import quantize
 from bismooth.passes.gates import Hop
+from bismooth.passes.recipe import Recipe
 from bismooth.passes.spec import ComputeType
 from bismooth.tools import pipeline, stages
 from bismooth.tools.inspect import inspect_path
@@ -111,6 +112,20 @@ def test_quantize_records_the_hashes_of_all_weight_files(linear: Path, tmp_path:
     os.utime(tmp_path / "source/model.safetensors")
     for made in (quantized, engine):
         assert Artifact.load(made).manifest.files["model.safetensors"].linked
+
+
+def test_quantize_takes_the_narrow_graph_that_the_artifact_has(tmp_path: Path) -> None:
+    b = Builder()
+    b.outputs.append(b.linear(b.tokens("x", 4), "fc", 8, 4))
+    (tmp_path / "source").mkdir()
+    artifact = stages.export(b.save(tmp_path / "source", external=True), tmp_path / "art").artifact
+    narrow = (artifact / "model.float16.onnx").read_bytes()
+    same = stages.quantize(artifact, "fp16", tmp_path / "same", data_free=True).artifact
+    assert (same / "reference.float16.onnx").read_bytes() == narrow
+    recipe = Recipe.from_dict({"extends": "fp16", "compute_dtype": "bfloat16"}, name="other")
+    other = stages.quantize(artifact, recipe, tmp_path / "other", data_free=True).artifact
+    assert (other / "reference.bfloat16.onnx").read_bytes() != narrow
+    assert not (other / "reference.float16.onnx").exists()
 
 
 def test_quantize_tells_weights_by_what_the_graph_refers_to(tmp_path: Path) -> None:
