@@ -121,6 +121,25 @@ class Index:
         return constants.evaluate(self.values[value]) if value in self.constants else None
 
 
+def stored_place(index: Index, value: str, folder: Path) -> tuple[str, int]:
+    """The file in ``folder`` that holds a constant, and the offset of its bytes. Casts change nothing in that.
+
+    Raises:
+        BismoothError: the constant is computed, or is not outside of the graph.
+    """
+    tensor = index.values[value]
+    while tensor.inputs and tensor.inputs[0].op == "Cast":
+        tensor = tensor.inputs[0].inputs[0]
+    proto = external_proto(tensor)
+    if proto is None:
+        raise BismoothError(
+            f"{value}: is not stored as it is used, but computed, or lies in the graph itself. Expected a tensor of a "
+            "weight file."
+        )
+    place = external_location(proto, folder)
+    return place.file.relative_to(folder).as_posix(), place.offset
+
+
 def new_constant(name: str, values: Array, like: Tensor) -> Tensor:
     """A constant in the type of an existing value."""
     dtype = dtype_of(like)

@@ -34,10 +34,10 @@ def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray
         weights: Per linear behind the site, W [N, K] and which channel each input column reads (−1: none).
         free: bool [C], the channels that may be scaled.
     """
-    peaks = _channel_peaks(weights, free.size)
+    peaks = channel_peaks(weights, free.size)
     ranked = np.argsort(-np.where(free, peaks, 0.0), kind="stable")
     candidates = ranked[: min(max(1, int(free.size * MAX_SHARE)), int(free.sum()))]
-    bits = _lost_bits(weights, candidates)
+    bits = lost_bits(weights, candidates)
     walls = candidates[: int(np.argmax(bits <= BITS))]
     factor = np.ones(free.size)
     if walls.size:
@@ -46,7 +46,8 @@ def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray
     return factor
 
 
-def _channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
+def channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
+    """The largest |W| of each channel, over all linears that read it: [C]; arguments as of :func:`find_walls`."""
     peaks = np.zeros(size)
     for weight, labels in weights:
         used = labels >= 0
@@ -56,8 +57,11 @@ def _channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int
     return peaks
 
 
-def _lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Bits that a row loses on average to the candidates from the first, the second, … on; the last element is 0."""
+def lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Bits that a row loses on average to the candidates from the first, the second, … on; the last element is 0.
+
+    Mean over rows of log₂(maxₖ|W[n,k]| / max of the row without them), for ``weights`` as of :func:`find_walls`.
+    """
     total, rows = np.zeros(len(candidates) + 1), 0
     for weight, labels in weights:
         columns = [np.flatnonzero(labels == channel) for channel in candidates]

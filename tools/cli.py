@@ -323,6 +323,51 @@ def compile_(
     finish(result, as_json)
 
 
+@command
+def diagnose(
+    model: o.Model,
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Find the layers whose weights break per-channel INT8. Ends with 1 if there are any."""
+    from .diagnose import diagnose as run
+
+    console.show_progress(not quiet)
+    finish(run(model, trust_remote_code=trust_remote_code), as_json)
+
+
+@command
+def standin(
+    model: o.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Model folder to make.")],
+    factor: Annotated[float, typer.Option(metavar="F", help="How much larger the channels become.")] = 100.0,
+    channels: Annotated[int, typer.Option(min=1, metavar="N", help="Channels behind each norm.")] = 4,
+    blocks: Annotated[str, typer.Option(metavar="N,N...", help="Blocks to change, from 0.")] = "0,1,3",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the channels.")] = 0,
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Give a model the weight defect of LLaMA3-70B without changing what it computes, to test remedies on."""
+    chosen = o.parse_blocks(blocks)
+    from .standin import standin as run
+
+    console.show_progress(not quiet)
+    result = run(
+        model,
+        output,
+        factor=factor,
+        channels=channels,
+        blocks=chosen,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        force=force,
+    )
+    finish(result, as_json)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The built-in recipes."""

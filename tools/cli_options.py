@@ -33,6 +33,9 @@ Artifact = Annotated[Path, typer.Argument(metavar="ART", help="Artifact folder."
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="Hugging Face folder or hub id, GGUF file, or ONNX file.")
 ]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Float artifact, Hugging Face folder or hub id, GGUF or ONNX file.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="ART", help="Artifact folder to make.")]
 OptionalOutput = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where to write, instead of into the artifact.")
@@ -197,6 +200,17 @@ def parse_dims(texts: list[str]) -> dict[str, tuple[int, int, int]]:
             raise BismoothError(f"--dim: {name} has sizes twice. Expected them once.")
         dims[name] = triple
     return dims
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Numbers of blocks, each once and in order.
+
+    Raises:
+        BismoothError: the text is no list of numbers.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
+        raise BismoothError(f"--blocks: Expected numbers with commas between them, such as 0,1,3, got {text!r}.")
+    return tuple(sorted(set(map(int, text.split(",")))))
 
 
 def refuse_unheeded(context: typer.Context, names: Iterable[str], reason: str) -> None:

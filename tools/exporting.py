@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, Manifest, finish_folder, new_folder
+from ..export.artifact import MANIFEST, Artifact, Manifest, finish_folder, new_folder
 from ..export.errors import BismoothError
 from ..export.model import export_model
+from ..export.source import GgufSource, HuggingFaceSource, resolve_source
 from ..passes.spec import ComputeType
 from . import console
 from .results import ExportResult
@@ -58,6 +62,48 @@ def export(
             force,
             Path(source),
         )
+
+
+@contextmanager
+def float_artifact(
+    source: str | Path, folder: Path | None = None, *, trust_remote_code: bool = False
+) -> Generator[Artifact]:
+    """The float artifact at ``source``, or one made of a model for as long as the block runs.
+
+    Args:
+        source: a float artifact, or what :func:`export` takes.
+        folder: where to make it. Without it: in the system's folder for temporary files, or beside the model if that
+            is another file system, so that no weights are copied.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        BismoothError: as :meth:`Artifact.load` and :func:`export`; or weights would have to be copied.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        yield Artifact.load(Path(source), "float")
+        return
+    place = folder or _place_for_links(source, trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix=".bismooth.", dir=place) as temporary:
+        made = Path(temporary) / "float"
+        export(source, made, dtype=ComputeType.FLOAT32, trust_remote_code=trust_remote_code)
+        yield Artifact.load(made)
+
+
+def _place_for_links(source: str | Path, trust_remote_code: bool) -> Path:
+    """A folder that can be written to and that can hold hard links to the weights of a model."""
+    resolved, temporary = resolve_source(source, trust_remote_code=trust_remote_code), Path(tempfile.gettempdir())
+    if isinstance(resolved, GgufSource):
+        return temporary
+    files = resolved.weights.files if isinstance(resolved, HuggingFaceSource) else [resolved.path]
+    devices = {file.stat().st_dev for file in files}
+    beside = files[0].parent.resolve().parent
+    for place in (temporary, beside):
+        if devices == {place.stat().st_dev} and os.access(place, os.W_OK):
+            return place
+    raise BismoothError(
+        f"{source}: its weights are on another file system than {temporary}, and nothing can be written to {beside}. "
+        f"Run 'bismooth export {source} -o ART' first, and then this on ART."
+    )
 
 
 def export_options(

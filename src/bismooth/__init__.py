@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
+    from .tools.diagnose import diagnose
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
     from .tools.stages import export as export_model
+    from .tools.standin import standin
 
     __version__: str
 
@@ -30,10 +32,12 @@ __all__ = [
     "build",
     "calibrate",
     "compile_model",
+    "diagnose",
     "export_model",
     "export_module",
     "inspect",
     "quantize",
+    "standin",
     "verify",
 ]
 
@@ -46,10 +50,12 @@ _HOME = {
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
     "compile_model": ("bismooth.tools.pipeline", "compile"),
+    "diagnose": ("bismooth.tools.diagnose", "diagnose"),
     "export_model": (_STAGES, "export"),
     "export_module": (_STAGES, "export_module"),
     "inspect": (_STAGES, "inspect"),
     "quantize": (_STAGES, "quantize"),
+    "standin": ("bismooth.tools.standin", "standin"),
     "verify": (_STAGES, "verify"),
 }
 

@@ -20,7 +20,7 @@ from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.recipe import Recipe
 from bismooth.tools import cli
 
-COMMANDS = ["export", "calibrate", "quantize", "build", "verify", "inspect", "compile"]
+COMMANDS = ["export", "calibrate", "quantize", "build", "verify", "inspect", "compile", "diagnose", "standin"]
 USAGE = {
     "export": "export model -o art",
     "calibrate": "calibrate art --data a.txt",
@@ -28,6 +28,8 @@ USAGE = {
     "build": "build art --engine onnxruntime",
     "verify": "verify art --data a.txt",
     "inspect": "inspect art",
+    "diagnose": "diagnose model",
+    "standin": "standin model -o bad",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
@@ -42,7 +44,7 @@ class Done:
 
 @dataclass
 class Stages:
-    """Stands in for the modules ``bismooth.tools.stages`` and ``pipeline``."""
+    """Stands in for the modules of ``bismooth.tools`` that the commands call."""
 
     outcome: Mapping[str, Any] | BaseException = field(default_factory=lambda: {"size_bytes": 2_000_000})
     name: str = ""
@@ -62,7 +64,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline"):
+    for module in ("stages", "pipeline", "diagnose", "standin"):
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake

@@ -1,0 +1,158 @@
+"""From a healthy model to a stand-in for LLaMA3-70B, and from that to the diagnosis and the repair."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from bismooth.engines.onnxruntime import Session
+from bismooth.export.errors import BismoothError
+from bismooth.passes.spec import ComputeType
+from bismooth.tools import stages
+from bismooth.tools.cli import main
+from bismooth.tools.diagnose import diagnose
+from bismooth.tools.standin import standin
+from tests.quantized import make, save
+from tests.tiny import Tiny, make_tiny, snapshot
+
+WIDE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 48}
+IDS = np.random.default_rng(0).integers(3, 90, (2, 16))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"), **WIDE)
+
+
+def refuse(path: Path, mode: int) -> bool:
+    return not (path or mode)
+
+
+def logits(source: Path, folder: Path) -> Any:
+    artifact = stages.export(source, folder, dtype=ComputeType.FLOAT32).artifact
+    with Session(artifact / "model.onnx", mode="plain") as session:
+        return session.logits(IDS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_planted_linears_and_channels_are_found_and_no_others(tiny: Tiny, tmp_path: Path, seed: int) -> None:
+    before = snapshot(tiny.source)
+    made = standin(tiny.source, tmp_path / "bad", factor=64, channels=3, blocks=(0, 2), seed=seed)
+    assert snapshot(tiny.source) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"], "nothing is left beside it"
+    expected = {linear: item.channels for item in made.planted for linear in item.linears}
+    assert len(expected) == 10
+    assert all(len(item.channels) == 3 for item in made.planted)
+    found = diagnose(tmp_path / "bad")
+    assert {item.name: item.channels for item in found.flagged} == expected
+    assert found.verdict.startswith("10 of 22 linears (45.5%;")
+    (remedy,) = found.remedies
+    assert (remedy.name, remedy.linears) == ("bismooth", 10)
+    assert remedy.before > 10 * remedy.error
+    record = json.loads((tmp_path / "bad/standin.json").read_text("utf-8"))
+    assert (record["kind"], record["factor"], record["seed"]) == ("scale", 64, seed)
+
+
+def test_a_stand_in_computes_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    """Exactly, for a power of two."""
+    artifact = stages.export(tiny.source, tmp_path / "art", dtype=ComputeType.FLOAT32).artifact
+    standin(artifact, tmp_path / "bad", factor=64, channels=3, blocks=(1,))
+    expected, got = logits(tiny.source, tmp_path / "a"), logits(tmp_path / "bad", tmp_path / "b")
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_shards_and_other_types(tiny: Tiny, tmp_path: Path) -> None:
+    old = store(tiny, tmp_path / "shards", "bfloat16", max_shard_size="300KB")
+    made = standin(tmp_path / "shards", tmp_path / "bad", factor=64, channels=2, blocks=(0,))
+    assert len(list((tmp_path / "bad").glob("*.safetensors"))) > 1
+    planted = {linear: item.channels for item in made.planted for linear in item.linears}
+    assert {item.name: item.channels for item in diagnose(tmp_path / "bad").flagged} == planted
+    new = auto().from_pretrained(tmp_path / "bad").state_dict()
+    for item in made.planted:
+        before, after = old[f"{item.site}.weight"], new[f"{item.site}.weight"]
+        assert str(after.dtype) == "torch.bfloat16"
+        assert (before != after).nonzero().flatten().tolist() == list(item.channels)
+
+
+def test_values_that_leave_the_range_of_their_type(tiny: Tiny, tmp_path: Path) -> None:
+    store(tiny, tmp_path / "half", "float16")
+    with pytest.raises(BismoothError, match=r"layernorm\.weight: some of its values leave the range of float16"):
+        standin(tmp_path / "half", tmp_path / "bad", factor=1e6, channels=2, blocks=(0,))
+
+
+def auto() -> Any:
+    return cast(Any, import_module("transformers")).AutoModelForCausalLM
+
+
+def store(tiny: Tiny, folder: Path, dtype: str, **options: Any) -> dict[str, Any]:
+    """Save a model in another type; its tensors."""
+    model = auto().from_pretrained(tiny.source, dtype=dtype)
+    model.save_pretrained(folder, **options)
+    return model.state_dict()
+
+
+def test_the_commands(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", str(tiny.source), "--json", "-q"]) == 0
+    healthy = json.loads(capsys.readouterr().out)
+    assert (healthy["flagged"], len(healthy["linears"]), healthy["failures"]) == (0, 22, [])
+    assert {item["name"] for item in healthy["linears"]} >= {"lm_head", "model.layers.0.mlp.up_proj"}
+    options = ["--factor", "50", "--channels", "2", "--blocks", "0,1", "-q"]
+    assert main(["standin", str(tiny.source), "-o", str(tmp_path / "bad"), *options]) == 0
+    capsys.readouterr()
+    assert main(["diagnose", str(tmp_path / "bad"), "-q"]) == 1
+    shown = capsys.readouterr().out
+    assert "model.layers.1.self_attn.k_proj" in shown
+    assert "bismooth compile" in shown
+    assert main(["standin", str(tiny.source), "-o", str(tmp_path / "bad"), *options]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["standin", str(tiny.source), "-o", str(tmp_path / "bad"), "--force", *options]) == 0
+    assert main(["diagnose", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factor": 1.0}, r"--factor 1: Expected a number above 1\."),
+        ({"factor": float("inf")}, r"--factor inf: Expected"),
+        ({"channels": 0}, r"--channels 0: Expected 1 or more\."),
+        ({"channels": 97}, r"layernorm: has 96 channels .* Expected 97 of them"),
+        ({"blocks": (0, 3)}, r"--blocks 3: the model has 3 blocks\. Expected numbers from 0\."),
+    ],
+)
+def test_what_cannot_be_made(tiny: Tiny, tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    chosen: dict[str, Any] = {"blocks": (0,), "channels": 2} | arguments
+    with pytest.raises(BismoothError, match=message):
+        standin(tiny.source, tmp_path / "bad", **chosen)
+    assert not any(tmp_path.iterdir())
+
+
+def test_graphs_without_linears_and_without_a_model(tmp_path: Path) -> None:
+    graph = "(float[batch, 4] x) => (float[batch, 4] y) { y = Relu(x) }"
+    with pytest.raises(BismoothError, match=r"model\.onnx: has no linear layers\. Expected some"):
+        diagnose(save(make(graph), tmp_path))
+    graph = "(float[batch, 4] x) => (float[batch, 4] y) { y = MatMul(x, w) }"
+    source = save(make(graph, w=np.eye(4, dtype=np.float32)), tmp_path / "linear")
+    assert not diagnose(source).flagged
+    with pytest.raises(BismoothError, match=r"has no config\.json, so no model can be written"):
+        standin(source, tmp_path / "bad")
+
+
+def test_nothing_else_is_replaced(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("text", "utf-8")
+    with pytest.raises(BismoothError, match=r"is not a stand-in with a standin\.json, so --force does not replace it"):
+        standin(tiny.source, tmp_path / "mine", blocks=(0,), force=True)
+    with pytest.raises(BismoothError, match="is or holds what is read"):
+        standin(tiny.source, tiny.source.parent, blocks=(0,), force=True)
+
+
+def test_a_model_that_only_its_folder_has_room_for(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights on another file system than the system's folder for temporary files, beside which one may not write."""
+    monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
+    assert not diagnose(tiny.source).flagged
+    monkeypatch.setattr("os.access", refuse)
+    with pytest.raises(BismoothError, match=r"another file system than /dev/shm, .* Run 'bismooth export"):
+        diagnose(tiny.source)

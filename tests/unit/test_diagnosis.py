@@ -1,0 +1,114 @@
+"""Weights that break per-channel INT8 are found, with their channels; healthy ones are not."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bismooth.export.errors import BismoothError
+from bismooth.passes.diagnosis import AT_RISK, diagnose_weight
+from bismooth.passes.linears import Linear
+
+Float = NDArray[np.float32]
+N, K = 320, 512
+
+
+def linear(k: int = K, n: int = N) -> Linear:
+    return Linear("fc", "fc/MatMul", "x", "y", "fc.weight", "NK", k, n, None, False, ())
+
+
+def weight(seed: int, k: int = K, n: int = N) -> Float:
+    """Normal numbers with columns of uneven size, as in trained models."""
+    random = np.random.default_rng(seed)
+    return random.standard_normal((n, k), np.float32) * np.exp(0.3 * random.standard_normal(k)).astype(np.float32)
+
+
+def planted(seed: int, factor: float, count: int) -> tuple[Float, list[int]]:
+    w = weight(seed)
+    peaks = np.abs(w).max(axis=0)
+    random = np.random.default_rng(seed)
+    channels = np.sort(random.choice(np.flatnonzero(peaks >= np.median(peaks)), count, replace=False))
+    w[:, channels] *= np.float32(factor)
+    return w, channels.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("factor", "count"), [(40, 1), (40, 4), (100, 4), (300, 8)])
+def test_planted_channels_are_found_exactly(seed: int, factor: float, count: int) -> None:
+    w, channels = planted(seed, factor, count)
+    found = diagnose_weight(linear(), w)
+    assert found.flagged
+    assert found.channels == tuple(channels)
+    assert found.lost_bits > 2 * AT_RISK
+    assert found.absmax == np.abs(w).max()
+    assert found.ratio == pytest.approx(np.abs(w).max(axis=0).max() / np.median(np.abs(w).max(axis=0)))
+
+
+@pytest.mark.parametrize("kind", ["normal", "student 5", "student 4", "uneven", "constant", "zero row", "zero column"])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (48, 768), (768, 3072)])
+def test_healthy_weights_are_not_flagged(kind: str, n: int, k: int) -> None:
+    random = np.random.default_rng(3)
+    w = weight(3, k, n)
+    if kind == "normal":
+        w = random.standard_normal((n, k), np.float32)
+    elif kind.startswith("student"):
+        w = random.standard_t(float(kind.split()[1]), (n, k)).astype(np.float32)
+    elif kind == "constant":
+        w[:] = 1
+    elif kind == "zero row":
+        w[5] = 0
+    elif kind == "zero column":
+        w[:, 5] = 0
+    found = diagnose_weight(linear(k, n), w)
+    assert (found.flagged, found.channels) == (False, ())
+    assert found.errors == found.rest_errors
+
+
+def test_figures_against_float64() -> None:
+    w, channels = planted(1, 100, 4)
+    found = diagnose_weight(replace(linear(), n=200), w[:200])
+    exact = w[:200].astype(np.float64)
+    assert found.kurtosis == pytest.approx((exact**4).mean() / (exact**2).mean() ** 2, rel=1e-4)
+    rest = np.setdiff1d(np.arange(K), channels)
+
+    def errors(rounded: NDArray[np.float64], columns: Sequence[int] | NDArray[np.intp]) -> float:
+        return float(np.linalg.norm((exact - rounded)[:, columns]) / np.linalg.norm(exact[:, columns]))
+
+    scale = np.abs(exact).max(axis=1, keepdims=True) / 127
+    per_channel = np.rint(exact / scale) * scale
+    assert found.errors["per_channel"] == pytest.approx(errors(per_channel, range(K)), rel=1e-3)
+    assert found.rest_errors["per_channel"] == pytest.approx(errors(per_channel, rest), rel=1e-3)
+    blocks = exact.reshape(200, -1, 64)
+    scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    grouped = (np.rint(blocks / scales) * scales).reshape(200, K)
+    assert found.rest_errors["per_group_64"] == pytest.approx(errors(grouped, rest), rel=1e-3)
+    healthy = diagnose_weight(linear(), weight(1))
+    assert found.rest_errors["bismoothed"] == pytest.approx(healthy.errors["per_channel"], rel=0.1)
+    assert found.rest_errors["per_channel"] > 20 * found.rest_errors["bismoothed"]
+
+
+def test_layout_and_type_do_not_matter() -> None:
+    w, channels = planted(2, 64, 3)
+    narrow = w.astype(ml_dtypes.bfloat16)
+    expected = diagnose_weight(linear(), narrow)
+    assert expected.channels == tuple(channels)
+    stored = diagnose_weight(replace(linear(), layout="KN"), np.ascontiguousarray(narrow.T))
+    assert stored.to_json() == expected.to_json()
+    assert diagnose_weight(linear(), narrow.astype(np.float32)).to_json() == expected.to_json()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_weight_is_named(broken: float) -> None:
+    w = weight(0)
+    w[7, 3] = broken
+    with pytest.raises(BismoothError, match=r"fc\.weight: the weight holds NaN or infinity in row 7\."):
+        diagnose_weight(linear(), w)
+
+
+def test_zeros() -> None:
+    found = diagnose_weight(linear(), np.zeros((N, K), np.float32))
+    assert (found.absmax, found.ratio, found.kurtosis, found.lost_bits, found.flagged) == (0, 0, 0, 0, False)
+    assert set(found.errors.values()) == {0.0}

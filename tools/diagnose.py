@@ -1,0 +1,196 @@
+"""``bismooth diagnose``: which layers' weights break per-channel INT8, and what repairs them. Runs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..export.errors import BismoothError
+from ..passes.diagnosis import Diagnosis, diagnose_weight
+from ..passes.graph import load
+from ..passes.linears import Linear, find_linears
+from ..passes.parallel import ordered_map
+from ..passes.sites import Site, find_sites
+from ..passes.weight_reader import WeightReader
+from . import console
+from .exporting import float_artifact
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A way to repair the flagged linears.
+
+    Attributes:
+        name: ``bismooth`` or ``per_group_64``.
+        linears: How many of the flagged ones it can be applied to.
+        error: Relative error of their other weights with it, root mean square; that without it is ``before``.
+        before: The same under per-channel INT8.
+        cost: What it costs at run time, in words.
+        command: How to apply it.
+    """
+
+    name: str
+    linears: int
+    error: float
+    before: float
+    cost: str
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "remedy": self.name,
+            "linears": self.linears,
+            "error": self.error,
+            "error_without": self.before,
+            "cost": self.cost,
+            "command": self.command,
+        }
+
+
+@dataclass(frozen=True)
+class DiagnoseResult:
+    """What was found in a model's weights."""
+
+    model: str
+    linears: tuple[Diagnosis, ...]
+    remedies: tuple[Remedy, ...]
+    bytes_read: int
+    read_seconds: float
+
+    @property
+    def flagged(self) -> tuple[Diagnosis, ...]:
+        """The linears that per-channel INT8 breaks."""
+        return tuple(item for item in self.linears if item.flagged)
+
+    @property
+    def verdict(self) -> str:
+        """The finding in words."""
+        if not self.flagged:
+            worst = max(self.linears, key=lambda item: item.lost_bits)
+            return (
+                f"None of the {len(self.linears)} linears is at risk under per-channel INT8 weights. The most uneven "
+                f"one is {worst.name}: {worst.lost_bits:.2f} bits lost."
+            )
+        shares = self._shares()
+        worst = max(self.flagged, key=lambda item: item.rest_errors["per_channel"])
+        return (
+            f"{len(self.flagged)} of {len(self.linears)} linears ({shares['linears']:.1%}; {shares['parameters']:.1%} "
+            "of their parameters) are at risk under per-channel INT8 weights: a few input channels are far larger than "
+            f"the others and take their resolution. The worst is {worst.name}, where {len(worst.channels)} of "
+            f"{worst.k} channels leave the other weights a relative error of {worst.rest_errors['per_channel']:.2g}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self._head(),
+            "linears": [item.to_json() for item in self.linears],
+            "remedies": [remedy.to_json() for remedy in self.remedies],
+            "failures": [self.verdict] if self.flagged else [],
+        }
+
+    def brief(self) -> Mapping[str, Any]:
+        """The flagged linears, or the most uneven ones if there are none."""
+        shown = self.flagged or sorted(self.linears, key=lambda item: -item.lost_bits)[:_SHOWN]
+        rows = [
+            {
+                "linear": item.name,
+                "channels": ", ".join(map(str, item.channels)) or "none",
+                "lost_bits": item.lost_bits,
+                "ratio": item.ratio,
+                "per_channel": item.rest_errors["per_channel"],
+                "per_group_64": item.rest_errors.get("per_group_64"),
+                "bismoothed": item.rest_errors["bismoothed"],
+            }
+            for item in shown
+        ]
+        title = "flagged" if self.flagged else "most_uneven"
+        return {**self._head(), title: rows, "remedies": [remedy.to_json() for remedy in self.remedies]}
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "flagged": len(self.flagged),
+            **{f"flagged_share_of_{name}": share for name, share in self._shares().items()},
+            "bytes_read": self.bytes_read,
+            "mb_per_second": self.bytes_read / 1e6 / self.read_seconds if self.read_seconds else None,
+            "verdict": self.verdict,
+        }
+
+    def _shares(self) -> dict[str, float]:
+        total = sum(item.n * item.k for item in self.linears)
+        return {
+            "linears": len(self.flagged) / max(len(self.linears), 1),
+            "parameters": sum(item.n * item.k for item in self.flagged) / max(total, 1),
+        }
+
+
+def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> DiagnoseResult:
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); one weight at a time is in memory.
+
+    Args:
+        source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        BismoothError: the source cannot be used or has no linears, or a weight holds NaN or infinity.
+    """
+    with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
+        graph = load(artifact.graph("float32"))
+        linears, reader = find_linears(graph), WeightReader(graph)
+        if not linears:
+            raise BismoothError(
+                f"{source}: has no linear layers. Expected some (MatMul or Gemm with a constant matrix); convolutions "
+                "are not looked at."
+            )
+        found: list[Diagnosis] = []
+        read, start = 0, time.perf_counter()
+        with console.progress() as progress:
+            for diagnosis, size in ordered_map(partial(_diagnosed, reader), linears):
+                found.append(diagnosis)
+                read += size
+                progress("diagnose", len(found), len(linears))
+        seconds = time.perf_counter() - start
+        sites = find_sites(graph, linears)[0]
+    return DiagnoseResult(str(source), tuple(found), tuple(_remedies(str(source), found, sites)), read, seconds)
+
+
+def _diagnosed(reader: WeightReader, linear: Linear) -> tuple[Diagnosis, int]:
+    """What is found in a weight, and its bytes."""
+    weight = reader.raw(linear.weight)
+    return diagnose_weight(linear, weight), weight.nbytes
+
+
+def _remedies(source: str, found: Sequence[Diagnosis], sites: Sequence[Site]) -> Iterator[Remedy]:
+    flagged = [item for item in found if item.flagged]
+    foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
+    if foldable:
+        yield Remedy(
+            "bismooth",
+            len(foldable),
+            _mean_error(foldable, "bismoothed"),
+            _mean_error(foldable, "per_channel"),
+            "none: the factors are folded into the operations before",
+            f"bismooth compile {source} --recipe w8a8 --data none --engine onnxruntime -o OUTPUT",
+        )
+
+
+def _folds(site: Site, item: Diagnosis) -> bool:
+    """Whether all walls of a linear can be scaled at a site."""
+    labels = next((use.labels for use in site.consumers if use.linear == item.name), None)
+    if labels is None:
+        return False
+    channels = labels[list(item.channels)]
+    return bool((channels >= 0).all() and site.free[channels].all())
+
+
+def _mean_error(items: Sequence[Diagnosis], scheme: str) -> float:
+    """Root mean square of what the other weights lose."""
+    return float(np.sqrt(np.mean([item.rest_errors[scheme] ** 2 for item in items])))
