@@ -25,8 +25,6 @@ from .statistics import Provenance, Statistics
 from .writer import StatisticsWriter
 
 _Result = Mapping[str, NDArray[Any]]
-_AT_ONCE = 2
-"""Runs that share the cores: one waits for less than a run on all of them, whose threads wait for each other."""
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 
@@ -118,7 +116,7 @@ def calibrate(
     instrument(model, values, histograms=histograms)
     observed = InMemoryGraph(str(path), model.SerializeToString(), artifact)
     with (
-        Session(observed, mode="plain", threads=threads, at_once=_AT_ONCE, constant_folding=False) as session,
+        Session(observed, mode="plain", threads=threads, constant_folding=False) as session,
         replacing(output) as temporary,
     ):
         batches = _runs(session, windows, batch_size, chosen, progress)
@@ -148,21 +146,14 @@ def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
 def _runs(
     session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64], progress: Progress
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    progress("calibrate", 0, len(windows))
-    for batch, result in enumerate(session.map(_feeds(session, windows, batch_size, chosen)), 1):
-        yield result
-        progress("calibrate", min(batch * batch_size, len(windows)), len(windows))
-
-
-def _feeds(
-    session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64]
-) -> Iterator[dict[str, NDArray[Any]]]:
     length = windows.shape[1]
+    progress("calibrate", 0, len(windows))
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size]
         first, last = np.searchsorted(chosen, [start * length, start * length + ids.size])
         others = {ROWS: chosen[first:last] - start * length, TOKENS: np.array([ids.size], np.int64)}
-        yield session.token_feeds(ids, others)
+        yield session.run(session.token_feeds(ids, others))
+        progress("calibrate", start + len(ids), len(windows))
 
 
 def _collect(
@@ -183,7 +174,7 @@ def _collect(
                 total.add(result)
                 writer.rows(total.value, written, result[total.taps.rows])
             written += len(result[totals[0].taps.rows])
-            result.clear()  # since the next runs need as much
+            result.clear()  # before the next run, which needs as much
         for total in totals:
             writer.absmax(total.value, total.absmax)
             writer.outliers(total.value, total.outliers)

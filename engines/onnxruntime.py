@@ -1,6 +1,6 @@
 """Run ONNX graphs in ONNX Runtime: token ids in, logits or any named values out.
 
-A session runs in threads of its own, where subnormal numbers are zero (``subnormals``).
+A session runs in a thread of its own, where subnormal numbers are zero (``subnormals``).
 
 NOTE: on CPUs without VNNI, ONNX Runtime's default INT8 kernels saturate (u8 x s8 into 16 bits) and are wrong by several
 percent. Mode "int8" sets ``session.x64quantprecision=1``, which is exact.
@@ -10,8 +10,7 @@ NOTE: run FP32 graphs on the CPU. It upcasts FP16 graphs and then does not fuse 
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
-from ..passes.parallel import in_order
 from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
@@ -101,8 +99,7 @@ class Session:
         mode: "int8" runs Q/DQ patterns on exact integer kernels, "reference" as float fake-quantization, "plain" sets
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
-        threads: threads per operator; by default as many as make one per core with those of ``at_once``.
-        at_once: how many runs of :meth:`map` are computed at the same time, each with its own activations in memory.
+        threads: threads per operator; one per core by default.
         constant_folding: False leaves a Transpose or Cast of a weight to the run. Loading takes no copies of weights
             for them then.
         values: names of inner values to offer as further outputs (needs the package ``onnx``).
@@ -119,19 +116,13 @@ class Session:
         mode: Mode = "int8",
         provider: Provider = "cpu",
         threads: int | None = None,
-        at_once: int = 1,
         constant_folding: bool = True,
         values: Sequence[str] = (),
     ) -> None:
         self.label = str(model) if isinstance(model, Path) else model.name
         runtime = import_onnxruntime()
         graph = _with_values(model, values) if values else model
-        cores = os.cpu_count() or 1
-        self._at_once = min(at_once, cores)
-        if threads is None and self._at_once > 1:
-            threads = cores + 1 - self._at_once  # runs share the operators' threads, and each adds its own
         options = _session_options(runtime, graph, MODES[mode], provider, threads)
-        options.enable_mem_pattern = self._at_once == 1  # it takes what a run needs at its peak from the start
         _check_available(runtime, provider)
         make = partial(
             runtime.InferenceSession,
@@ -141,11 +132,11 @@ class Session:
             enable_fallback=0,
             disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
         )
-        self._threads = ThreadPoolExecutor(self._at_once, f"onnxruntime {self.label}", flush_subnormals)
+        self._thread = ThreadPoolExecutor(1, f"onnxruntime {self.label}", flush_subnormals)
         with ExitStack() as stack:
-            stack.callback(self._threads.shutdown, wait=False)
+            stack.callback(self._thread.shutdown, wait=False)
             try:
-                session: _InferenceSession = self._threads.submit(make).result()
+                session: _InferenceSession = self._thread.submit(make).result()
             except Exception as error:  # ONNX Runtime's exceptions have no public base class
                 raise BismoothError(
                     f"{self.label}: ONNX Runtime cannot load the graph: {reason_of(error)} "
@@ -168,51 +159,32 @@ class Session:
 
     def close(self) -> None:
         """Free the graph and its weights, once what runs is done; running is an error from then on."""
-        self._threads.shutdown()
+        self._thread.shutdown()
         self._session = None
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Values by name: those in ``outputs``, or all outputs of the graph.
+        """Values by name: those in ``outputs``, or all outputs of the graph. Threads that call it take turns.
 
         Raises:
             BismoothError: a feed is missing or has a wrong name, dtype or shape, or an operator failed.
-        """
-        (values,) = self.map([feeds], outputs)
-        return values
-
-    def map(
-        self, feeds: Iterable[Mapping[str, NDArray[Any]]], outputs: Sequence[str] | None = None
-    ) -> Generator[dict[str, NDArray[Any]]]:
-        """What :meth:`run` gives for each of ``feeds``, in their order.
-
-        Raises:
-            BismoothError: as :meth:`run`.
         """
         if self._session is None:
             raise BismoothError(f"{self.label}: the session was closed. Run it inside its 'with' block.")
         names = [port.name for port in self.outputs] if outputs is None else list(outputs)
         options = self._run_options()
         options.log_severity_level = 4
-        run = partial(self._run, self._session, names, options)
         try:
-            yield from in_order(self._threads, self._at_once, run, feeds)
-        except Exception:
-            raise
-        except BaseException:  # an interrupt, which the run would hold up; or nobody wants the rest
-            options.terminate = True
-            raise
-
-    def _run(
-        self, session: _InferenceSession, names: list[str], options: Any, feeds: Mapping[str, NDArray[Any]]
-    ) -> dict[str, NDArray[Any]]:
-        try:
-            return dict(zip(names, session.run(names, dict(feeds), options), strict=True))
+            values = self._thread.submit(self._session.run, names, dict(feeds), options).result()
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
             raise BismoothError(
                 f"{self.label}: ONNX Runtime failed: {reason_of(error)} It was fed: {shapes or 'nothing'}. "
                 f"Expected: {', '.join(f'{p.name} {p.dtype} {list(p.shape)}' for p in self.inputs)}."
             ) from error
+        except BaseException:  # an interrupt, which the run would hold up
+            options.terminate = True
+            raise
+        return dict(zip(names, values, strict=True))
 
     def token_feeds(
         self, ids: NDArray[np.int64], others: Mapping[str, NDArray[Any]] | None = None

@@ -4,7 +4,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
@@ -18,31 +18,24 @@ _WORKERS = 2
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results in the order of ``items``, two of them computed at once.
+    """The results in the order of ``items``. Two are computed at once, and no more than three exist at any time.
 
     NumPy's element-wise operations use one core and let other threads run. Matrix products use one core as well here:
     several threads that each want all cores would wait for each other.
     """
     workers = min(_WORKERS, os.cpu_count() or 1)
     with _ONE_CORE.each_product(), ThreadPoolExecutor(workers) as pool:
-        yield from in_order(pool, workers, function, items)
-
-
-def in_order(
-    pool: Executor, workers: int, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """The results in the order of ``items``; no more than ``workers`` + 1 of them exist or are computed at any time."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class _OneCore:

@@ -106,19 +106,6 @@ def test_an_interrupt_ends_the_run() -> None:
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 100])
-def test_several_runs_come_in_order(tmp_path: Path, at_once: int) -> None:
-    windows = np.random.default_rng(0).integers(0, VOCAB, (9, 1, 5))
-    with Session(language_model(tmp_path), at_once=at_once) as session:
-        runs = session.map(session.token_feeds(window) for window in windows)
-        logits = np.concatenate([run["logits"] for run in runs])
-        with pytest.raises(BismoothError, match="ONNX Runtime failed"):
-            list(session.map([session.token_feeds(IDS), {"input_ids": IDS}]))
-        assert next(session.map([session.token_feeds(IDS)] * 5)).keys() == {"logits"}, "the rest is not wanted"
-        session.logits(IDS)
-    np.testing.assert_allclose(logits, expected_logits(tmp_path, windows[:, 0]), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_windows_come_in_order_whatever_the_batch_size(tmp_path: Path, batch_size: int) -> None:
     with Session(language_model(tmp_path)) as session:
