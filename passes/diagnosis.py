@@ -7,6 +7,7 @@ the error of a healthy W8A8 linear, has become as large as that of the activatio
 weights that decide. :data:`AT_RISK` is that bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ class Diagnosis:
         ratio: Largest channel maximum over the median one.
         kurtosis: E[w⁴] / E[w²]², 3 for normal numbers.
         channels: The walls, by number.
-        lost_bits: What they take from the other weights' resolution, mean over rows.
+        lost_bits: What the leading channels, ``MAX_SHARE`` of all, take from the resolution of the other weights: mean
+            over rows of log₂(maxₖ|W[n,k]| / the same without them).
         errors: Relative error ‖W − Ŵ‖ / ‖W‖ by scheme: ``per_channel``, ``per_group_16`` …, ``bismoothed``.
         rest_errors: The same over the channels that are no walls: what is left of the other weights.
     """
@@ -100,7 +102,7 @@ def diagnose_weight(linear: Linear, weight: NDArray[Any]) -> Diagnosis:
     schemes["bismoothed"] = fake_quantize_rows(chosen * smoothed) / smoothed
     errors = {name: _error(chosen, got) for name, got in schemes.items()}
     rest = np.delete(np.arange(linear.k), walls)
-    typical = float(np.median(peaks))
+    typical = _typical(peaks)
     return Diagnosis(
         name=linear.name,
         n=linear.n,
@@ -117,18 +119,31 @@ def diagnose_weight(linear: Linear, weight: NDArray[Any]) -> Diagnosis:
     )
 
 
+def scaled_error(linear: Linear, weight: NDArray[Any], walls: Sequence[int], columns: Float) -> float:
+    """``rest_errors["per_channel"]`` of a weight, as stored, after its columns are scaled by s [K]."""
+    rows = weight if linear.layout == "NK" else weight.T
+    chosen = np.ascontiguousarray(rows[sample(len(rows), SAMPLED_ROWS)]).astype(np.float32)
+    rest = np.delete(np.arange(linear.k), walls)
+    got = fake_quantize_rows(chosen * columns) / columns
+    return _error(chosen[:, rest], got[:, rest])
+
+
 def _full_pass(rows: NDArray[Any], name: str) -> tuple[Float, float]:
     """max|W| of each input channel, [K], and the kurtosis; some rows at a time in float32."""
     peaks = np.zeros(rows.shape[1], np.float32)
     second = fourth = 0.0
     for part in row_chunks(rows.shape, _CHUNK):
         block = np.ascontiguousarray(rows[part]).astype(np.float32)
-        np.maximum(peaks, np.maximum(block.max(axis=0), -block.min(axis=0)), out=peaks)
-        squares = np.square(block, out=block).reshape(-1)
-        second += float(squares.sum(dtype=np.float64))
-        fourth += float(squares @ squares)
-    if not np.isfinite(second):
-        require_finite(np.ascontiguousarray(rows).astype(np.float32), name)
+        largest = np.maximum(block.max(axis=0), -block.min(axis=0))
+        unit = float(largest.max())
+        if not np.isfinite(unit):
+            require_finite(np.ascontiguousarray(rows).astype(np.float32), name)
+        if unit:
+            np.maximum(peaks, largest, out=peaks)
+            block /= np.float32(unit)  # so that no power of it leaves float32
+            squares = np.square(block, out=block).reshape(-1)
+            second += float(squares.sum(dtype=np.float64)) * unit**2
+            fourth += float(squares @ squares) * unit**4
     return peaks, fourth * rows.size / second**2 if second else 0.0
 
 
@@ -144,8 +159,13 @@ def _brought_down(peaks: Float, walls: NDArray[np.intp]) -> Float:
     """s per channel, [K]: brings walls to the median of the others, 1 elsewhere."""
     factor = np.ones(peaks.size, np.float32)
     if walls.size:
-        factor[walls] = np.median(np.delete(peaks, walls)) / peaks[walls]
+        factor[walls] = _typical(np.delete(peaks, walls)) / peaks[walls]
     return factor
+
+
+def _typical(peaks: Float) -> float:
+    """The median of the channel maxima that are not 0."""
+    return float(np.median(peaks[peaks > 0])) if peaks.any() else 0.0
 
 
 def _error(exact: Float, got: Float) -> float:

@@ -133,8 +133,8 @@ def stored_place(index: Index, value: str, folder: Path) -> tuple[str, int]:
     proto = external_proto(tensor)
     if proto is None:
         raise BismoothError(
-            f"{value}: is not stored as it is used, but computed, or lies in the graph itself. Expected a tensor of a "
-            "weight file."
+            f"{value}: is computed from what is stored (as 1 + w in Gemma), or lies in the graph itself. Expected a "
+            "tensor that a weight file holds as it is used."
         )
     place = external_location(proto, folder)
     return place.file.relative_to(folder).as_posix(), place.offset

@@ -116,7 +116,7 @@ def _rows(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True)
     for key in columns:
         numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
-        table.add_column(_label(key), justify="right" if numeric else "left")
+        table.add_column(_label(key), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(key, row.get(key))) for key in columns))
     return table

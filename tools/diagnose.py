@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..export.artifact import MANIFEST
 from ..export.errors import BismoothError
-from ..passes.diagnosis import Diagnosis, diagnose_weight
+from ..passes.diagnosis import Diagnosis, diagnose_weight, scaled_error
 from ..passes.graph import load
 from ..passes.linears import Linear, find_linears
 from ..passes.parallel import ordered_map
 from ..passes.sites import Site, find_sites
+from ..passes.walls import find_walls
 from ..passes.weight_reader import WeightReader
 from . import console
 from .exporting import float_artifact
@@ -26,12 +29,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Remedy:
-    """A way to repair the flagged linears.
+    """A way to repair flagged linears.
 
     Attributes:
-        name: ``bismooth`` or ``per_group_64``.
-        linears: How many of the flagged ones it can be applied to.
-        error: Relative error of their other weights with it, root mean square; that without it is ``before``.
+        name: ``bismooth``, ``bismooth without data`` or ``groups of 64``.
+        linears: How many of the flagged ones it repairs.
+        error: Relative error of their other weights with it, root mean square.
         before: The same under per-channel INT8.
         cost: What it costs at run time, in words.
         command: How to apply it.
@@ -45,13 +48,16 @@ class Remedy:
     command: str
 
     def to_json(self) -> dict[str, Any]:
+        return self.brief() | {"command": self.command}
+
+    def brief(self) -> dict[str, Any]:
+        """All but the command."""
         return {
             "remedy": self.name,
             "linears": self.linears,
             "error": self.error,
             "error_without": self.before,
             "cost": self.cost,
-            "command": self.command,
         }
 
 
@@ -91,6 +97,7 @@ class DiagnoseResult:
     def to_json(self) -> dict[str, Any]:
         return {
             **self._head(),
+            "verdict": self.verdict,
             "linears": [item.to_json() for item in self.linears],
             "remedies": [remedy.to_json() for remedy in self.remedies],
             "failures": [self.verdict] if self.flagged else [],
@@ -104,24 +111,26 @@ class DiagnoseResult:
                 "linear": item.name,
                 "channels": ", ".join(map(str, item.channels)) or "none",
                 "lost_bits": item.lost_bits,
-                "ratio": item.ratio,
-                "per_channel": item.rest_errors["per_channel"],
-                "per_group_64": item.rest_errors.get("per_group_64"),
+                "error": item.rest_errors["per_channel"],
                 "bismoothed": item.rest_errors["bismoothed"],
             }
             for item in shown
         ]
-        title = "flagged" if self.flagged else "most_uneven"
-        return {**self._head(), title: rows, "remedies": [remedy.to_json() for remedy in self.remedies]}
+        return {
+            **self._head(),
+            **({} if self.flagged else {"verdict": self.verdict}),
+            **{f"to apply {remedy.name}": remedy.command for remedy in self.remedies},
+            "linears at risk" if self.flagged else "most uneven linears": rows,
+            "remedies": [remedy.brief() for remedy in self.remedies],
+        }
 
     def _head(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "flagged": len(self.flagged),
-            **{f"flagged_share_of_{name}": share for name, share in self._shares().items()},
+            **{f"flagged_{name}_share": share for name, share in self._shares().items()},
             "bytes_read": self.bytes_read,
             "mb_per_second": self.bytes_read / 1e6 / self.read_seconds if self.read_seconds else None,
-            "verdict": self.verdict,
         }
 
     def _shares(self) -> dict[str, float]:
@@ -133,7 +142,7 @@ class DiagnoseResult:
 
 
 def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> DiagnoseResult:
-    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); one weight at a time is in memory.
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); two weights at a time are in memory.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
@@ -158,28 +167,25 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
                 read += size
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
-        sites = find_sites(graph, linears)[0]
-    return DiagnoseResult(str(source), tuple(found), tuple(_remedies(str(source), found, sites)), read, seconds)
+        flagged = [item for item in found if item.flagged]
+        known = {linear.name: linear for linear in linears}
+        sites = find_sites(graph, linears)[0] if flagged else []
+        foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
+        repaired = _without_data(flagged, sites, known, reader)
+    words = f"compile {shlex.quote(str(source))} --recipe w8a8"
+    if (Path(source) / MANIFEST).is_file():
+        words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
+    if trust_remote_code:
+        words += " --trust-remote-code"
+    return DiagnoseResult(
+        str(source), tuple(found), tuple(_remedies(words, flagged, foldable, repaired)), read, seconds
+    )
 
 
 def _diagnosed(reader: WeightReader, linear: Linear) -> tuple[Diagnosis, int]:
     """What is found in a weight, and its bytes."""
     weight = reader.raw(linear.weight)
     return diagnose_weight(linear, weight), weight.nbytes
-
-
-def _remedies(source: str, found: Sequence[Diagnosis], sites: Sequence[Site]) -> Iterator[Remedy]:
-    flagged = [item for item in found if item.flagged]
-    foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
-    if foldable:
-        yield Remedy(
-            "bismooth",
-            len(foldable),
-            _mean_error(foldable, "bismoothed"),
-            _mean_error(foldable, "per_channel"),
-            "none: the factors are folded into the operations before",
-            f"bismooth compile {source} --recipe w8a8 --data none --engine onnxruntime -o OUTPUT",
-        )
 
 
 def _folds(site: Site, item: Diagnosis) -> bool:
@@ -191,6 +197,53 @@ def _folds(site: Site, item: Diagnosis) -> bool:
     return bool((channels >= 0).all() and site.free[channels].all())
 
 
-def _mean_error(items: Sequence[Diagnosis], scheme: str) -> float:
-    """Root mean square of what the other weights lose."""
-    return float(np.sqrt(np.mean([item.rest_errors[scheme] ** 2 for item in items])))
+def _without_data(
+    flagged: Sequence[Diagnosis], sites: Sequence[Site], linears: Mapping[str, Linear], reader: WeightReader
+) -> dict[str, float]:
+    """What smoothing by the weights alone leaves of the error, by linear; those where it scales all walls."""
+    errors: dict[str, float] = {}
+    for site in sites:
+        concerned = [item for item in flagged if _folds(site, item)]
+        if not concerned:
+            continue
+        s = find_walls([(reader.weight(linears[use.linear]), use.labels) for use in site.consumers], site.free)
+        labels = {use.linear: use.labels for use in site.consumers}
+        for item in concerned:
+            columns = np.where(labels[item.name] < 0, 1.0, s[labels[item.name]]).astype(np.float32)
+            if (columns[list(item.channels)] != 1).all():
+                linear = linears[item.name]
+                errors[item.name] = scaled_error(linear, reader.raw(linear.weight), item.channels, columns)
+    return errors
+
+
+def _remedies(
+    words: str, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
+) -> Iterator[Remedy]:
+    free = "none: the factors are folded into the operations before"
+    engine = " --engine onnxruntime" if words.startswith("compile") else ""
+    if foldable:
+        errors = [item.rest_errors["bismoothed"] for item in foldable]
+        data = " --data FILE" if engine else ", after 'bismooth calibrate'"
+        yield Remedy(
+            "bismooth", len(foldable), _mean(errors), _before(foldable), free, f"bismooth {words}{engine}{data}"
+        )
+    if repaired:
+        items = [item for item in flagged if item.name in repaired]
+        command = f"bismooth {words}{engine} --data none"
+        yield Remedy("bismooth without data", len(items), _mean(repaired.values()), _before(items), free, command)
+    grouped = [item for item in flagged if "per_group_64" in item.rest_errors]
+    if grouped:
+        errors = [item.rest_errors["per_group_64"] for item in grouped]
+        rule = "{match: NAME, weights: {granularity: per_group, group_size: 64}}"
+        cost = "a batched INT8 product and four more kernels for each of them"
+        command = f"a recipe with {rule} in its 'layers' for each of them"
+        yield Remedy("groups of 64", len(grouped), _mean(errors), _before(grouped), cost, command)
+
+
+def _before(items: Sequence[Diagnosis]) -> float:
+    return _mean(item.rest_errors["per_channel"] for item in items)
+
+
+def _mean(errors: Iterable[float]) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(list(errors)))))

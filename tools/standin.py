@@ -32,13 +32,14 @@ from ..passes.graph import Index, load, stored_place
 from ..passes.linears import Layout, find_linears
 from ..passes.sites import Site, find_sites
 from ..passes.spec import SiteKind
-from ..passes.walls import channel_peaks
+from ..passes.walls import MAX_SHARE, channel_peaks
 from ..passes.weight_reader import WeightReader
 from . import console
 from .exporting import float_artifact
 
 RECORD = "standin.json"
 _PIECE_BYTES = 1 << 24
+_LARGEST = 1e6
 _ROUNDING = 2.0**-8
 """Relative error of rounding to bfloat16; numbers of the other types that lose more have left their range."""
 
@@ -113,7 +114,13 @@ def standin(
         new_folder(output, what, force=force, replaceable=lambda path: (path / RECORD).is_file()) as folder,
         float_artifact(source, output.resolve().parent, trust_remote_code=trust_remote_code) as artifact,
     ):
-        planted = _plant(artifact, folder, factor, channels, sorted(set(blocks)), seed)
+        if artifact.manifest.architecture is None or "config.json" not in artifact.manifest.files:
+            raise BismoothError(
+                f"{source}: is no model that can be written again. Expected a Hugging Face model or a GGUF file, or an "
+                "artifact of one."
+            )
+        chosen = _sites_in_blocks(str(source), artifact, sorted(set(blocks)))
+        planted = _plant(artifact, folder, chosen, factor, channels, seed)
         result = StandinResult(output, factor, seed, planted, time.perf_counter() - start)
         record = {key: value for key, value in result.to_json().items() if key not in ("model", "wall_seconds")}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -121,34 +128,47 @@ def standin(
 
 
 def _check_arguments(factor: float, channels: int) -> None:
-    if not 1 < factor < float("inf"):
-        raise BismoothError(f"--factor {factor:g}: Expected a number above 1.")
+    if not 1 < factor <= _LARGEST:
+        raise BismoothError(f"--factor {factor:g}: Expected a number above 1, and at most {_LARGEST:g}.")
     if channels < 1:
         raise BismoothError(f"--channels {channels}: Expected 1 or more.")
 
 
-def _plant(
-    artifact: Artifact, folder: Path, factor: float, channels: int, blocks: Sequence[int], seed: int
-) -> tuple[Planted, ...]:
-    if "config.json" not in artifact.manifest.files:
+def _sites_in_blocks(source: str, artifact: Artifact, blocks: Sequence[int]) -> list[Site]:
+    known = artifact.manifest.blocks
+    count = len(known.kinds) if known else 0
+    if outside := [block for block in blocks if not 0 <= block < count]:
+        raise BismoothError(f"--blocks {outside[0]}: {source} has {count} blocks. Expected numbers from 0.")
+    prefixes = tuple(f"{known.prefix}.{block}." for block in blocks) if known else ()
+    graph = load(artifact.graph("float32"))
+    sites = find_sites(graph, find_linears(graph))[0]
+    chosen = [site for site in sites if site.kind is SiteKind.NORM and site.name.startswith(prefixes)]
+    if not chosen:
         raise BismoothError(
-            f"{artifact.path}: has no config.json, so no model can be written. Expected a Hugging Face model or a GGUF "
-            "file, or an artifact of one."
+            f"{source}: no norm of the blocks {', '.join(map(str, blocks))} has a gamma that factors fold into. "
+            "Expected norms that nothing but linears read."
         )
+    return chosen
+
+
+def _plant(
+    artifact: Artifact, folder: Path, sites: Sequence[Site], factor: float, channels: int, seed: int
+) -> tuple[Planted, ...]:
     path = artifact.graph("float32")
     graph = load(path)
     linears = {linear.name: linear for linear in find_linears(graph)}
-    index, reader = Index.of(graph), WeightReader(graph)
-    chosen = _sites_in_blocks(artifact, find_sites(graph, list(linears.values()))[0], blocks)
-    random = np.random.default_rng(seed)
+    index, reader, random = Index.of(graph), WeightReader(graph), np.random.default_rng(seed)
     factors: dict[str, Factor] = {}
-    for site in chosen:
-        weights = [(reader.weight(linears[item.linear]), item.labels) for item in site.consumers]
-        factors[site.name] = _draw(site, channel_peaks(weights, site.size), factor, channels, random)
+    for site in sites:
+        peaks = np.zeros(site.size)
+        for item in site.consumers:
+            weight = reader.weight(linears[item.linear])
+            np.maximum(peaks, channel_peaks([(weight, item.labels)], site.size), out=peaks)
+        factors[site.name] = _draw(site, peaks, factor, channels, random)
     layouts: dict[str, Layout] = {linear.weight: linear.layout for linear in linears.values()}
     changes = {
         stored_place(index, name, path.parent): _Change(edit, layouts.get(name))
-        for name, edit in weight_edits(chosen, factors).items()
+        for name, edit in weight_edits(sites, factors).items()
     }
     _write_model(artifact, weight_files(path), folder, changes)
     return tuple(
@@ -157,32 +177,18 @@ def _plant(
             tuple(np.flatnonzero(factors[site.name] != 1).tolist()),
             tuple(item.linear for item in site.consumers),
         )
-        for site in chosen
+        for site in sites
     )
-
-
-def _sites_in_blocks(artifact: Artifact, sites: Sequence[Site], blocks: Sequence[int]) -> list[Site]:
-    known = artifact.manifest.blocks
-    count = len(known.kinds) if known else 0
-    if outside := [block for block in blocks if not 0 <= block < count]:
-        raise BismoothError(f"--blocks {outside[0]}: the model has {count} blocks. Expected numbers from 0.")
-    prefixes = tuple(f"{known.prefix}.{block}." for block in blocks) if known else ()
-    chosen = [site for site in sites if site.kind is SiteKind.NORM and site.name.startswith(prefixes)]
-    if not chosen:
-        raise BismoothError(
-            f"{artifact.path}: no norm of the blocks {', '.join(map(str, blocks))} has a gamma that factors fold into. "
-            "Expected one with linears behind it. 'bismooth quantize' lists the reasons in its manifest."
-        )
-    return chosen
 
 
 def _draw(site: Site, peaks: NDArray[np.float64], factor: float, channels: int, random: np.random.Generator) -> Factor:
     """The divisor of the site's channels: ``factor`` on those that are drawn."""
     candidates = np.flatnonzero(site.free & (peaks >= np.median(peaks)))
-    if len(candidates) < channels:
+    most = min(len(candidates), int(site.size * MAX_SHARE))
+    if channels > most:
         raise BismoothError(
-            f"{site.name}: has {len(candidates)} channels that can be scaled and have weights of at least the median. "
-            f"Expected {channels} of them, or a smaller --channels."
+            f"--channels {channels}: Expected at most {most} of the {site.size} channels of {site.name}. More of them "
+            "are no walls, but an uneven matrix."
         )
     result = np.ones(site.size)
     result[random.choice(candidates, channels, replace=False)] = factor

@@ -1,6 +1,7 @@
 """From a healthy model to a stand-in for LLaMA3-70B, and from that to the diagnosis and the repair."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 
 from bismooth.engines.onnxruntime import Session
 from bismooth.export.errors import BismoothError
+from bismooth.export.safetensors_file import SafetensorsWriter, read_header, read_tensor
 from bismooth.passes.spec import ComputeType
 from bismooth.tools import stages
 from bismooth.tools.cli import main
@@ -49,9 +51,12 @@ def test_the_planted_linears_and_channels_are_found_and_no_others(tiny: Tiny, tm
     found = diagnose(tmp_path / "bad")
     assert {item.name: item.channels for item in found.flagged} == expected
     assert found.verdict.startswith("10 of 22 linears (45.5%;")
-    (remedy,) = found.remedies
-    assert (remedy.name, remedy.linears) == ("bismooth", 10)
-    assert remedy.before > 10 * remedy.error
+    assert [(remedy.name, remedy.linears) for remedy in found.remedies] == [
+        ("bismooth", 10),
+        ("bismooth without data", 10),
+        ("groups of 64", 10),
+    ]
+    assert all(remedy.before > 10 * remedy.error for remedy in found.remedies[:2])
     record = json.loads((tmp_path / "bad/standin.json").read_text("utf-8"))
     assert (record["kind"], record["factor"], record["seed"]) == ("scale", 64, seed)
 
@@ -75,6 +80,41 @@ def test_shards_and_other_types(tiny: Tiny, tmp_path: Path) -> None:
         before, after = old[f"{item.site}.weight"], new[f"{item.site}.weight"]
         assert str(after.dtype) == "torch.bfloat16"
         assert (before != after).nonzero().flatten().tolist() == list(item.channels)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "opt"])
+def test_other_layouts_and_norms(name: str, tmp_path: Path) -> None:
+    """Weights [K, N], fused projections, LayerNorm with bias."""
+    sizes = {"gpt2": {"n_embd": 128}, "phi3": {"hidden_size": 128}, "opt": {"hidden_size": 128, "ffn_dim": 128}}
+    source = make_tiny(tmp_path, name, **sizes[name]).source
+    made = standin(source, tmp_path / "bad", factor=128, channels=2, blocks=(1,))
+    planted = {linear: item.channels for item in made.planted for linear in item.linears}
+    assert {item.name: item.channels for item in diagnose(tmp_path / "bad").flagged} == planted
+
+
+def test_gammas_that_are_computed(tmp_path: Path) -> None:
+    source = make_tiny(tmp_path, "gemma2", hidden_size=64).source
+    with pytest.raises(BismoothError, match=r"is computed from what is stored \(as 1 \+ w in Gemma\)"):
+        standin(source, tmp_path / "bad", channels=1, blocks=(0,))
+
+
+def test_what_no_smoothing_without_data_repairs_is_not_promised(tiny: Tiny, tmp_path: Path) -> None:
+    """A wall of one linear, which the other ones at the site outvote; and one where nothing folds."""
+    entries = read_header(tiny.source / "model.safetensors")
+    tensors = {name: read_tensor(tiny.source / "model.safetensors", entry) for name, entry in entries.items()}
+    tensors["model.layers.0.self_attn.v_proj.weight"][:, 5] *= 30
+    source = tmp_path / "one"
+    shutil.copytree(tiny.source, source)
+    declared = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with SafetensorsWriter(source / "model.safetensors", declared) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    found = diagnose(source)
+    assert {item.name: item.channels for item in found.flagged} == {"model.layers.0.self_attn.v_proj": (5,)}
+    repaired = [remedy.linears for remedy in found.remedies if remedy.name == "bismooth without data"]
+    artifact = stages.export(source, tmp_path / "art").artifact
+    quantized = stages.quantize(artifact, "w8a8", tmp_path / "q", data_free=True)
+    assert sum(choice.channels for choice in quantized.result.choices) == sum(repaired)
 
 
 def test_values_that_leave_the_range_of_their_type(tiny: Tiny, tmp_path: Path) -> None:
@@ -104,7 +144,9 @@ def test_the_commands(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert main(["diagnose", str(tmp_path / "bad"), "-q"]) == 1
     shown = capsys.readouterr().out
-    assert "model.layers.1.self_attn.k_proj" in shown
+    named = shown.replace("\n", "").replace(" ", "")
+    for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        assert all(f"layers.{block}.{linear}"[:24] in named for block in (0, 1))
     assert "bismooth compile" in shown
     assert main(["standin", str(tiny.source), "-o", str(tmp_path / "bad"), *options]) == 2
     assert "already exists" in capsys.readouterr().err
@@ -115,11 +157,12 @@ def test_the_commands(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factor": 1.0}, r"--factor 1: Expected a number above 1\."),
+        ({"factor": 1.0}, r"--factor 1: Expected a number above 1, and at most"),
         ({"factor": float("inf")}, r"--factor inf: Expected"),
         ({"channels": 0}, r"--channels 0: Expected 1 or more\."),
-        ({"channels": 97}, r"layernorm: has 96 channels .* Expected 97 of them"),
-        ({"blocks": (0, 3)}, r"--blocks 3: the model has 3 blocks\. Expected numbers from 0\."),
+        ({"factor": 1e300}, r"--factor 1e\+300: Expected a number above 1, and at most 1e\+06\."),
+        ({"channels": 7}, r"--channels 7: Expected at most 6 of the 192 channels of .*layernorm\. More of them"),
+        ({"blocks": (0, 3)}, r"--blocks 3: .*source has 3 blocks\. Expected numbers from 0\."),
     ],
 )
 def test_what_cannot_be_made(tiny: Tiny, tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
@@ -136,7 +179,7 @@ def test_graphs_without_linears_and_without_a_model(tmp_path: Path) -> None:
     graph = "(float[batch, 4] x) => (float[batch, 4] y) { y = MatMul(x, w) }"
     source = save(make(graph, w=np.eye(4, dtype=np.float32)), tmp_path / "linear")
     assert not diagnose(source).flagged
-    with pytest.raises(BismoothError, match=r"has no config\.json, so no model can be written"):
+    with pytest.raises(BismoothError, match=r"model\.onnx: is no model that can be written again\."):
         standin(source, tmp_path / "bad")
 
 

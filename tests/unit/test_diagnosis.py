@@ -108,6 +108,24 @@ def test_a_broken_weight_is_named(broken: float) -> None:
         diagnose_weight(linear(), w)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_magnitude_of_a_weight_does_not_matter(scale: float) -> None:
+    w, _ = planted(0, 100, 4)
+    expected, found = (diagnose_weight(linear(), x) for x in (w, (w * scale).astype(np.float32)))
+    assert found.channels == expected.channels
+    assert found.kurtosis == pytest.approx(expected.kurtosis, rel=1e-4)
+    assert found.rest_errors == pytest.approx(expected.rest_errors, rel=1e-3)
+
+
+def test_channels_of_zeros_count_in_no_median() -> None:
+    w, _ = planted(0, 100, 4)
+    peaks = np.abs(w).max(axis=0)
+    w[:, np.argsort(peaks)[:300]] = 0
+    found = diagnose_weight(linear(), w)
+    assert found.ratio == pytest.approx(np.sort(peaks)[-1] / np.median(np.sort(peaks)[300:]))
+    assert found.rest_errors["bismoothed"] < 0.02
+
+
 def test_zeros() -> None:
     found = diagnose_weight(linear(), np.zeros((N, K), np.float32))
     assert (found.absmax, found.ratio, found.kurtosis, found.lost_bits, found.flagged) == (0, 0, 0, 0, False)
