@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .memory import return_freed_memory
 from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
@@ -161,6 +162,7 @@ class Session:
         """Free the graph and its weights, once what runs is done; running is an error from then on."""
         self._thread.shutdown()
         self._session = None
+        return_freed_memory()
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Values by name: those in ``outputs``, or all outputs of the graph. Threads that call it take turns.

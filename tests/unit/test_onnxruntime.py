@@ -76,6 +76,23 @@ def test_subnormal_numbers_are_zero_in_a_session_and_nowhere_else() -> None:
         assert (tiny * tenth > 0).all()
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return memory as they like")
+def test_a_closed_session_gives_its_memory_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    weights = [numpy_helper.from_array(np.ones((1024, 1024), np.float32), f"w{i}") for i in range(32)]
+    steps = [helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"x{i + 1}"]) for i in range(32)]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1024]) for name in ("x0", "x32")]
+    graph = helper.make_graph(steps, "heavy", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10).SerializeToString()
+    before = resident()
+    with Session(InMemoryGraph("heavy", model, Path())) as session:
+        session.run({"x0": np.zeros((1, 1024), np.float32)})
+        assert resident() > before + 100e6
+    assert resident() < before + 50e6
+
+
 def test_subnormal_numbers_stay_where_they_cannot_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_functions(name: object) -> object:
         return name
