@@ -135,10 +135,8 @@ def fake_quantize_rows(rows: Float, group: int | None = None, out: Float | None 
     may be ``rows``, takes the result.
     """
     if group is not None and group < rows.shape[1]:
-        parts = split_groups(rows, group)
-        flat = parts.reshape(-1, group)
-        result = fake_quantize_rows(flat).reshape(len(rows), -1)[:, : rows.shape[1]]
-        return np.positive(result, out=out)
+        parts = fake_quantize_rows(split_groups(rows, group).reshape(-1, group))
+        return np.positive(parts.reshape(len(rows), -1)[:, : rows.shape[1]], out=out)
     scale = weight_scale(rows)[:, None]
     result = np.divide(rows, scale, out=out)
     np.rint(result, out=result)
