@@ -2,7 +2,8 @@
 
 A few input channels that are far larger than the others ("walls", arXiv 2408.15301) set the scale of every output
 channel. All other weights are then rounded in coarser steps; :func:`..walls.lost_bits` says by how much. Steps twice as
-wide (one bit) make four times the squared error: the linear has the weights of a 7-bit one. :data:`AT_RISK` is that bit.
+wide (one bit) make four times the squared error: the linear has the weights of a 7-bit one. :data:`AT_RISK` is that
+bit.
 """
 
 from collections.abc import Sequence
