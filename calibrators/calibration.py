@@ -36,15 +36,18 @@ class StatisticsCalibration:
         """The token rows with the largest |x|: [16, K], zeros where there are fewer."""
         return self._statistics.outliers(value)
 
-    def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
-        """The range ±limit of a value whose channels were divided by ``divisor`` [K].
+    def limit(
+        self, value: str, activation: StaticActivation, divisor: Float | None, channels: NDArray[np.intp] | None = None
+    ) -> float:
+        """The range ±limit of some channels of a value (None: all), all of which were divided by ``divisor`` [K].
 
         ``minmax`` is exact. The other methods look at the histogram of all calibration tokens, or, where a divisor
-        changed the distribution, at the histogram of the sampled rows after division.
+        or a choice of channels changed the distribution, at the histogram of the sampled rows.
         """
+        seen = slice(None) if channels is None else channels
+        by = np.float32(1) if divisor is None else divisor[seen]
         if activation.method is RangeMethod.MINMAX:
-            peaks = self._statistics.absmax(value)
-            return float((peaks if divisor is None else peaks / divisor).max())
-        if divisor is None:
+            return float((self._statistics.absmax(value)[seen] / by).max())
+        if divisor is None and channels is None:
             return threshold(self._statistics.histogram(value), activation)
-        return threshold(Histogram.of(self._statistics.rows(value) / divisor), activation)
+        return threshold(Histogram.of(self._statistics.rows(value)[:, seen] / by), activation)

@@ -1,16 +1,18 @@
 """The output error of the linears behind a site, measured on token rows with weights and activations quantized."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
+from .groups import fake_quantize, per_column
 from .quantizers import static_scale
 from .refine import Operand, Tokens, sampled_rows
 from .spec import DynamicActivation, LinearSpec, StaticActivation
-from .weights import fake_quantize_rows, fake_quantize_tensor
+from .static_ranges import Limit, limits
+from .weights import fake_quantize_with
 
 Float = NDArray[np.float32]
 
@@ -33,7 +35,7 @@ class Consumer:
         column_peaks: maxₙ|W[n,k]| over all rows, [K].
         column_power: Σₙ W[n,k]² over all rows, [K].
         absmax: maxₜ|x[t,k]|, [K].
-        limit: The range ±limit that a static scale will have after division by a factor per column, None for no factor.
+        limit: The range that a static scale will have, see :meth:`.static_ranges.Ranges.limit`.
         tokens: Sampled tokens, and then those with the largest activations, float32 [T, K].
         sampled: How many tokens are sampled.
     """
@@ -45,7 +47,7 @@ class Consumer:
     column_peaks: Float
     column_power: Float
     absmax: Float
-    limit: Callable[[StaticActivation, Float | None], float]
+    limit: Limit
     tokens: Float
     sampled: int
 
@@ -59,10 +61,11 @@ class Consumer:
         x = np.divide(self.tokens, columns, out=out)
         if activations is None:
             return x
+        groups, k = self.spec.groups, x.shape[1]
         if isinstance(activations, StaticActivation):
-            limit = self.limit(activations, None if (columns == 1).all() else columns)
-            return fake_quantize_tensor(x, static_scale(limit))
-        return fake_quantize_rows(x, self.spec.group, out=x)
+            ranges = limits(self.limit, activations, None if (columns == 1).all() else columns, groups, k)
+            return fake_quantize_with(x, per_column([static_scale(limit) for limit in ranges], groups, k))
+        return fake_quantize(x, groups, out=x)
 
 
 class OutputError:
@@ -86,7 +89,7 @@ class OutputError:
 
     def operands(self) -> list[Operand] | None:
         """What the refinement needs of the linears; None if one has a scale per group: there is no formula for that."""
-        if any(measured.consumer.spec.group is not None for measured in self._consumers):
+        if any(measured.consumer.spec.groups is not None for measured in self._consumers):
             return None
         return [_operand(measured) for measured in self._consumers]
 
@@ -112,7 +115,7 @@ class _Measured:
         consumer, (x, weight, difference) = self.consumer, self.room
         columns = consumer.spread(s)
         np.multiply(consumer.weight, columns, out=weight)
-        fake_quantize_rows(weight, consumer.spec.group, out=weight)
+        fake_quantize(weight, consumer.spec.groups, out=weight)
         np.matmul(consumer.quantized(columns, x), weight.T, out=difference)
         difference -= self.outputs
         return consumer.row_share * np.einsum("tn,tn->t", difference, difference).astype(np.float64)

@@ -121,6 +121,8 @@ class Planner:
             return False
         if node.op == "ReduceSum":
             return True
+        if node.op == "Add":
+            return all(tensor.name in facts.accumulated for tensor in node.inputs)
         others = [tensor for tensor in node.inputs if tensor.name not in facts.accumulated]
         return node.op == "Mul" and all(tensor.name in facts.row_scale or _is_stored(tensor) for tensor in others)
 

@@ -9,7 +9,9 @@ Per token (one scale t per row, computed at run time; the Q and DQ nodes keep th
 
 Per tensor: xq = QuantizeLinear(x · (1 / s_x), 1) and r[n] = scale_w[n] · s_x / s0.
 Weight-only: MatMul(x, DQ(Wq, scale_w)).
-Per group: x becomes [G, T, size] and W [G, size, N], one batched MatMul; r is [G, 1, N]; the groups are summed last.
+Groups of a size: x becomes [G, T, size] and W [G, size, N], one batched MatMul; r is [G, 1, N]; the sum comes last.
+Groups by magnitude: a product without the walls (channels whose weights stand out: x and Wq are 0 there), and one with
+only those, gathered, each with scales of its own; the sum of both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +25,9 @@ from ._gs import Dim, Graph, Node, Tensor, make_constant, shape_of
 from .emit import FLOAT, INT8, INT64, Emitter
 from .graph import Index
 from .linears import Linear
-from .quantizers import Quantized, Quantizers, static_scale
-from .spec import LinearSpec
+from .quantizers import Quantized, Quantizers, static_scale, walls_name
+from .spec import Groups, LinearSpec, PerGroup
+from .static_ranges import StaticRanges
 from .weights import S0
 
 Store: TypeAlias = Callable[[str, np.dtype[Any], Sequence[int]], Tensor]
@@ -32,15 +35,40 @@ Store: TypeAlias = Callable[[str, np.dtype[Any], Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
-class WeightNames:
-    """Names of the stored tensors of a quantized linear."""
+class Product:
+    """One of the products that a quantized linear is computed with.
 
+    Attributes:
+        name: Opens the names of its nodes and tensors: the linear's, for its first product.
+        node: Name of the MatMul.
+        values: Name of the stored INT8 weight.
+        scale: Name of the stored scale.
+        values_shape: [K, N], [G, size, N] for groups of a size, or [k, N] for k walls.
+        scale_shape: [N], or [G, 1, N].
+    """
+
+    name: str
+    node: str
     values: str
     scale: str
+    values_shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
 
     @staticmethod
-    def of(linear: Linear) -> "WeightNames":
-        return WeightNames(f"{linear.name}.weight.int8", f"{linear.name}.weight.scale")
+    def of(linear: Linear, groups: Groups | None) -> "list[Product]":
+        """Its only one; or that without the walls, and one for each group of walls."""
+        k, n = linear.k, linear.n
+        if isinstance(groups, PerGroup):
+            count = -(-k // groups.size)
+            return [_product(linear.name, linear.node, (count, groups.size, n), (count, 1, n))]
+        first = _product(linear.name, linear.node, (k, n), (n,))
+        walls = groups.walls if groups else ()
+        named = ((f"{linear.name}/{walls_name(number)}", len(channels)) for number, channels in enumerate(walls))
+        return [first, *(_product(name, f"{name}/MatMul", (size, n), (n,)) for name, size in named)]
+
+
+def _product(name: str, node: str, values: tuple[int, ...], scale: tuple[int, ...]) -> Product:
+    return Product(name, node, f"{name}.weight.int8", f"{name}.weight.scale", values, scale)
 
 
 @dataclass(frozen=True)
@@ -53,14 +81,14 @@ class InsertQdq:
     Attributes:
         linears: The graph's linears.
         specs: Specification by linear name; those without one stay float.
-        ranges: For statically quantized activations, max|x| that maps to 127, by value name.
-        store: Makes the new initializers: per linear, Wq int8 and its scale float32 (for W8A8 as :func:`rescale` gives
-            it), in the shapes [K, N] and [N], or [G, size, N] and [G, 1, N] with a scale per group.
+        ranges: For statically quantized activations, max|x| that maps to 127.
+        store: Makes the new initializers: per :class:`Product`, Wq int8 and its scale float32 (as :func:`rescale`
+            gives it where a rescale follows).
     """
 
     linears: Sequence[Linear]
     specs: Mapping[str, LinearSpec]
-    ranges: Mapping[str, float]
+    ranges: StaticRanges
     store: Store = field(compare=False)
 
     name: ClassVar[str] = "insert Q/DQ"
@@ -96,13 +124,9 @@ class _Lowering:
         """The nodes that replace a linear's MatMul or Gemm, those of its quantizer first if it is new."""
         x = self._index.values[linear.x]
         bias = node.inputs[2] if node.op == "Gemm" and linear.bias is not None else None
-        if spec.activations is None:
-            result = self._weight_only(node.name, linear, x)
-        else:
-            quantized = self._quantizers.of(x, spec.activations, spec.group)
-            result = self._integer(node.name, linear, quantized, spec.group)
-            if spec.group is not None:
-                result = self._sum_of_groups(linear, result, x)
+        result = self._sum([self._part(*item, spec) for item in self._parts(linear, x, spec)], linear)
+        if isinstance(spec.groups, PerGroup):
+            result = self._sum_of_groups(linear, result, x)
         if bias is not None:
             self._emit.node("Add", f"{linear.name}/Add", [result, bias], shape_of(result) or ())
         output = node.outputs[0]
@@ -111,32 +135,52 @@ class _Lowering:
         self._emit.rename_last_output(output)
         return self._emit.take()
 
-    def _integer(self, name: str, linear: Linear, x: Quantized, group: int | None) -> Tensor:
-        """MatMul of INT8 values and the rescale: [.., N], or [G, T, N] in groups."""
-        emit, names, base = self._emit, WeightNames.of(linear), linear.name
-        values = self._store(names.values, INT8, values_shape(linear, group))
-        scale = self._store(names.scale, FLOAT, scale_shape(linear, group))
+    def _parts(self, linear: Linear, x: Tensor, spec: LinearSpec) -> list[tuple[Product, Quantized]]:
+        """The products and what each of them reads."""
+        products = Product.of(linear, spec.groups)
+        if spec.activations is not None:
+            return list(zip(products, self._quantizers.of(x, spec.activations, spec.groups), strict=True))
+        parts = self._quantizers.parts(x, spec.groups)
+        return [(product, Quantized(part, None)) for product, part in zip(products, parts, strict=True)]
+
+    def _part(self, product: Product, x: Quantized, spec: LinearSpec) -> Tensor:
+        if spec.has_rescale:
+            return self._rescaled(product, x)
+        return self._weight_only(product, x.value)
+
+    def _sum(self, parts: Sequence[Tensor], linear: Linear) -> Tensor:
+        total = parts[0]
+        for number, part in enumerate(parts[1:]):
+            name = f"{linear.name}/{walls_name(number)}/Add"
+            total = self._emit.node("Add", name, [total, part], shape_of(total) or ())
+        return total
+
+    def _rescaled(self, product: Product, x: Quantized) -> Tensor:
+        """MatMul with integers, and their scale: [.., N], or [G, T, N] in groups of a size."""
+        emit, base = self._emit, product.name
+        values = self._store(product.values, INT8, product.values_shape)
+        scale = self._store(product.scale, FLOAT, product.scale_shape)
         s0 = emit.constant("s0", S0)
-        weight = emit.node("DequantizeLinear", f"{base}/weight/DequantizeLinear", [values, s0], shape_of(values) or ())
-        result = self._product(name, x.value, weight, linear.n)
+        weight = emit.node("DequantizeLinear", f"{base}/weight/DequantizeLinear", [values, s0], product.values_shape)
+        result = self._product(product, x.value, weight)
         shape = shape_of(result) or ()
         result = emit.node("Mul", f"{base}/rescale/Mul", [result, scale], shape)
         return result if x.scale is None else emit.node("Mul", f"{base}/rescale/Mul_1", [result, x.scale], shape)
 
-    def _weight_only(self, name: str, linear: Linear, x: Tensor) -> Tensor:
-        names = WeightNames.of(linear)
-        values = self._store(names.values, INT8, values_shape(linear, None))
-        scale = self._store(names.scale, FLOAT, scale_shape(linear, None))
+    def _weight_only(self, product: Product, x: Tensor) -> Tensor:
+        values = self._store(product.values, INT8, product.values_shape)
+        scale = self._store(product.scale, FLOAT, product.scale_shape)
         # ONNX Runtime's CPU re-encodes the weight: without a zero point it adds a scalar, and then refuses that beside
         # scales per channel; a zero point that linears share it cannot replace.
-        zeros = make_constant(f"{linear.name}.weight.zero_point", np.zeros(linear.n, np.int8))
-        where = f"{linear.name}/weight/DequantizeLinear"
-        weight = self._emit.node("DequantizeLinear", where, [values, scale, zeros], [linear.k, linear.n], axis=1)
-        return self._product(name, x, weight, linear.n)
+        zeros = make_constant(f"{product.name}.weight.zero_point", np.zeros(product.scale_shape, np.int8))
+        where = f"{product.name}/weight/DequantizeLinear"
+        weight = self._emit.node("DequantizeLinear", where, [values, scale, zeros], product.values_shape, axis=1)
+        return self._product(product, x, weight)
 
-    def _product(self, name: str, x: Tensor, weight: Tensor, n: int) -> Tensor:
+    def _product(self, product: Product, x: Tensor, weight: Tensor) -> Tensor:
         """The product keeps the node's name, but not its value's name: the last node makes that value."""
-        return self._emit.node("MatMul", name, [x, weight], [*(shape_of(x) or ())[:-1], n], output=f"{name}/product")
+        shape = [*(shape_of(x) or ())[:-1], product.values_shape[-1]]
+        return self._emit.node("MatMul", product.node, [x, weight], shape, output=f"{product.node}/product")
 
     def _sum_of_groups(self, linear: Linear, parts: Tensor, x: Tensor) -> Tensor:
         """[G, T, N] summed over G, in the shape that x has but for the channels."""
@@ -153,16 +197,7 @@ class _Lowering:
         return emit.node("Reshape", f"{base}/groups/Reshape", [total, target], [*leading, linear.n])
 
 
-def values_shape(linear: Linear, group: int | None) -> tuple[int, ...]:
-    """Shape of the stored INT8 weight: [K, N], or [G, size, N]."""
-    return (linear.k, linear.n) if group is None else (-(-linear.k // group), group, linear.n)
-
-
-def scale_shape(linear: Linear, group: int | None) -> tuple[int, ...]:
-    """Shape of the stored scale: [N], or [G, 1, N]."""
-    return (linear.n,) if group is None else (-(-linear.k // group), 1, linear.n)
-
-
-def rescale(scale: NDArray[np.float32], limit: float | None) -> NDArray[np.float32]:
-    """r of an INT8 GEMM, float32, from the weight's scale, and the activation's range if it is static."""
-    return (scale.astype(np.float64) * (1.0 if limit is None else static_scale(limit)) / S0).astype(np.float32)
+def rescale(scale: NDArray[np.float32], limits: Sequence[float] | None) -> NDArray[np.float32]:
+    """r of an INT8 product, float32, from the weight's scale [N] or [N, G], and the activation's ranges if static."""
+    steps = np.array([1.0] if limits is None else [static_scale(limit) for limit in limits])
+    return (scale.astype(np.float64) * (steps[0] if len(steps) == 1 else steps) / S0).astype(np.float32)

@@ -19,8 +19,9 @@ Weights pass through memory a few at a time, while factors are searched those be
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,7 @@ from ..export.errors import BismoothError
 from ..export.replacing import replacing
 from ._gs import Graph
 from .driver import PassRecord, run_passes
-from .fold import Edit, Factors, fold_graph, weight_edits
+from .fold import Edit, Factor, Factors, fold_graph, weight_edits
 from .fold_passes import FoldConstants, StoreFolded
 from .foldcheck import TOLERANCE, ComputeError, FoldErrors, check_folds
 from .graph import load, save
@@ -36,14 +37,15 @@ from .linears import Linear, find_head, find_linears
 from .precision import NARROW_TYPES, SetPrecision, stored_casts
 from .progress import Counter, Progress, silent
 from .qdq import InsertQdq
-from .recipe import GATED_PRODUCT, HEAD, Recipe
+from .recipe import GATED_PRODUCT, HEAD, WALLS, Recipe
 from .rounding import Rounding
 from .sites import Rejected, Site, find_sites
 from .smoothing import Activations, Choice, choose_factors
 from .spec import ComputeType, LinearSpec, SiteKind
-from .static_ranges import Ranges, static_ranges
+from .static_ranges import Ranges, StaticRanges, static_ranges
 from .unsigned import UseUnsignedActivations
-from .weight_file import QuantizedLinear, WeightFile, WeightSources, write_weights
+from .wall_groups import Broken, find_broken, group_walls
+from .weight_file import QuantizedLinear, WeightFile, WeightSources, folded_weight, write_weights
 from .weight_reader import WeightReader
 
 LEAST_OPSET = 18
@@ -64,6 +66,7 @@ class QuantizeResult:
         graphs: role → file name.
         linears: The quantized linears.
         float_linears: Names of those left in float.
+        broken: Names of those that one scale per output channel breaks, if the recipe asks; the worst first.
         choices: Per fold site, how it was smoothed.
         rejected: Norms and linears that are no fold site, with the reason.
         fold_errors: Per smoothed site the relative error of the fold in float32.
@@ -74,6 +77,7 @@ class QuantizeResult:
     graphs: dict[str, str]
     linears: tuple[QuantizedLinear, ...]
     float_linears: tuple[str, ...]
+    broken: tuple[str, ...]
     choices: tuple[Choice, ...]
     rejected: tuple[Rejected, ...]
     fold_errors: dict[str, float]
@@ -113,15 +117,7 @@ def quantize_graph(
     reader = WeightReader(graph)
     linears = find_linears(graph)
     sites, rejected = find_sites(graph, linears)
-    specs = _specs(recipe, linears, graph, sites)
-    factors, choices = choose_factors(
-        sites,
-        {linear.name: linear for linear in linears},
-        specs,
-        reader.weight,
-        calibration,
-        Counter(progress, "smooth", len(sites)),
-    )
+    specs, factors, choices, broken = _plan(recipe, graph, sites, linears, reader, calibration, progress)
     edits = weight_edits(sites, factors)
     graphs = _save_float(graph, source, narrow_source, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
@@ -136,6 +132,7 @@ def quantize_graph(
         graphs=graphs | saved,
         linears=quantized,
         float_linears=tuple(linear.name for linear in linears if not specs[linear.name].quantized),
+        broken=tuple(item.name for item in broken),
         choices=tuple(choices),
         rejected=tuple(rejected),
         fold_errors=errors.exact,
@@ -144,11 +141,53 @@ def quantize_graph(
     )
 
 
-def _specs(recipe: Recipe, linears: Sequence[Linear], graph: Graph, sites: Sequence[Site]) -> dict[str, LinearSpec]:
+def _plan(
+    recipe: Recipe,
+    graph: Graph,
+    sites: Sequence[Site],
+    linears: Sequence[Linear],
+    reader: WeightReader,
+    calibration: Calibration | None,
+    progress: Progress,
+) -> tuple[dict[str, LinearSpec], dict[str, Factor], list[Choice], list[Broken]]:
+    """How each linear is computed, the smoothing factors, and the linears that break with one scale per output channel.
+
+    The latter are looked for in the smoothed weights. Sites before linears that get groups are then smoothed for these.
+    """
+    specs = _specs(recipe, linears, graph, sites)
+    choose = partial(
+        choose_factors,
+        linears={linear.name: linear for linear in linears},
+        weight=reader.weight,
+        activations=calibration,
+    )
+    factors, choices = choose(sites, specs=specs, on_site=Counter(progress, "smooth", len(sites)))
+    if not recipe.asks_for_walls:
+        return specs, factors, choices, []
+    edits = weight_edits(sites, factors)
+    quantized = [linear for linear in linears if specs[linear.name].quantized]
+    count = Counter(progress, "look for walls", len(quantized))
+    broken = find_broken(quantized, lambda linear: folded_weight(reader, linear, edits), count)
+    most = len(linears) if recipe.max_share is None else int(recipe.max_share * len(linears))
+    specs = _specs(recipe, linears, graph, sites, walls=[item.name for item in broken[:most]])
+    specs = group_walls(specs, linears, broken)
+    if calibration is not None:
+        grouped = [site for site in sites if any(specs[item.linear].groups for item in site.consumers)]
+        again, better = choose(grouped, specs=specs)
+        factors = {name: factor for name, factor in factors.items() if name not in {s.name for s in grouped}} | again
+        chosen = {choice.site: choice for choice in better}
+        choices = [chosen.get(choice.site, choice) for choice in choices]
+    return specs, factors, choices, broken
+
+
+def _specs(
+    recipe: Recipe, linears: Sequence[Linear], graph: Graph, sites: Sequence[Site], walls: Collection[str] = ()
+) -> dict[str, LinearSpec]:
     gated = [site for site in sites if site.kind is SiteKind.GATED_PRODUCT]
     selected = {
         HEAD: {linear.name for linear in find_head(linears, graph)},
         GATED_PRODUCT: {consumer.linear for site in gated for consumer in site.consumers},
+        WALLS: walls,
     }
     specs = recipe.resolve([linear.name for linear in linears], selected)
     if recipe.settings.weights is not None and not any(spec.quantized for spec in specs.values()):
@@ -193,7 +232,7 @@ def _lowering(
     linears: Sequence[Linear],
     specs: Mapping[str, LinearSpec],
     edits: Mapping[str, Edit],
-    ranges: Mapping[str, float],
+    ranges: StaticRanges,
     file: WeightFile,
 ) -> list[FoldConstants | StoreFolded | InsertQdq]:
     """From the float32 graph to the float32 Q/DQ graph, step by step."""

@@ -1,14 +1,16 @@
 """Activation quantizers: the nodes that turn x into INT8 and back, one set for all linears that read x alike."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..export.errors import BismoothError
 from ._gs import Dim, Tensor, make_constant, shape_of
-from .emit import INT8, Emitter
-from .spec import ActivationSpec, StaticActivation
+from .emit import INT8, INT64, Emitter
+from .groups import members
+from .spec import ActivationSpec, Groups, PerGroup, PerMagnitude, StaticActivation
+from .static_ranges import StaticRanges
 from .weights import QMAX
 
 TINY = float(np.finfo(np.float32).tiny) * QMAX
@@ -28,37 +30,65 @@ class Quantized:
     scale: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Channels of an activation that enter one product: all, all in groups along a new axis, or some."""
+
+    name: str
+    value: Tensor
+
+
 class Quantizers:
     """Makes the quantizer of a value when it is first asked for."""
 
-    def __init__(self, emitter: Emitter, ranges: Mapping[str, float]) -> None:
+    def __init__(self, emitter: Emitter, ranges: StaticRanges) -> None:
         self._emit = emitter
         self._ranges = ranges
-        self._made: dict[tuple[str, bool, int | None], Quantized] = {}
-        self._groups: dict[tuple[str, int], Tensor] = {}
+        self._made: dict[tuple[str, bool, Groups | None], list[Quantized]] = {}
+        self._parts: dict[tuple[str, str], _Part] = {}
 
-    def of(self, x: Tensor, spec: ActivationSpec, group: int | None) -> Quantized:
-        """x as INT8.
-
-        Args:
-            x: float32 [.., K].
-            spec: One scale per token, or a constant one.
-            group: Cut x into groups of so many channels first.
+    def of(self, x: Tensor, spec: ActivationSpec, groups: Groups | None) -> list[Quantized]:
+        """x as INT8, by what :meth:`parts` makes of it.
 
         Raises:
             BismoothError: the scale is constant and x has no range.
         """
         static = isinstance(spec, StaticActivation)
-        key = (x.name, static, group)
+        key = (x.name, static, groups)
         if key not in self._made:
-            base = f"{x.name}/per_tensor" if static else f"{x.name}/per_token"
-            if group is not None:
-                x, base = self._grouped(x, group), f"{base}_group{group}"
-            self._made[key] = self._static(x, base, key[0]) if static else self._per_token(x, base)
+            parts = self._integer_parts(x, groups)
+            if static:
+                scales = self._static_scales(x, groups)
+                made = [self._static(part, scale) for part, scale in zip(parts, scales, strict=True)]
+            else:
+                made = [self._per_token(part) for part in parts]
+            self._made[key] = made
         return self._made[key]
 
-    def _per_token(self, x: Tensor, base: str) -> Quantized:
-        emit, shape = self._emit, list(shape_of(x) or ())
+    def parts(self, x: Tensor, groups: Groups | None) -> list[Tensor]:
+        """x [.., K] as float products read it: as it is; [G, T, size] in groups of a size; or x and walls, [.., k]."""
+        match groups:
+            case None:
+                return [x]
+            case PerGroup(size):
+                return [self._cut(x, size).value]
+            case PerMagnitude(walls=walls):
+                return [x, *(self._walls(x, number, channels).value for number, channels in enumerate(walls))]
+
+    def _integer_parts(self, x: Tensor, groups: Groups | None) -> list[_Part]:
+        """The same, but with zeros in x in the place of the walls, so that these do not set the scale of the others."""
+        match groups:
+            case None:
+                return [_Part(x.name, x)]
+            case PerGroup(size):
+                return [self._cut(x, size)]
+            case PerMagnitude(walls=walls):
+                rest = self._without_walls(x, groups)
+                return [rest, *(self._walls(x, number, channels) for number, channels in enumerate(walls))]
+
+    def _per_token(self, part: _Part) -> Quantized:
+        emit, x, base = self._emit, part.value, f"{part.name}/per_token"
+        shape = list(shape_of(x) or ())
         row = [*shape[:-1], 1]
         magnitude = emit.node("Abs", f"{base}/Abs", [x], shape)
         peak = emit.node("ReduceMax", f"{base}/ReduceMax", [magnitude, emit.integers(-1)], row, keepdims=1)
@@ -67,15 +97,22 @@ class Quantizers:
         unit = emit.node("Div", f"{base}/Div_1", [x, scale], shape)
         return Quantized(self._round(unit, base), scale)
 
-    def _static(self, x: Tensor, base: str, name: str) -> Quantized:
-        limit = self._ranges.get(name)
-        if limit is None:
+    def _static_scales(self, x: Tensor, groups: Groups | None) -> list[Sequence[float]]:
+        """The scales of each part: one, or one for each of the groups along the new axis."""
+        limits = self._ranges.get((x.name, groups))
+        if limits is None:
             raise BismoothError(
-                f"{name}: has no range for its static scale. Expected one from calibration, got none. Run 'bismooth "
+                f"{x.name}: has no range for its static scale. Expected one from calibration, got none. Run 'bismooth "
                 "calibrate' on this artifact first."
             )
-        inverse = make_constant(f"{base}/inverse_scale", np.array(1.0 / static_scale(limit), np.float32))
-        unit = self._emit.node("Mul", f"{base}/Mul", [x, inverse], shape_of(x) or ())
+        scales = [static_scale(limit) for limit in limits]
+        return [scales] if isinstance(groups, PerGroup) else [[scale] for scale in scales]
+
+    def _static(self, part: _Part, scales: Sequence[float]) -> Quantized:
+        base, inverse = f"{part.name}/per_tensor", 1.0 / np.array(scales)
+        stored = inverse[0] if len(inverse) == 1 else inverse[:, None, None]
+        constant = make_constant(f"{base}/inverse_scale", stored.astype(np.float32))
+        unit = self._emit.node("Mul", f"{base}/Mul", [part.value, constant], shape_of(part.value) or ())
         return Quantized(self._round(unit, base), None)
 
     def _round(self, unit: Tensor, base: str) -> Tensor:
@@ -84,22 +121,50 @@ class Quantizers:
         quantized = emit.node("QuantizeLinear", f"{base}/QuantizeLinear", [unit, one, zero], shape, dtype=INT8)
         return emit.node("DequantizeLinear", f"{base}/DequantizeLinear", [quantized, one], shape)
 
-    def _grouped(self, x: Tensor, group: int) -> Tensor:
-        """x [.., K] as [G, T, group], the last group filled up with zeros."""
-        if (x.name, group) not in self._groups:
-            self._groups[x.name, group] = self._cut(x, group)
-        return self._groups[x.name, group]
+    def _cut(self, x: Tensor, size: int) -> _Part:
+        """x [.., K] as [G, T, size], the last group filled up with zeros."""
 
-    def _cut(self, x: Tensor, group: int) -> Tensor:
-        emit, shape, base = self._emit, list(shape_of(x) or ()), f"{x.name}/group{group}"
-        k, tokens = int(str(shape[-1])), "*".join(str(dim) for dim in shape[:-1])
-        count = -(-k // group)
-        if missing := count * group - k:
-            pads = emit.integers(*[0] * (2 * len(shape) - 1), missing)
-            x = emit.node("Pad", f"{base}/Pad", [x, pads], [*shape[:-1], count * group])
-        cut: list[Dim] = [tokens, count, group]
-        x = emit.node("Reshape", f"{base}/Reshape", [x, emit.integers(-1, count, group)], cut)
-        return emit.node("Transpose", f"{base}/Transpose", [x], [count, tokens, group], perm=[1, 0, 2])
+        def make(base: str) -> Tensor:
+            emit, shape, part = self._emit, list(shape_of(x) or ()), x
+            k, tokens = int(str(shape[-1])), "*".join(str(dim) for dim in shape[:-1])
+            count = -(-k // size)
+            if missing := count * size - k:
+                pads = emit.integers(*[0] * (2 * len(shape) - 1), missing)
+                part = emit.node("Pad", f"{base}/Pad", [part, pads], [*shape[:-1], count * size])
+            cut: list[Dim] = [tokens, count, size]
+            part = emit.node("Reshape", f"{base}/Reshape", [part, emit.integers(-1, count, size)], cut)
+            return emit.node("Transpose", f"{base}/Transpose", [part], [count, tokens, size], perm=[1, 0, 2])
+
+        return self._part(x, f"group{size}", make)
+
+    def _without_walls(self, x: Tensor, groups: PerMagnitude) -> _Part:
+        def make(base: str) -> Tensor:
+            shape = list(shape_of(x) or ())
+            kept = np.zeros(int(str(shape[-1])), np.float32)
+            kept[members(groups, len(kept))[0]] = 1
+            return self._emit.node("Mul", f"{base}/Mul", [x, make_constant(f"{base}/mask", kept)], shape)
+
+        return self._part(x, "rest", make)
+
+    def _walls(self, x: Tensor, number: int, channels: Sequence[int]) -> _Part:
+        def make(base: str) -> Tensor:
+            chosen = make_constant(f"{base}/channels", np.array(channels, INT64))
+            shape: list[Dim] = [*(shape_of(x) or ())[:-1], len(channels)]
+            return self._emit.node("Gather", f"{base}/Gather", [x, chosen], shape, axis=-1)
+
+        return self._part(x, walls_name(number), make)
+
+    def _part(self, x: Tensor, name: str, make: Callable[[str], Tensor]) -> _Part:
+        """The part of x of this name, made if it is new; ``make`` gets the name that its nodes begin with."""
+        if (x.name, name) not in self._parts:
+            base = f"{x.name}/{name}"
+            self._parts[x.name, name] = _Part(base, make(base))
+        return self._parts[x.name, name]
+
+
+def walls_name(number: int) -> str:
+    """How the parts of a group of walls are named."""
+    return f"walls_{number}" if number else "walls"
 
 
 def static_scale(limit: float) -> float:

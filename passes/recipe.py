@@ -17,7 +17,7 @@ from .gates import Gates
 from .nearest import nearest
 from .recipe_file import Document
 from .settings import UNSET, Settings
-from .spec import ComputeType, LinearSpec, RangeMethod, SiteKind, StaticActivation
+from .spec import ComputeType, LinearSpec, PerMagnitude, RangeMethod, SiteKind, StaticActivation, WeightSpec
 
 DEFAULT = "w8a8"
 """The recipe that others extend where they do not say which."""
@@ -28,13 +28,16 @@ HEAD = "@head"
 GATED_PRODUCT = f"@{SiteKind.GATED_PRODUCT}"
 """Selects the linears that read a product of two activations: the down projection of a gated MLP."""
 
-SELECTORS = (HEAD, GATED_PRODUCT)
+WALLS = "@walls"
+"""Selects the linears whose weights, after smoothing, break with one scale per output channel."""
+
+SELECTORS = (HEAD, GATED_PRODUCT, WALLS)
 """They select linears by what they do in the graph, whatever their names. A model may have none of them."""
 
 Selected = Mapping[str, Collection[str]]
 """By selector, the names of the linears that it fits; none where a selector is missing."""
 
-_COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "layers", "gates"}
+_COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "max_share", "layers", "gates"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Recipe:
     Attributes:
         name: of the built-in, or the file's name without its ending.
         settings: for every linear that no rule touches; all three are set.
+        max_share: share of the linears that ``@walls`` selects at most, those with the largest weight error.
         layers: rules, in order; a later one wins.
     """
 
@@ -62,6 +66,7 @@ class Recipe:
     description: str
     compute_dtype: ComputeType
     settings: Settings
+    max_share: float | None
     layers: tuple[Rule, ...]
     gates: Gates
 
@@ -94,6 +99,7 @@ class Recipe:
             description=own.get("description", ""),
             compute_dtype=ComputeType(own.get("compute_dtype", parent.compute_dtype)),
             settings=settings,
+            max_share=own.get("max_share", parent.max_share),
             layers=(*parent.layers, *rules),
             gates=parent.gates.replaced(own.get("gates", {})),
         )
@@ -105,6 +111,7 @@ class Recipe:
             "extends": None,
             "compute_dtype": str(self.compute_dtype),
             **self.settings.to_dict(),
+            "max_share": self.max_share,
             "layers": [{"match": rule.match, **rule.settings.to_dict()} for rule in self.layers],
             "gates": self.gates.to_dict(),
         }
@@ -128,6 +135,18 @@ class Recipe:
     def has_static_scales(self) -> bool:
         """Whether any activation has a constant scale."""
         return any(isinstance(item.activations, StaticActivation) for item in self._all_settings)
+
+    @property
+    def asks_for_walls(self) -> bool:
+        """Whether weights are to be searched for channels that stand out."""
+        weights = [item.weights for item in (self.settings, *(rule.settings for rule in self.layers))]
+        grouped = any(isinstance(w, WeightSpec) and isinstance(w.granularity, PerMagnitude) for w in weights)
+        return self.selects_walls or grouped
+
+    @property
+    def selects_walls(self) -> bool:
+        """Whether a rule is for the linears that break: ``max_share`` caps those."""
+        return any(rule.match == WALLS for rule in self.layers)
 
     @property
     def smooths(self) -> bool:
@@ -161,7 +180,7 @@ class Recipe:
         """The specification of every linear, by module path (``model.layers.0.mlp.down_proj``).
 
         Raises:
-            BismoothError: a rule fits no linear, or settings contradict each other for some linear.
+            BismoothError: a rule fits no linear.
         """
         for rule in self.layers:
             if rule.match not in SELECTORS and not any(rule.fits(name, selected) for name in linear_names):
@@ -173,10 +192,7 @@ class Recipe:
         for rule in self.layers:
             if rule.fits(name, selected):
                 chosen = chosen.overridden(rule.settings)
-        try:
-            return chosen.linear()
-        except BismoothError as error:
-            raise BismoothError(f"recipe {self.name}: {name}: {error}") from None
+        return chosen.linear()
 
 
 def _no_match(pattern: str, names: Collection[str]) -> str:
@@ -193,7 +209,7 @@ def _parent(own: Document, where: str) -> Recipe:
     if parent is None:
         if missing := sorted(_COMPLETE - own.keys()):
             raise BismoothError(f"{where}: Expected every key with 'extends: null', got no {', '.join(missing)}.")
-        return Recipe("", "", ComputeType(own["compute_dtype"]), Settings(), (), Gates())
+        return Recipe("", "", ComputeType(own["compute_dtype"]), Settings(), None, (), Gates())
     if parent not in recipe_file.BUILTIN:
         hint = nearest(parent, recipe_file.BUILTIN)
         raise BismoothError(f"{where}: extends: Expected a built-in recipe, got {parent!r}.{hint}")
@@ -203,6 +219,8 @@ def _parent(own: Document, where: str) -> Recipe:
 def _rule(entry: Document, above: Settings, where: str) -> Rule:
     match = entry["match"]
     if match.startswith("@") and match not in SELECTORS:
-        known = " or ".join(map(repr, SELECTORS))
-        raise BismoothError(f"{where}.match: Unknown selector {match!r}. Expected a glob on module paths, or {known}.")
+        known = ", ".join(SELECTORS)
+        raise BismoothError(
+            f"{where}.match: Unknown selector {match!r}. Expected a glob on module paths, or one of {known}."
+        )
     return Rule(match, Settings.from_dict(entry, above, where))

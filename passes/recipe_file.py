@@ -103,7 +103,6 @@ def _message(error: ValidationError) -> str:
         "minimum": lambda: f"{rule} or more",
         "exclusiveMinimum": lambda: f"more than {rule}",
         "maximum": lambda: f"at most {rule}",
-        "multipleOf": lambda: f"a multiple of {rule}",
         "minItems": lambda: f"at least {rule} entry",
         "minLength": lambda: "some text",
         "minProperties": lambda: "'match' and something to set (weights, activations or smoothing)",

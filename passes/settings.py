@@ -15,6 +15,7 @@ from .spec import (
     LinearSpec,
     PerChannel,
     PerGroup,
+    PerMagnitude,
     RangeMethod,
     SiteKind,
     SmoothSpec,
@@ -86,11 +87,7 @@ class Settings:
         return replace(self, smoothing=replace(self.smoothing, alphas=(alpha,), refine_steps=0))
 
     def linear(self) -> LinearSpec:
-        """The specification; float weights make the linear float, whatever was said of its activations.
-
-        Raises:
-            BismoothError: the settings contradict each other.
-        """
+        """The specification; float weights make the linear float, whatever was said of its activations."""
         weights = _or_none(self.weights)
         return LinearSpec(weights, _or_none(self.activations) if weights else None, _or_none(self.smoothing))
 
@@ -109,18 +106,36 @@ def _require(condition: bool, where: str, message: str) -> None:
 
 
 def _weights(plain: Plain, where: str) -> WeightSpec:
-    grouped = plain["granularity"] == "per_group"
+    kind = plain["granularity"]
     _require(
-        grouped == ("group_size" in plain), where, "Expected 'group_size' with granularity per_group, and only there."
+        (kind == "per_group") == ("group_size" in plain),
+        where,
+        "Expected 'group_size' with granularity per_group, and only there.",
     )
-    granularity = PerGroup(plain["group_size"]) if grouped else PerChannel()
+    _require(
+        kind == "per_magnitude" or "groups" not in plain,
+        where,
+        "Expected 'groups' with granularity per_magnitude only.",
+    )
+    match kind:
+        case "per_group":
+            granularity = PerGroup(plain["group_size"])
+        case "per_magnitude":
+            granularity = PerMagnitude(plain.get("groups", PerMagnitude().groups))
+        case _:
+            granularity = PerChannel()
     return WeightSpec(granularity, IntegerType(plain.get("dtype", IntegerType.INT8)))
 
 
 def _plain_weights(spec: WeightSpec) -> Plain:
-    if isinstance(spec.granularity, PerGroup):
-        return {"dtype": str(spec.dtype), "granularity": "per_group", "group_size": spec.granularity.size}
-    return {"dtype": str(spec.dtype), "granularity": "per_channel"}
+    match spec.granularity:
+        case PerGroup(size):
+            granularity: Plain = {"granularity": "per_group", "group_size": size}
+        case PerMagnitude(groups):
+            granularity = {"granularity": "per_magnitude", "groups": groups}
+        case PerChannel():
+            granularity = {"granularity": "per_channel"}
+    return {"dtype": str(spec.dtype), **granularity}
 
 
 def _activations(plain: Plain, where: str) -> ActivationSpec:

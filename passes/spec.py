@@ -72,18 +72,36 @@ class PerToken:
 
 @dataclass(frozen=True, slots=True)
 class PerGroup:
-    """One scale per run of ``size`` input channels, in every row of W and of X."""
+    """One scale per run of ``size`` input channels, in every row of W and of X; the last run may be shorter."""
 
     size: int
 
-    STEP: ClassVar[int] = 16
-    """INT8 tensor cores read K in steps of 16 (PTX ISA, ``mma.m8n8k16``)."""
+    def __post_init__(self) -> None:
+        _require(self.size > 0, f"per_group: Expected a group_size of 1 or more, got {self.size}.")
+
+
+@dataclass(frozen=True, slots=True)
+class PerMagnitude:
+    """One scale for the input channels whose weights stand out ("walls"), and one for all others, in every row.
+
+    Attributes:
+        groups: At most so many: 2 puts all walls into one group, 3 parts the higher from the lower ones.
+        walls: The channels of each group of walls, in order; none until they were looked for in the weight.
+    """
+
+    groups: int = 2
+    walls: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        _require(self.groups > 1, f"per_magnitude: Expected 2 or more groups, got {self.groups}.")
         _require(
-            self.size > 0 and self.size % self.STEP == 0,
-            f"per_group: Expected a positive multiple of {self.STEP} as group_size, got {self.size}.",
+            len(self.walls) < self.groups,
+            f"per_magnitude: Expected at most {self.groups - 1} groups of walls, got {len(self.walls)}.",
         )
+
+
+Groups: TypeAlias = PerGroup | PerMagnitude
+"""Granularities that give the input channels of a linear more than one scale per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +112,7 @@ class WeightSpec:
         BismoothError: per-channel scales on another axis than 0. On the reduction axis they force a float GEMM.
     """
 
-    granularity: PerChannel | PerGroup = PerChannel()
+    granularity: PerChannel | Groups = PerChannel()
     dtype: IntegerType = IntegerType.INT8
 
     def __post_init__(self) -> None:
@@ -109,7 +127,7 @@ class WeightSpec:
 class DynamicActivation:
     """X is quantized with one scale per token, max|row| / 127, computed at run time; needs no calibration.
 
-    With weights per group the scale is one per token and group.
+    With weights in groups the scale is one per token and group.
     """
 
     granularity: ClassVar[PerToken] = PerToken()
@@ -118,6 +136,8 @@ class DynamicActivation:
 @dataclass(frozen=True, slots=True)
 class StaticActivation:
     """X is quantized with one scale from calibration; ``percentile`` (of |X|, in %) goes with that method alone.
+
+    With weights in groups the scale is one per group.
 
     Raises:
         BismoothError: a percentile is missing, superfluous or outside (50, 100].
@@ -180,8 +200,7 @@ class LinearSpec:
     ``smoothing`` concerns the linear's input, so the linears that share an input must agree on it.
 
     Raises:
-        BismoothError: activations are quantized and weights are not (there is no such GEMM), or weights per group
-            meet float activations (the runtimes then dequantize the whole weight in every run).
+        BismoothError: activations are quantized and weights are not (there is no such GEMM).
     """
 
     weights: WeightSpec | None = None
@@ -194,11 +213,6 @@ class LinearSpec:
             "linear: Expected quantized weights with quantized activations, got float weights. "
             "Set weights, or set activations to null.",
         )
-        _require(
-            self.activations is not None or self.weights is None or isinstance(self.weights.granularity, PerChannel),
-            "linear: Expected quantized activations with weights per group, got float activations. "
-            "Set activations, or weights per_channel.",
-        )
 
     @property
     def quantized(self) -> bool:
@@ -206,7 +220,20 @@ class LinearSpec:
         return self.weights is not None
 
     @property
-    def group(self) -> int | None:
-        """How many input channels share a scale; None if all of a row do, or the linear is float."""
-        granularity = self.weights.granularity if self.weights else None
-        return granularity.size if isinstance(granularity, PerGroup) else None
+    def has_rescale(self) -> bool:
+        """Whether the weight is dequantized with one scalar, and its scales follow the product.
+
+        So in products of integers, and where the scales of a float product's groups differ.
+        """
+        return self.activations is not None or isinstance(self.groups, PerGroup)
+
+    @property
+    def groups(self) -> Groups | None:
+        """How the input channels are grouped; None if all of a row share a scale, or the linear is float."""
+        match self.weights.granularity if self.weights else None:
+            case PerGroup() as groups:
+                return groups
+            case PerMagnitude(walls=walls) as groups if walls:
+                return groups
+            case _:
+                return None

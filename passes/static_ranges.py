@@ -1,25 +1,38 @@
-"""Static ranges: max|x| that a constant activation scale maps to 127, after smoothing."""
+"""Static ranges: max|x| that a constant activation scale maps to 127, after smoothing, per group of channels."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .fold import Factors
+from .groups import members
 from .linears import Linear
 from .sites import Site
-from .spec import LinearSpec, StaticActivation
+from .spec import Groups, LinearSpec, StaticActivation
 
 Float = NDArray[np.float32]
+
+StaticRanges: TypeAlias = Mapping[tuple[str, Groups | None], Sequence[float]]
+"""The ranges ±limit of a value, one for each of its groups, by the value's name and how it is grouped."""
+
+Limit: TypeAlias = Callable[[StaticActivation, Float | None, "NDArray[np.intp] | None"], float]
+"""The range of a value: see :meth:`Ranges.limit`."""
 
 
 class Ranges(Protocol):
     """What calibration knows of the ranges of activations."""
 
-    def limit(self, value: str, activation: StaticActivation, divisor: Float | None) -> float:
-        """The range ±limit of a value for a static scale, after its channels were divided by ``divisor`` [K]."""
+    def limit(
+        self, value: str, activation: StaticActivation, divisor: Float | None, channels: NDArray[np.intp] | None = None
+    ) -> float:
+        """The range ±limit for a static scale of some ``channels`` of a value (None: all).
+
+        All channels of the value were divided by ``divisor`` [K].
+        """
         ...
 
 
@@ -29,14 +42,14 @@ def static_ranges(
     sites: Sequence[Site],
     factors: Factors,
     calibration: Ranges | None,
-) -> dict[str, float]:
-    """Ranges by value name, for the values that statically quantized linears read.
+) -> dict[tuple[str, Groups | None], list[float]]:
+    """The ranges of the values that statically quantized linears read.
 
     Raises:
         BismoothError: there is no calibration, or two linears want different ranges of the same value.
     """
     divisors = _divisors(sites, factors)
-    ranges: dict[str, float] = {}
+    ranges: dict[tuple[str, Groups | None], list[float]] = {}
     first: dict[str, tuple[Linear, StaticActivation]] = {}
     for linear in linears:
         activation = specs[linear.name].activations
@@ -53,9 +66,19 @@ def static_ranges(
                 f"{linear.name}: reads the same tensor as {other.name}, with another range. Expected one range for "
                 f"{linear.x}, got {activation.method} and {chosen.method}. Give both the same 'activations'."
             )
-        if linear.x not in ranges:
-            ranges[linear.x] = calibration.limit(linear.x, activation, divisors.get(linear.name))
+        groups = specs[linear.name].groups
+        if (linear.x, groups) not in ranges:
+            limit = partial(calibration.limit, linear.x)
+            ranges[linear.x, groups] = limits(limit, activation, divisors.get(linear.name), groups, linear.k)
     return ranges
+
+
+def limits(
+    limit: Limit, activation: StaticActivation, divisor: Float | None, groups: Groups | None, k: int
+) -> list[float]:
+    """The range of each group of K channels."""
+    parts = [None] if groups is None else members(groups, k)
+    return [limit(activation, divisor, channels) for channels in parts]
 
 
 def _divisors(sites: Sequence[Site], factors: Factors) -> dict[str, Float]:

@@ -21,10 +21,11 @@ from .linears import Linear
 from .parallel import ordered_map
 from .precision import NARROW_TYPES, StoredCast, narrow_pieces, store
 from .progress import Progress
-from .qdq import WeightNames, rescale
-from .spec import ComputeType, LinearSpec, StaticActivation
+from .qdq import Product, rescale
+from .spec import ComputeType, LinearSpec, PerGroup, PerMagnitude, StaticActivation
+from .static_ranges import StaticRanges
 from .weight_reader import WeightReader
-from .weights import QuantizedWeight, quantize_weight, row_chunks
+from .weights import QuantizedWeight, quantize_weight, row_chunks, weight_error
 
 Float = NDArray[np.float32]
 
@@ -40,6 +41,9 @@ class QuantizedLinear:
         k: Input channels.
         int8: Its activation is quantized as well, so it is to run as an INT8 product.
         weight_error: Relative error of its weight, ‖W − Ŵ‖ / ‖W‖ after folding.
+        group: How many consecutive input channels share a scale; None if it is not so.
+        walls: By group, the input channels that have scales of their own.
+        wall_nodes: Names of the ONNX nodes that multiply them.
     """
 
     name: str
@@ -48,6 +52,9 @@ class QuantizedLinear:
     k: int
     int8: bool
     weight_error: float
+    group: int | None = None
+    walls: tuple[tuple[int, ...], ...] = ()
+    wall_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +66,7 @@ class WeightSources:
         linears: All linears of the graph.
         specs: By linear name.
         edits: The folded smoothing factors, by constant.
-        ranges: Static ranges by value name.
+        ranges: Static ranges.
         compute: The 16-bit type of the deployed graph, or float32.
     """
 
@@ -67,14 +74,19 @@ class WeightSources:
     linears: Sequence[Linear]
     specs: Mapping[str, LinearSpec]
     edits: Mapping[str, Edit]
-    ranges: Mapping[str, float]
+    ranges: StaticRanges
     compute: ComputeType
 
     def folded(self, linear: Linear) -> Float:
         """W after folding, float32 [N, K]."""
-        weight = self.reader.weight(linear)
-        edit = self.edits.get(linear.weight)
-        return weight if edit is None else apply_edit(weight, edit, "NK")
+        return folded_weight(self.reader, linear, self.edits)
+
+
+def folded_weight(reader: WeightReader, linear: Linear, edits: Mapping[str, Edit]) -> Float:
+    """W of a linear with the smoothing factors folded in, float32 [N, K]."""
+    weight = reader.weight(linear)
+    edit = edits.get(linear.weight)
+    return weight if edit is None else apply_edit(weight, edit, "NK")
 
 
 @dataclass(frozen=True)
@@ -181,22 +193,48 @@ class _Tensors:
         progress("write weights", total, total)
         return tuple(done)
 
-    def _quantize(self, linear: Linear) -> QuantizedWeight:
+    def _quantize(self, linear: Linear) -> list[QuantizedWeight]:
+        """The weight of each of the linear's products."""
         spec = self.sources.specs[linear.name]
-        storage = NARROW_TYPES.get(self.sources.compute) if spec.activations is None else None
+        storage = None if spec.has_rescale else NARROW_TYPES.get(self.sources.compute)
         weight = self.sources.folded(linear)
-        return quantize_weight(weight, linear.weight, storage=storage, group=spec.group)
+        if not isinstance(spec.groups, PerMagnitude):
+            group = spec.groups.size if spec.groups else None
+            return [quantize_weight(weight, linear.weight, storage=storage, group=group)]
+        rest = weight.copy()
+        for channels in spec.groups.walls:
+            rest[:, channels] = 0
+        parts = [rest, *(weight[:, channels] for channels in spec.groups.walls)]
+        return [quantize_weight(part, linear.weight, storage=storage) for part in parts]
 
-    def _write_quantized(self, linear: Linear, quantized: QuantizedWeight) -> QuantizedLinear:
-        spec, names = self.sources.specs[linear.name], WeightNames.of(linear)
-        weight_only = spec.activations is None
-        self.writer.write(names.values, np.moveaxis(quantized.values, 0, -1))
-        limit = self.sources.ranges[linear.x] if isinstance(spec.activations, StaticActivation) else None
-        scale = quantized.scale if weight_only else rescale(quantized.scale, limit)
-        scale = scale if spec.group is None else scale.T[:, None, :]
-        self.writer.write(names.scale, scale)
-        self._narrowed(names.scale, lambda: _rows(scale), linear.weight)
-        return QuantizedLinear(linear.name, linear.node, linear.n, linear.k, not weight_only, quantized.error)
+    def _write_quantized(self, linear: Linear, quantized: Sequence[QuantizedWeight]) -> QuantizedLinear:
+        spec = self.sources.specs[linear.name]
+        products = Product.of(linear, spec.groups)
+        ranges = self._ranges(linear, spec, len(products))
+        for product, part, limits in zip(products, quantized, ranges, strict=True):
+            self.writer.write(product.values, np.moveaxis(part.values, 0, -1))
+            scale = rescale(part.scale, limits) if spec.has_rescale else part.scale
+            stored = scale.T.reshape(product.scale_shape)
+            self.writer.write(product.scale, stored)
+            self._narrowed(product.scale, lambda stored=stored: _rows(stored), linear.weight)
+        return QuantizedLinear(
+            name=linear.name,
+            node=linear.node,
+            n=linear.n,
+            k=linear.k,
+            int8=spec.activations is not None,
+            weight_error=weight_error(quantized),
+            group=spec.groups.size if isinstance(spec.groups, PerGroup) else None,
+            walls=spec.groups.walls if isinstance(spec.groups, PerMagnitude) else (),
+            wall_nodes=tuple(product.node for product in products[1:]),
+        )
+
+    def _ranges(self, linear: Linear, spec: LinearSpec, products: int) -> Sequence[Sequence[float] | None]:
+        """The static ranges of what each product reads: one, or one per group of a size."""
+        if not isinstance(spec.activations, StaticActivation):
+            return [None] * products
+        limits = self.sources.ranges[linear.x, spec.groups]
+        return [limits] if products == 1 else [[limit] for limit in limits]
 
     def _folded(self, linear: Linear) -> None:
         weight = self.sources.folded(linear)

@@ -1,6 +1,6 @@
 """INT8 values: rounding weights and activations with one scale per row, and what that costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,14 @@ class QuantizedWeight:
     Attributes:
         values: int8 [N, K], or [N, G, size] with a scale per group.
         scale: float32 [N] or [N, G].
-        error: ‖W − Ŵ‖ / ‖W‖, 0 for a weight of zeros.
+        lost: ‖W − Ŵ‖².
+        power: ‖W‖².
     """
 
     values: NDArray[np.int8]
     scale: Float
-    error: float
+    lost: float
+    power: float
 
 
 def weight_scale(weight: Float) -> Float:
@@ -80,10 +82,15 @@ def quantize_weight(
         squared = scale[part].astype(np.float64) ** 2
         lost += float(squared @ np.einsum("nk,nk->n", ratio, ratio, dtype=np.float64))
         total += float(np.einsum("nk,nk->", rows[part], rows[part], dtype=np.float64))
-    error = float(np.sqrt(lost / total)) if total else 0.0
-    if group is None:
-        return QuantizedWeight(values, scale, error)
-    return QuantizedWeight(values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1), error)
+    if group is not None:
+        values, scale = values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1)
+    return QuantizedWeight(values, scale, lost, total)
+
+
+def weight_error(parts: Sequence[QuantizedWeight]) -> float:
+    """‖W − Ŵ‖ / ‖W‖ of a weight in parts, 0 for a weight of zeros."""
+    power = sum(part.power for part in parts)
+    return float(np.sqrt(sum(part.lost for part in parts) / power)) if power else 0.0
 
 
 def require_finite(weight: Float, name: str) -> None:
@@ -144,6 +151,6 @@ def fake_quantize_rows(rows: Float, group: int | None = None, out: Float | None 
     return result
 
 
-def fake_quantize_tensor(x: Float, scale: float) -> Float:
-    """Per-tensor INT8 and back with a constant scale."""
-    return np.clip(np.rint(x / np.float32(scale)), -128, 127) * np.float32(scale)
+def fake_quantize_with(x: Float, scale: Float) -> Float:
+    """INT8 and back with constant scales [K], one for the whole tensor if they are all the same."""
+    return np.clip(np.rint(x / scale), -128, 127) * scale

@@ -36,9 +36,11 @@ class Seen:
         rows = self.values[value]
         return rows[np.argsort(-np.abs(rows).max(axis=1), kind="stable")[:OUTLIERS]]
 
-    def limit(self, value: str, activation: StaticActivation, divisor: Array | None) -> float:
-        rows = self.values[value]
-        return float(np.abs(rows if divisor is None else rows / divisor).max())
+    def limit(
+        self, value: str, activation: StaticActivation, divisor: Array | None, channels: Array | None = None
+    ) -> float:
+        seen = slice(None) if channels is None else channels
+        return float(np.abs(self.values[value] / (1 if divisor is None else divisor))[:, seen].max())
 
 
 @dataclass(frozen=True)

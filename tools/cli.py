@@ -149,6 +149,7 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Statistics to use instead of the artifact's.")
     ] = None,
     alpha: o.Alpha = None,
+    max_share: o.MaxShare = None,
     force: o.Force = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -162,7 +163,14 @@ def quantize(
 
     console.show_progress(not quiet)
     result = stages.quantize(
-        artifact, recipe, output, data_free=data == "none", statistics=statistics, alpha=alpha, force=force
+        artifact,
+        recipe,
+        output,
+        data_free=data == "none",
+        statistics=statistics,
+        alpha=alpha,
+        max_share=max_share,
+        force=force,
     )
     finish(result, as_json)
 
@@ -271,6 +279,7 @@ def compile_(
     rows: o.Rows = 256,
     seed: o.Seed = 0,
     alpha: o.Alpha = None,
+    max_share: o.MaxShare = None,
     opset: o.Opset = 23,
     capability: o.Capabilities = [],
     batch: o.Batch = None,
@@ -309,6 +318,7 @@ def compile_(
         rows=rows,
         seed=seed,
         alpha=alpha,
+        max_share=max_share,
         opset=opset,
         capabilities=capabilities,
         batch=batches,

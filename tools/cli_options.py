@@ -47,6 +47,12 @@ Alpha = Annotated[
         min=0, max=1, metavar="A", help="Smooth with this alpha everywhere, instead of searching one per site."
     ),
 ]
+MaxShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, metavar="S", help="Give at most this share of the linears groups, where the recipe does."
+    ),
+]
 Data = Annotated[list[str], typer.Option("--data", metavar="FILE...", help=f"{TEXT}.")]
 DataOrNone = Annotated[
     list[str], typer.Option("--data", metavar="FILE...", help=f"{TEXT}; 'none': smooth by the weights alone.")

@@ -46,7 +46,8 @@ def other_version(artifact: Artifact, missing: Sequence[str]) -> BismoothError:
 
 def meant_int8(artifact: Artifact) -> frozenset[str]:
     """ONNX nodes of the linears whose weight and activation are quantized: those are to run as INT8 products."""
-    return frozenset(linear["node"] for linear in quantize_stage(artifact).get("quantized", ()) if linear["int8"])
+    linears = [linear for linear in quantize_stage(artifact).get("quantized", ()) if linear["int8"]]
+    return frozenset(node for linear in linears for node in (linear["node"], *linear.get("wall_nodes", ())))
 
 
 def engine_source(artifact: Artifact) -> dict[str, Any]:

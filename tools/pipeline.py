@@ -54,6 +54,7 @@ def compile(
     rows: int = 256,
     seed: int = 0,
     alpha: float | None = None,
+    max_share: float | None = None,
     opset: int = 23,
     capabilities: Sequence[int] = (),
     batch: Sizes | None = None,
@@ -81,7 +82,7 @@ def compile(
     output = Path(output)
     evaluation = verify_data or data
     sizes = gather_sizes(batch, sequence, dims)
-    chosen = stages.load_recipe(recipe, alpha, data_free=not data)
+    chosen = stages.load_recipe(recipe, alpha, max_share, data_free=not data)
     options = export_options(
         chosen.compute_dtype, opset, trust_remote_code=trust_remote_code, copy_weights=copy_weights
     )

@@ -15,7 +15,7 @@ from ..export.hashing import array_sha256, file_sha256, hashing
 from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from ..passes.recipe import Recipe
+from ..passes.recipe import WALLS, Recipe
 from . import console
 from .exporting import copies_weights, export, export_module
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
@@ -97,6 +97,7 @@ def quantize(
     data_free: bool = False,
     statistics: str | Path | None = None,
     alpha: float | None = None,
+    max_share: float | None = None,
     force: bool = False,
 ) -> QuantizeStageResult:
     """Smooth and quantize a float artifact by a recipe.
@@ -110,7 +111,7 @@ def quantize(
     start = time.perf_counter()
     artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
     loaded = Artifact.load(artifact, "float")
-    chosen = load_recipe(recipe, alpha, data_free=data_free)
+    chosen = load_recipe(recipe, alpha, max_share, data_free=data_free)
     _check_statistics(statistics, chosen, data_free=data_free)
     found = None if data_free else _find_statistics(loaded, statistics, chosen)
     calibration, used = (None, None) if found is None else (StatisticsCalibration(found), statistics_record(found))
@@ -129,6 +130,7 @@ def quantize(
             "statistics": used,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
+            "broken": list(result.broken),
             "sites": [asdict(choice) for choice in result.choices],
             "rejected": [asdict(item) for item in result.rejected],
             "fold_errors": result.fold_errors,
@@ -147,13 +149,26 @@ def quantize(
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
 
-def load_recipe(source: str | Path | Recipe, alpha: float | None = None, *, data_free: bool = False) -> Recipe:
-    """The recipe, with its α fixed to ``alpha``.
+def load_recipe(
+    source: str | Path | Recipe,
+    alpha: float | None = None,
+    max_share: float | None = None,
+    *,
+    data_free: bool = False,
+) -> Recipe:
+    """The recipe, with its α fixed to ``alpha`` and its ``max_share`` set.
 
     Raises:
-        BismoothError: there is no such recipe, it is not valid, or ``alpha`` changes nothing.
+        BismoothError: there is no such recipe, it is not valid, or ``alpha`` or ``max_share`` changes nothing.
     """
     recipe = Recipe.load(source)
+    if max_share is not None:
+        if not recipe.selects_walls:
+            raise BismoothError(
+                f"--max-share {max_share:g}: has no effect: the recipe {recipe.name} has no rule for {WALLS}. Leave it "
+                "out, or take a recipe that has one (w8a8-mixed)."
+            )
+        recipe = replace(recipe, max_share=max_share)
     if alpha is None:
         return recipe
     if data_free or not recipe.smooths:

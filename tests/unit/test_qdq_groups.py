@@ -58,15 +58,31 @@ def test_the_product_of_all_groups_keeps_the_name_of_the_node(tmp_path: Path) ->
     assert (linear.node, linear.quantized) == (made.result.linears[0].node, True)
 
 
-def test_a_static_scale_is_one_for_all_groups(tmp_path: Path) -> None:
+def test_static_scales_are_one_for_each_group(tmp_path: Path) -> None:
     b, x = linears(40)
+    x[..., 20] *= 50
     made = quantize(b, tmp_path, grouped(activations=STATIC), Seen({"x": x.reshape(-1, 40)}))
-    scale = np.abs(x).max() / np.float32(127)
-    xq = np.rint(x / scale).astype(np.float64) * scale
-    w = np.pad(b.initializers["a.weight"], ((0, 0), (0, 8))).reshape(N, 3, 16)
-    steps = np.abs(w).max(axis=2, keepdims=True) / np.float32(127)
-    exact = xq @ (np.rint(w / steps) * steps.astype(np.float64)).reshape(N, -1)[:, :40].T + b.initializers["a.bias"]
+    scale = np.repeat([np.abs(x[..., i : i + 16]).max() / np.float32(127) for i in range(0, 40, 16)], 16)[:40]
+    xq = np.rint(x / scale.astype(np.float32)).astype(np.float64) * scale
+    exact = xq @ rounded(b.initializers["a.weight"]).T + b.initializers["a.bias"]
     assert relative_error(exact, run(made, x)[0]) <= 1e-6
+
+
+def rounded(w: Array, size: int = 16) -> Array:
+    """W as INT8 holds it, with scales per row and group."""
+    n, k = w.shape
+    groups = np.pad(w, ((0, 0), (0, -k % size))).reshape(n, -1, size)
+    steps = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    return (np.rint(groups / steps) * steps.astype(np.float64)).reshape(n, -1)[:, :k]
+
+
+def test_weight_only(tmp_path: Path) -> None:
+    b, x = linears(40)
+    made = quantize(b, tmp_path, grouped(activations=None))
+    exact = x.astype(np.float64) @ rounded(b.initializers["a.weight"]).T + b.initializers["a.bias"]
+    for mode in ("reference", "int8"):
+        assert relative_error(exact, run(made, x, mode=mode)[0]) <= 1e-5
+    assert not made.result.linears[0].int8
 
 
 def test_linears_that_read_one_tensor_share_its_groups(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_rows_of_v_that_a_fold_pushes_out_of_float16(
     """v's weight is INT8 with float32 scales, but attention reads its result in float16."""
     name = "model.layers.1.self_attn.v_proj"
 
-    def hostile(sites: Sequence[Site], *_: object) -> tuple[dict[str, Array], list[Choice]]:
+    def hostile(sites: Sequence[Site], **_: object) -> tuple[dict[str, Array], list[Choice]]:
         factors = {site.name: np.ones(site.size) for site in sites}
         factors[name][3] = factor
         return factors, []

@@ -17,6 +17,7 @@ from bismooth.passes.spec import (
     DynamicActivation,
     LinearSpec,
     PerGroup,
+    PerMagnitude,
     RangeMethod,
     SiteKind,
     SmoothSpec,
@@ -55,7 +56,30 @@ def test_builtin_recipes_quantize_every_linear_but_the_head(name: str, linear: L
 
 
 def test_the_builtin_recipes_are_those_above() -> None:
-    assert list(BUILTIN) == ["fp16", "w8a16", "w8a8-per-channel", "w8a8-static", "w8a8"]
+    assert list(BUILTIN) == [
+        "fp16",
+        "w8a16",
+        "w8a8-mixed+bismooth",
+        "w8a8-mixed",
+        "w8a8-per-channel",
+        "w8a8-static",
+        "w8a8",
+    ]
+
+
+@pytest.mark.parametrize(("name", "base"), [("w8a8-mixed", "w8a8-per-channel"), ("w8a8-mixed+bismooth", "w8a8")])
+def test_mixed_recipes_group_the_channels_of_linears_with_walls(name: str, base: str) -> None:
+    mixed, plain = Recipe.load(name), Recipe.load(base)
+    assert (mixed.asks_for_walls, plain.asks_for_walls) == (True, False)
+    names = [*LINEARS, *HEADS]
+    specs, others = mixed.resolve(names, SELECTED | {"@walls": [Q0]}), plain.resolve(names, SELECTED)
+    assert specs == others | {Q0: replace(others[Q0], weights=WeightSpec(PerMagnitude()))}
+
+
+def test_groups_by_magnitude_ask_for_walls_without_a_selector() -> None:
+    weights = {"granularity": "per_magnitude", "groups": 3}
+    assert Recipe.from_dict({"weights": weights}, name="test").asks_for_walls
+    assert resolve(weights=weights)[Q0].weights == WeightSpec(PerMagnitude(3))
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -155,15 +179,6 @@ def test_a_pattern_fits_nothing_in_a_model_without_linears() -> None:
     recipe = Recipe.from_dict({"layers": [{"match": "*", "weights": None}]}, name="test")
     with pytest.raises(BismoothError, match=r"'\*' fits none of the 0 linears\.$"):
         recipe.resolve([], {})
-
-
-def test_contradictions_name_the_linear() -> None:
-    message = f"recipe test: {DOWN3}: linear: Expected quantized activations with weights per group"
-    with pytest.raises(BismoothError, match=re.escape(message)):
-        resolve(
-            extends="w8a16",
-            layers=[{"match": DOWN3, "weights": {"granularity": "per_group", "group_size": 64}}],
-        )
 
 
 @pytest.mark.parametrize(("name", "limit", "expected"), [("top1", 93, "a share from 0 to 1"), ("kl", -1, "0 or more")])

@@ -16,7 +16,7 @@ from bismooth.passes.spec import ComputeType, IntegerType, RangeMethod, SiteKind
 WRONG = {
     "weight: null": "the file: Unknown key 'weight'. Did you mean 'weights'?",
     "zzz: 1": "the file: Unknown key 'zzz'. Expected one of description, extends, compute_dtype, weights, activations,"
-    " smoothing, layers, gates.",
+    " smoothing, max_share, layers, gates.",
     "3: 1": "the file: Unknown key 3. Expected one of",
     "smoothing: {alpha: [0.5]}": "smoothing: Unknown key 'alpha'. Did you mean 'alphas'?",
     "layers: [{match: a, weights: {granularty: per_channel}}]": "layers[0].weights: Unknown key 'granularty'."
@@ -27,13 +27,17 @@ WRONG = {
     "weights: int8": 'weights: Expected a mapping or null, got "int8".',
     "weights: {dtype: int8}": "weights: Expected the key 'granularity', got only dtype.",
     "weights: {}": "weights: Expected the key 'granularity', got none.",
-    "weights: {granularity: per_chanel}": 'weights.granularity: Expected per_channel or per_group, got "per_chanel".'
+    "weights: {granularity: per_chanel}": "weights.granularity: Expected per_channel or per_group or per_magnitude, got"
+    ' "per_chanel".'
     " Did you mean 'per_channel'?",
-    "weights: {granularity: 5}": "weights.granularity: Expected per_channel or per_group, got 5.",
+    "weights: {granularity: 5}": "weights.granularity: Expected per_channel or per_group or per_magnitude, got 5.",
     "weights: {granularity: per_group}": "weights: Expected 'group_size' with granularity per_group, and only there.",
     "weights: {granularity: per_channel, group_size: 64}": "weights: Expected 'group_size' with granularity per_group,",
-    "weights: {granularity: per_group, group_size: 72}": "weights.group_size: Expected a multiple of 16, got 72.",
-    "weights: {granularity: per_group, group_size: 0}": "weights.group_size: Expected 16 or more, got 0.",
+    "weights: {granularity: per_group, group_size: 0}": "weights.group_size: Expected 1 or more, got 0.",
+    "weights: {granularity: per_channel, groups: 3}": "weights: Expected 'groups' with granularity per_magnitude only.",
+    "weights: {granularity: per_magnitude, groups: 1}": "weights.groups: Expected 2 or more, got 1.",
+    "weights: {granularity: per_magnitude, group_size: 64}": "weights: Expected 'group_size' with granularity",
+    "max_share: 3": "max_share: Expected at most 1, got 3.",
     "weights: {granularity: per_group, group_size: 1.5}": "weights.group_size: Expected a whole number, got 1.5.",
     "activations: {granularity: per_token, range: mse}": "activations: Expected no 'range' or 'percentile' with"
     " granularity per_token.",
@@ -54,10 +58,10 @@ WRONG = {
     ' smoothing), got {"match": "lm_head"}.',
     "layers: [{match: '', weights: null}]": 'layers[0].match: Expected some text, got "".',
     "layers: [{match: '@haed', weights: null}]": "layers[0].match: Unknown selector '@haed'. Expected a glob on module"
-    " paths, or '@head' or '@gated_product'.",
+    " paths, or one of @head, @gated_product, @walls.",
     "extends: w8a9": "extends: Expected a built-in recipe, got 'w8a9'. Did you mean 'w8a8'?",
     "extends: null\ncompute_dtype: float16": "Expected every key with 'extends: null', got no activations, gates,"
-    " layers, smoothing, weights.",
+    " layers, max_share, smoothing, weights.",
     "description: " + 80 * "x" + "\ngates: " + 80 * "x": f'gates: Expected a mapping, got "{56 * "x"}....',
     "weights: {": "The recipe cannot be read as YAML: while parsing",
     "gates: {kl: .nan}": "The recipe cannot be read as YAML: .nan is not a finite number",
@@ -139,7 +143,7 @@ def test_the_documentation_names_every_key_and_gate() -> None:
     definitions = SCHEMA["$defs"].values()
     words = [*SCHEMA["properties"], *SCHEMA["properties"]["gates"]["properties"], *BUILTIN, *SiteKind, *RangeMethod]
     words += [key for definition in definitions for key in definition.get("properties", ())]
-    assert not [word for word in words if not re.search(rf"`{word}[`:]", DOCS)]
+    assert not [word for word in words if not re.search(rf"`{re.escape(word)}[`:]", DOCS)]
 
 
 def test_the_documentation_states_hop_and_bound_of_every_gate() -> None:

@@ -198,7 +198,7 @@ def _consumer(x: Array, w: Array, spec: LinearSpec, row_share: float = 1.0) -> C
         column_peaks=np.abs(w).max(axis=0),
         column_power=(w**2).sum(axis=0),
         absmax=np.abs(x).max(axis=0),
-        limit=lambda spec, columns: float(np.abs(x if columns is None else x / columns).max()) * _KEPT[spec.method],
+        limit=lambda spec, columns, _: float(np.abs(x if columns is None else x / columns).max()) * _KEPT[spec.method],
         tokens=np.concatenate([x, np.zeros((4, K), np.float32)]),
         sampled=len(x),
     )
@@ -275,7 +275,7 @@ def test_ranges_are_asked_for_once_per_tensor_and_factor(tmp_path: Path, monkeyp
     """With the divided channels, or None where nothing is divided, as when the chosen range is computed."""
     asked: list[Array | None] = []
 
-    def limit(seen: Seen, value: str, activation: StaticActivation, divisor: Array | None) -> float:
+    def limit(seen: Seen, value: str, activation: StaticActivation, divisor: Array | None, channels: None) -> float:
         asked.append(divisor)
         return float(np.abs(seen.values[value] / (1 if divisor is None else divisor)).max())
 

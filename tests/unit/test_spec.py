@@ -15,6 +15,7 @@ from bismooth.passes.spec import (
     LinearSpec,
     PerChannel,
     PerGroup,
+    PerMagnitude,
     PerTensor,
     PerToken,
     RangeMethod,
@@ -38,12 +39,21 @@ def test_a_linear_is_float_unless_told_otherwise() -> None:
         LinearSpec(WeightSpec(), DynamicActivation()),
         LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MINMAX)),
         LinearSpec(WeightSpec(PerGroup(64)), DynamicActivation()),
+        LinearSpec(WeightSpec(PerGroup(72))),
+        LinearSpec(WeightSpec(PerMagnitude(3, ((7,), (1, 4)))), DynamicActivation()),
         LinearSpec(WeightSpec(PerGroup(128)), StaticActivation(RangeMethod.PERCENTILE, 99.9)),
         LinearSpec(smoothing=SmoothSpec((0.5,))),
     ],
 )
 def test_legal_combinations_are_hashable_values(spec: LinearSpec) -> None:
     assert len({spec, LinearSpec(spec.weights, spec.activations, spec.smoothing)}) == 1
+
+
+def test_channels_are_in_groups_once_walls_were_found() -> None:
+    walls = PerMagnitude(2, ((7,),))
+    found = [LinearSpec(WeightSpec(spec)).groups for spec in (PerChannel(), PerMagnitude(), walls, PerGroup(8))]
+    assert found == [None, None, walls, PerGroup(8)]
+    assert LinearSpec().groups is None
 
 
 def test_granularity_is_readable_from_activations() -> None:
@@ -64,9 +74,9 @@ def test_smoothing_covers_every_kind_of_site_unless_told_otherwise() -> None:
     ("build", "message"),
     [
         (lambda: PerChannel(-1), "per_channel: Expected an axis of 0 or more, got -1."),
-        (lambda: PerGroup(0), "per_group: Expected a positive multiple of 16 as group_size, got 0."),
-        (lambda: PerGroup(-16), "per_group: Expected a positive multiple of 16 as group_size, got -16."),
-        (lambda: PerGroup(72), "per_group: Expected a positive multiple of 16 as group_size, got 72."),
+        (lambda: PerGroup(0), "per_group: Expected a group_size of 1 or more, got 0."),
+        (lambda: PerMagnitude(1), "per_magnitude: Expected 2 or more groups, got 1."),
+        (lambda: PerMagnitude(2, ((1,), (2,))), "per_magnitude: Expected at most 1 groups of walls, got 2."),
         (
             lambda: WeightSpec(PerChannel(1)),
             "weights: Expected scales per channel of axis 0, the output channel, got axis 1.",
@@ -99,11 +109,6 @@ def test_smoothing_covers_every_kind_of_site_unless_told_otherwise() -> None:
             lambda: LinearSpec(None, DynamicActivation()),
             "linear: Expected quantized weights with quantized activations, got float weights. "
             "Set weights, or set activations to null.",
-        ),
-        (
-            lambda: LinearSpec(WeightSpec(PerGroup(64))),
-            "linear: Expected quantized activations with weights per group, got float activations. "
-            "Set activations, or weights per_channel.",
         ),
     ],
 )

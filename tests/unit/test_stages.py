@@ -36,6 +36,18 @@ def test_an_alpha_without_effect(artifact: Path, tmp_path: Path, recipe: str, da
         stages.quantize(artifact, recipe, tmp_path / "out", alpha=0.5, data_free=data_free)
 
 
+def test_a_share_without_effect(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        BismoothError, match=r"--max-share 0\.05: has no effect: the recipe w8a8 has no rule for @walls\."
+    ):
+        stages.quantize(artifact, "w8a8", tmp_path / "out", max_share=0.05)
+
+
+def test_a_share_replaces_that_of_the_recipe() -> None:
+    assert stages.load_recipe("w8a8-mixed").max_share is None
+    assert stages.load_recipe("w8a8-mixed", max_share=0.05).max_share == 0.05
+
+
 def test_the_output_is_the_input(artifact: Path) -> None:
     for output in (artifact, artifact.parent):
         with pytest.raises(BismoothError, match="is or holds what is read"):

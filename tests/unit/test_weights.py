@@ -9,9 +9,10 @@ from bismooth.export.errors import BismoothError
 from bismooth.passes.weights import (
     SCALE_FLOOR,
     fake_quantize_rows,
-    fake_quantize_tensor,
+    fake_quantize_with,
     quantize_weight,
     row_chunks,
+    weight_error,
     weight_scale,
 )
 
@@ -34,7 +35,7 @@ def test_values_and_scales_are_those_of_the_definition() -> None:
     np.testing.assert_array_equal(result.values, values)
     np.testing.assert_allclose(result.scale, scale, rtol=1e-7)
     lost = np.linalg.norm(weight - values * scale[:, None]) / np.linalg.norm(weight.astype(np.float64))
-    assert result.error == pytest.approx(lost, rel=1e-5)
+    assert weight_error([result]) == pytest.approx(lost, rel=1e-5)
     assert np.abs(result.values.astype(int)).max(axis=1).tolist() == [127] * 24
 
 
@@ -49,7 +50,7 @@ def test_a_row_of_zeros_has_a_positive_scale_and_no_error() -> None:
     result = quantize_weight(weight, "w")
     assert result.scale[3] == np.float32(SCALE_FLOOR)
     assert not result.values[3].any()
-    assert quantize_weight(np.zeros((2, 3), np.float32), "w").error == 0
+    assert weight_error([quantize_weight(np.zeros((2, 3), np.float32), "w")]) == 0
 
 
 @pytest.mark.parametrize("magnitude", [1e-25, 1e-12, 1.0, 1e12, 1e30])
@@ -83,7 +84,7 @@ def test_a_stored_scale_keeps_its_precision_and_clips_nothing(storage: np.dtype[
     fitting = weight_scale(weight) > smallest
     ulp = 2.0**-10 if storage == HALF else 2.0**-7
     assert (result.scale[fitting] <= weight_scale(weight)[fitting] * (1 + ulp)).all()
-    assert result.error < 1.1 * quantize_weight(weight, "w").error
+    assert weight_error([result]) < 1.1 * weight_error([quantize_weight(weight, "w")])
 
 
 def test_a_row_of_small_weights_keeps_its_levels_in_float16() -> None:
@@ -93,7 +94,7 @@ def test_a_row_of_small_weights_keeps_its_levels_in_float16() -> None:
     stored, exact = quantize_weight(weight, "w", storage=HALF), quantize_weight(weight, "w")
     assert 2**-16 < stored.scale[0] < 2**-14
     assert exact.scale[0] <= stored.scale[0] <= exact.scale[0] * (1 + 2**-8)
-    assert stored.error <= exact.error * (1 + 2**-7)
+    assert weight_error([stored]) <= weight_error([exact]) * (1 + 2**-7)
     assert np.abs(stored.values.astype(int)).max() == 127
 
 
@@ -119,8 +120,8 @@ def test_groups_have_scales_of_their_own_and_zeros_at_the_end(k: int) -> None:
         np.testing.assert_array_equal(result.values[:, group], values)
         np.testing.assert_allclose(result.scale[:, group], scale, rtol=1e-7)
     restored = (result.values * result.scale[..., None]).reshape(24, -1)[:, :k]
-    assert result.error == pytest.approx(np.linalg.norm(weight - restored) / np.linalg.norm(weight), rel=1e-5)
-    assert result.error < quantize_weight(weight, "w").error
+    assert weight_error([result]) == pytest.approx(np.linalg.norm(weight - restored) / np.linalg.norm(weight), rel=1e-5)
+    assert weight_error([result]) < weight_error([quantize_weight(weight, "w")])
 
 
 def test_tokens_are_rounded_with_one_scale_per_row_or_group() -> None:
@@ -140,7 +141,8 @@ def test_tokens_are_rounded_with_one_scale_per_row_or_group() -> None:
 
 def test_a_constant_scale_clips() -> None:
     x = np.array([0.24, 0.26, 100.0, -100.0], np.float32)
-    assert fake_quantize_tensor(x, 0.5).tolist() == [0, 0.5, 63.5, -64]
+    assert fake_quantize_with(x, np.full(4, 0.5, np.float32)).tolist() == [0, 0.5, 63.5, -64]
+    assert fake_quantize_with(x, np.array([1, 0.5, 1, 1], np.float32)).tolist() == [0, 0.5, 100, -100]
 
 
 def test_chunks_cover_all_rows_once() -> None:

@@ -1,0 +1,111 @@
+"""Linears whose weights break with one scale per output channel, and the groups that their input channels then form.
+
+The paper's remedy (arXiv 2408.15301, section 5) gives such linears, a few per cent of all, scales per group of input
+channels. Groups by magnitude do with two what takes many groups along K: the channels that stand out, and the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .diagnosis import AT_RISK, diagnose_weight
+from .linears import Linear
+from .parallel import ordered_map
+from .spec import LinearSpec, PerMagnitude
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A linear whose weight breaks.
+
+    Attributes:
+        name: The module's path.
+        error: Relative error ‖W − Ŵ‖ / ‖W‖ of its other channels, with one scale per output channel.
+        walls: The channels that stand out, and max|W| of each.
+    """
+
+    name: str
+    error: float
+    walls: dict[int, float]
+
+
+def find_broken(
+    linears: Sequence[Linear], weight: Callable[[Linear], Float], on_linear: Callable[[str], None] = lambda _: None
+) -> list[Broken]:
+    """The linears that break, by :func:`.diagnosis.diagnose_weight`, the largest error first.
+
+    Args:
+        linears: Those to look at.
+        weight: Reads the weight as it is to be quantized: float32 [N, K].
+        on_linear: Called with the name of each linear that is done.
+
+    Raises:
+        BismoothError: a weight holds NaN or infinity.
+    """
+    found: list[Broken] = []
+    for linear, broken in zip(linears, ordered_map(partial(_broken, weight=weight), linears), strict=True):
+        found += [] if broken is None else [broken]
+        on_linear(linear.name)
+    return sorted(found, key=lambda item: -item.error)
+
+
+def _broken(linear: Linear, weight: Callable[[Linear], Float]) -> Broken | None:
+    values = weight(linear)
+    found = diagnose_weight(replace(linear, layout="NK"), values)
+    if not found.flagged:
+        return None
+    walls = {channel: float(np.abs(values[:, channel]).max()) for channel in found.channels}
+    return Broken(linear.name, found.rest_errors["per_channel"], walls)
+
+
+def group_walls(
+    specs: Mapping[str, LinearSpec], linears: Sequence[Linear], broken: Sequence[Broken]
+) -> dict[str, LinearSpec]:
+    """The specifications with the walls that were found, where groups are formed by magnitude.
+
+    Linears that read one tensor share its groups, and so its quantizers: a channel that stands out in one of them is a
+    wall in all.
+    """
+    walls: dict[tuple[str, int], dict[int, float]] = {}
+    found = {item.name: item.walls for item in broken}
+    asked = {linear.name: spec for linear in linears if (spec := _by_magnitude(specs[linear.name])) is not None}
+    for linear in linears:
+        if linear.name in asked:
+            common = walls.setdefault((linear.x, asked[linear.name].groups), {})
+            for channel, peak in found.get(linear.name, {}).items():
+                common[channel] = max(peak, common.get(channel, 0.0))
+    result = dict(specs)
+    for linear in linears:
+        if linear.name in asked:
+            groups = asked[linear.name]
+            parted = part(walls[linear.x, groups.groups], groups.groups - 1)
+            weights = specs[linear.name].weights
+            assert weights is not None
+            granularity = replace(groups, walls=parted)
+            result[linear.name] = replace(specs[linear.name], weights=replace(weights, granularity=granularity))
+    return result
+
+
+def part(walls: Mapping[int, float], most: int) -> tuple[tuple[int, ...], ...]:
+    """Walls, with the maximum of each, in up to ``most`` groups: parted where they lie furthest apart.
+
+    And by :data:`.diagnosis.AT_RISK` bits at least, since the higher ones of a group take no less from the lower.
+    """
+    ranked = sorted(walls, key=lambda channel: (-walls[channel], channel))
+    gaps = np.diff(-np.log2([walls[channel] for channel in ranked]))
+    widest = np.argsort(-gaps, kind="stable")[: most - 1]
+    cuts = sorted(int(place) + 1 for place in widest if gaps[place] >= AT_RISK)
+    parts = [ranked[start:end] for start, end in zip([0, *cuts], [*cuts, len(ranked)], strict=True)]
+    return tuple(tuple(sorted(channels)) for channels in parts if channels)
+
+
+def _by_magnitude(spec: LinearSpec) -> PerMagnitude | None:
+    granularity = spec.weights.granularity if spec.weights else None
+    return granularity if isinstance(granularity, PerMagnitude) else None

@@ -1,0 +1,210 @@
+"""Channels whose weights stand out have scales of their own: a product without them, and one with only them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bismooth.engines.linears import summarize
+from bismooth.passes._gs import dtype_of
+from bismooth.passes.graph import load
+from bismooth.passes.lint import lint
+from tests.graphs import Builder
+from tests.quantizing import Array, Quantized, Seen, quantize, recipe, relative_error, w8a8, watch
+
+N, K, T = 24, 64, (2, 5)
+WALLS = [5, 40]
+STATIC = {"granularity": "per_tensor", "range": "minmax"}
+
+
+def mixed(groups: int = 2, **settings: Any) -> Any:
+    rule = {"match": "@walls", "weights": {"granularity": "per_magnitude", "groups": groups}}
+    return recipe(rule, **settings)
+
+
+def linears(
+    names: str = "a", *, flat: bool = False, factors: tuple[float, float] = (100, 100)
+) -> tuple[Builder, Array]:
+    """Linears on x [batch, sequence, K] or [tokens, K], with walls in W where x is large as well."""
+    b = Builder()
+    x = b.input("x", "tokens", K) if flat else b.tokens("x", K)
+    b.outputs += [b.linear(x, name, N, K, bias=True) for name in names]
+    values = np.random.default_rng(1).standard_normal((10, K) if flat else (*T, K)).astype(np.float32)
+    values[..., WALLS] *= 30
+    for name in names:
+        b.initializers[f"{name}.weight"][:, WALLS] *= factors
+    return b, values
+
+
+def parts(*walls: list[int]) -> list[Array]:
+    return [np.delete(np.arange(K), np.concatenate(walls)), *map(np.array, walls)]
+
+
+def expected(x: Array, w: Array, groups: list[Array]) -> Array:
+    return sum((w8a8(x[..., part], w[:, part]) for part in groups), np.zeros(()))
+
+
+def run(made: Quantized, x: Array, **options: Any) -> list[Array]:
+    return list(made.run({"x": x}, **options).values())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_per_token(tmp_path: Path, flat: bool) -> None:
+    b, x = linears("ab", flat=flat)
+    made = quantize(b, tmp_path, mixed())
+    for name, got in zip("ab", run(made, x), strict=True):
+        exact = expected(x, b.initializers[f"{name}.weight"], parts(WALLS)) + b.initializers[f"{name}.bias"]
+        assert got.shape == exact.shape
+        assert relative_error(exact, got) <= 1e-6
+
+
+def test_walls_of_different_height_are_parted_into_groups(tmp_path: Path) -> None:
+    b, x = linears(factors=(20, 2000))
+    made = quantize(b, tmp_path, mixed(groups=3))
+    exact = expected(x, b.initializers["a.weight"], parts([40], [5])) + b.initializers["a.bias"]
+    assert relative_error(exact, run(made, x)[0]) <= 1e-6
+    assert made.result.linears[0].walls == ((40,), (5,))
+    assert made.result.linears[0].wall_nodes == ("a/walls/MatMul", "a/walls_1/MatMul")
+
+
+def test_static_scales_are_one_for_each_group(tmp_path: Path) -> None:
+    b, x = linears()
+    made = quantize(b, tmp_path, mixed(activations=STATIC), Seen({"x": x.reshape(-1, K)}))
+    exact = b.initializers["a.bias"].astype(np.float64)
+    for part in parts(WALLS):
+        scale = np.abs(x[..., part]).max() / np.float32(127)
+        w = b.initializers["a.weight"][:, part]
+        steps = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
+        exact = exact + (np.rint(x[..., part] / scale) * float(scale)) @ (np.rint(w / steps) * steps.astype(float)).T
+    assert relative_error(exact, run(made, x)[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_weight_only(tmp_path: Path, compute: str) -> None:
+    b, x = linears()
+    made = quantize(b, tmp_path, mixed(activations=None, compute_dtype=compute))
+    if compute == "float16":  # scales are stored in it
+        assert relative_error(run(made, x)[0], run(made, x, role="float16")[0]) < 2e-3
+        return
+    exact = b.initializers["a.bias"].astype(np.float64)
+    for part in parts(WALLS):
+        w = b.initializers["a.weight"][:, part]
+        steps = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
+        exact = exact + x[..., part].astype(float) @ (np.rint(w / steps) * steps.astype(float)).T
+    for mode in ("reference", "int8"):
+        assert relative_error(exact, run(made, x, mode=mode)[0]) <= 1e-5
+
+
+def test_linears_that_read_one_tensor_share_its_groups(tmp_path: Path) -> None:
+    b, x = linears("abc")
+    b.initializers["b.weight"][:, 40] /= 100
+    made = quantize(b, tmp_path, mixed())
+    assert [linear.walls for linear in made.result.linears] == [((5, 40),)] * 3
+    graph = load(made.folder / "model.onnx")
+    assert [node.op for node in graph.nodes].count("QuantizeLinear") == 2
+    assert [node.op for node in graph.nodes].count("Gather") == 1
+    names = [node.name for node in graph.nodes]
+    assert len(set(names)) == len(names)
+    exact = expected(x, b.initializers["b.weight"], parts(WALLS)) + b.initializers["b.bias"]
+    assert relative_error(exact, run(made, x)[1]) <= 1e-6
+
+
+def test_both_products_are_linears_for_the_audit(tmp_path: Path) -> None:
+    made = quantize(linears()[0], tmp_path, mixed())
+    found = summarize(made.folder / "model.onnx").linears
+    assert [(linear.node, linear.macs, linear.quantized) for linear in found] == [
+        ("a/MatMul", K * N, True),
+        ("a/walls/MatMul", len(WALLS) * N, True),
+    ]
+    assert (made.result.linears[0].node, *made.result.linears[0].wall_nodes) == tuple(item.node for item in found)
+
+
+def test_integer_kernels_equal_the_reference(tmp_path: Path) -> None:
+    b, x = linears("ab")
+    made = quantize(b, tmp_path, mixed())
+    for reference, got in zip(run(made, x), run(made, x, mode="int8"), strict=True):
+        assert relative_error(reference, got) <= 1e-6
+
+
+def test_the_float16_graph_is_clean_and_right(tmp_path: Path) -> None:
+    b, x = linears("ab")
+    made = quantize(b, tmp_path, mixed(compute_dtype="float16"))
+    for capability in (75, 89):
+        assert lint(made.folder / "model.float16.onnx", target="tensorrt-rtx", capabilities=[capability]) == []
+    assert lint(made.folder / "model.onnx", target="onnxruntime") == []
+    for name, got in zip("ab", run(made, x, role="float16"), strict=True):
+        half = x.astype(np.float16).astype(np.float32)
+        exact = expected(half, b.initializers[f"{name}.weight"], parts(WALLS)) + b.initializers[f"{name}.bias"]
+        assert relative_error(exact, got) < 2e-3
+
+
+def test_sums_of_products_stay_in_float32(tmp_path: Path) -> None:
+    b, x = linears()
+    b.initializers["a.weight"][:] *= 300  # y is in float16's range, the product of the walls alone is not
+    b.initializers["a.weight"][:, 40] = -b.initializers["a.weight"][:, 5]
+    x[..., 40] = x[..., 5]
+    made = quantize(b, tmp_path, mixed(compute_dtype="float16"))
+    graph = load(made.folder / "model.float16.onnx")
+    (add,) = [node for node in graph.nodes if node.name == "a/walls/Add"]
+    assert {dtype_of(tensor) for tensor in (*add.inputs, *add.outputs)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(("share", "grouped"), [(None, "abc"), (0.67, "bc"), (0.3, "")])
+def test_a_share_caps_the_linears_that_are_grouped_to_the_worst(tmp_path: Path, share: float, grouped: str) -> None:
+    b = Builder()
+    for name, factor in (("a", 30), ("b", 100), ("c", 300)):
+        b.outputs.append(b.linear(b.tokens(f"x{name}", K), name, N, K))
+        b.initializers[f"{name}.weight"][:, 5] *= factor
+    made = quantize(b, tmp_path, mixed(max_share=share))
+    assert "".join(linear.name for linear in made.result.linears if linear.walls) == grouped
+    assert made.result.broken == ("c", "b", "a")
+
+
+def test_healthy_linears_and_float_ones_are_left_as_they_are(tmp_path: Path) -> None:
+    b, _ = linears("ab")
+    b.initializers["a.weight"][:, WALLS] /= 100
+    made = quantize(b, tmp_path, recipe({"match": "b", "weights": None}, *mixed().to_dict()["layers"][2:]))
+    assert [(linear.name, linear.walls) for linear in made.result.linears] == [("a", ())]
+    assert made.result.float_linears == ("b",)
+
+
+def test_contiguous_groups_for_linears_with_walls_alone(tmp_path: Path) -> None:
+    b, _ = linears("ab")
+    b.initializers["a.weight"][:, WALLS] /= 100
+    rule = {"match": "@walls", "weights": {"granularity": "per_group", "group_size": 24}}
+    made = quantize(b, tmp_path, recipe(rule))
+    assert [(linear.name, linear.group) for linear in made.result.linears] == [("a", None), ("b", 24)]
+
+
+SMOOTH = {"alphas": [0.3, 0.5, 0.7], "refine_steps": 10}
+
+
+def norm_and_linear(tmp_path: Path, x_factor: float, others: float) -> tuple[Builder, Seen]:
+    """Walls ×200 in W where one token of the norm's output is × about 5 ``x_factor``, and the others × ``others``."""
+    b = Builder()
+    h = b.rms_norm(b.tokens("x", K), "norm", K)
+    b.outputs.append(b.linear(h, "fc", N, K))
+    b.initializers["norm.weight"][WALLS] *= x_factor
+    b.initializers["fc.weight"][:, WALLS] *= 200
+    x = np.random.default_rng(0).standard_normal((*T, K)).astype(np.float32)
+    x[..., WALLS] *= others
+    x[0, 0, WALLS] = 100
+    return b, watch(b, tmp_path / "seen", {"x": x}, h)
+
+
+def test_smoothing_comes_first_and_needs_no_groups_where_it_repairs(tmp_path: Path) -> None:
+    b, seen = norm_and_linear(tmp_path, 1 / 200, 1)
+    made = quantize(b, tmp_path, mixed(smoothing=SMOOTH), seen)
+    assert (made.result.broken, made.result.linears[0].walls) == ((), ())
+
+
+def test_what_smoothing_cannot_repair_gets_groups_and_is_smoothed_for_them(tmp_path: Path) -> None:
+    """Walls meet an outlier in one token, and the activation's scale is constant."""
+    b, seen = norm_and_linear(tmp_path, 20, 0)
+    settings: dict[str, Any] = {"smoothing": SMOOTH, "activations": STATIC}
+    made = quantize(b, tmp_path, mixed(**settings), seen)
+    (choice,) = made.result.choices
+    (alone,) = quantize(b, tmp_path / "smoothed", recipe(**settings), seen).result.choices
+    assert made.result.linears[0].walls == ((5, 40),)
+    assert choice.error is not None and alone.error is not None and choice.error < alone.error / 3

@@ -1,0 +1,92 @@
+"""Groups by magnitude: which channels share one."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bismooth.export.errors import BismoothError
+from bismooth.passes.groups import count, fake_quantize, members, per_column
+from bismooth.passes.linears import Linear
+from bismooth.passes.spec import Groups, LinearSpec, PerGroup, PerMagnitude, WeightSpec
+from bismooth.passes.wall_groups import Broken, find_broken, group_walls, part
+from bismooth.passes.weights import fake_quantize_rows
+
+K = 40
+TWO, THREE = PerMagnitude(2, ((3, 7),)), PerMagnitude(3, ((7,), (3, 5)))
+
+
+def linear(name: str, x: str = "x") -> Linear:
+    return Linear(name, f"{name}/MatMul", x, f"{name}.y", f"{name}.w", "KN", K, 64, None, False, ())
+
+
+def spec(granularity: Any) -> LinearSpec:
+    return LinearSpec(WeightSpec(granularity))
+
+
+@pytest.mark.parametrize("groups", [PerGroup(16), PerGroup(8), PerGroup(64), TWO, THREE])
+def test_groups_hold_each_channel_once_and_are_rounded_apart(groups: Groups) -> None:
+    parts = members(groups, K)
+    assert len(parts) == count(groups, K)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(K))
+    rows = np.random.default_rng(0).standard_normal((6, K), np.float32)
+    rows[:, 7] *= 100
+    got = fake_quantize(rows, groups)
+    for channels in parts:
+        np.testing.assert_array_equal(got[:, channels], fake_quantize_rows(rows[:, channels]))
+    room = rows.copy()
+    assert fake_quantize(room, groups, out=room) is room
+    np.testing.assert_array_equal(room, got)
+    values = per_column(list(range(len(parts))), groups, K)
+    assert [set(values[channels].tolist()) for channels in parts] == [{number} for number in range(len(parts))]
+
+
+def test_without_groups_all_channels_share_a_scale() -> None:
+    rows = np.random.default_rng(0).standard_normal((6, K), np.float32)
+    np.testing.assert_array_equal(fake_quantize(rows, None), fake_quantize_rows(rows))
+    assert per_column([3], None, 2).tolist() == [3, 3]
+    assert count(None, K) == 1
+
+
+@pytest.mark.parametrize(
+    ("walls", "most", "expected"),
+    [
+        ({}, 2, ()),
+        ({4: 50, 1: 10}, 1, ((1, 4),)),
+        ({4: 50, 1: 10}, 2, ((4,), (1,))),
+        ({4: 15, 1: 10}, 2, ((1, 4),)),  # less than a bit apart
+        ({0: 1, 1: 3, 2: 300, 3: 290, 4: 40}, 2, ((2, 3, 4), (0, 1))),
+        ({0: 1, 1: 3, 2: 300, 3: 290, 4: 40}, 3, ((2, 3), (4,), (0, 1))),
+    ],
+)
+def test_walls_are_parted_where_they_lie_furthest_apart(
+    walls: dict[int, float], most: int, expected: tuple[tuple[int, ...], ...]
+) -> None:
+    assert part(walls, most) == expected
+
+
+def test_linears_that_read_one_tensor_have_the_walls_of_all_of_them() -> None:
+    linears = [linear("q"), linear("k"), linear("v"), linear("o", "other")]
+    specs = dict.fromkeys("qko", spec(PerMagnitude())) | {"v": LinearSpec(WeightSpec())}
+    broken = [Broken("q", 0.5, {7: 9.0}), Broken("k", 0.4, {3: 9.0}), Broken("v", 0.3, {5: 9.0})]
+    assert group_walls(specs, linears, broken) == specs | {"q": spec(TWO), "k": spec(TWO)}
+
+
+def test_broken_linears_are_named_the_worst_first() -> None:
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((64, K), np.float32) for name in "abc"}
+    weights["a"][:, 9] *= 30
+    weights["c"][:, 4] *= 300
+    done: list[str] = []
+    found = find_broken([linear(name) for name in "abc"], lambda item: weights[item.name], done.append)
+    assert [(item.name, list(item.walls)) for item in found] == [("c", [4]), ("a", [9])]
+    assert found[0].walls[4] == np.abs(weights["c"][:, 4]).max()
+    assert found[0].error > found[1].error > 0.02
+    assert done == ["a", "b", "c"]
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    weight = np.ones((64, K), np.float32)
+    weight[3, 2] = np.nan
+    with pytest.raises(BismoothError, match=r"^a\.w: the weight holds NaN or infinity in row 3"):
+        find_broken([linear("a")], lambda _: weight)
