@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from ..passes.parallel import ordered_map
 from ..passes.sites import Site, find_sites
 from ..passes.walls import find_walls
 from ..passes.weight_reader import WeightReader
+from ..passes.weight_scan import scan
 from . import console
 from .exporting import float_artifact
 
@@ -142,7 +144,7 @@ class DiagnoseResult:
 
 
 def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> DiagnoseResult:
-    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); two weights at a time are in memory.
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); of each weight a megabyte is in memory.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
@@ -159,15 +161,18 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
                 f"{source}: has no linear layers. Expected some (MatMul or Gemm with a constant matrix); convolutions "
                 "are not looked at."
             )
-        found: list[Diagnosis] = []
+        found: dict[str, Diagnosis] = {}
+        by_size = sorted(linears, key=lambda linear: -linear.n * linear.k)  # no large one is left for the end
         read, start = 0, time.perf_counter()
         with console.progress() as progress:
-            for diagnosis, size in ordered_map(partial(_diagnosed, reader), linears):
-                found.append(diagnosis)
+            work = ordered_map(partial(_diagnosed, reader), by_size, at_once=os.cpu_count() or 1)
+            for diagnosis, size in work:
+                found[diagnosis.name] = diagnosis
                 read += size
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
-        flagged = [item for item in found if item.flagged]
+        diagnoses = tuple(found[linear.name] for linear in linears)
+        flagged = [item for item in diagnoses if item.flagged]
         known = {linear.name: linear for linear in linears}
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
@@ -177,15 +182,13 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
         words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
     if trust_remote_code:
         words += " --trust-remote-code"
-    return DiagnoseResult(
-        str(source), tuple(found), tuple(_remedies(words, flagged, foldable, repaired)), read, seconds
-    )
+    return DiagnoseResult(str(source), diagnoses, tuple(_remedies(words, flagged, foldable, repaired)), read, seconds)
 
 
 def _diagnosed(reader: WeightReader, linear: Linear) -> tuple[Diagnosis, int]:
     """What is found in a weight, and its bytes."""
-    weight = reader.raw(linear.weight)
-    return diagnose_weight(linear, weight), weight.nbytes
+    seen = scan(linear, partial(reader.pieces, linear.weight))
+    return diagnose_weight(linear, seen), seen.nbytes
 
 
 def _folds(site: Site, item: Diagnosis) -> bool:
@@ -212,7 +215,8 @@ def _without_data(
             columns = np.where(labels[item.name] < 0, 1.0, s[labels[item.name]]).astype(np.float32)
             if (columns[list(item.channels)] != 1).all():
                 linear = linears[item.name]
-                errors[item.name] = scaled_error(linear, reader.raw(linear.weight), item.channels, columns)
+                rows = scan(linear, partial(reader.pieces, linear.weight)).rows
+                errors[item.name] = scaled_error(rows, item.channels, columns)
     return errors
 
 
