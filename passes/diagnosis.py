@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .linears import Linear
 from .refine import sample
+from .smoothing import smoothing_factor
 from .walls import walls_of_rows
 from .weight_scan import WeightScan
 from .weights import fake_quantize_rows
@@ -21,6 +22,9 @@ Float = NDArray[np.float32]
 
 GROUPS = (16, 32, 64, 128)
 """Sizes of the contiguous groups along K whose error is measured."""
+
+_SHOWN_GROUP = 64
+_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 _ROUNDED_ROWS = 64
 """Rows that rounding errors are measured on: thousands of weights each, whose errors hardly differ in the mean."""
@@ -42,6 +46,7 @@ class Diagnosis:
             of log₂(maxₖ|W[n,k]| / the same without them).
         errors: Relative error ‖W − Ŵ‖ / ‖W‖ by scheme: ``per_channel``, ``per_group_16`` …, ``bismoothed``.
         rest_errors: The same over the channels that are no walls: what is left of the other weights.
+        output_errors: What :func:`output_errors` gives, None without statistics.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Diagnosis:
     lost_bits: float
     errors: dict[str, float]
     rest_errors: dict[str, float]
+    output_errors: dict[str, float] | None = None
 
     @property
     def flagged(self) -> bool:
@@ -71,6 +77,7 @@ class Diagnosis:
             "kurtosis": self.kurtosis,
             "errors": self.errors,
             "rest_errors": self.rest_errors,
+            "output_errors": self.output_errors,
             "shape": [self.n, self.k],
         }
 
@@ -94,6 +101,35 @@ def diagnose_weight(linear: Linear, seen: WeightScan) -> Diagnosis:
         errors={name: error.over() for name, error in errors.items()},
         rest_errors={name: error.over(rest) for name, error in errors.items()},
     )
+
+
+def output_errors(seen: WeightScan, tokens: Float, absmax: Float) -> dict[str, float]:
+    """‖Y − Ŷ‖ / ‖Y‖ of a linear by scheme, activations and weights in INT8, on sampled tokens and outputs.
+
+    ``per_channel``: a scale per token and per output channel. ``per_group_64``: the same for each 64 inputs, of tokens
+    too. ``bismoothed``: as ``per_channel`` after X / s and W · s with s = max|X|^α / max|W|^(1 − α) (arXiv 2408.15301),
+    at the α that is best for this linear; other linears that share its factor may ask for another one.
+
+    Args:
+        seen: The scan of W [N, K].
+        tokens: X, float32 [T, K].
+        absmax: max|X| of each channel over all tokens, float32 [K].
+    """
+    rows, every = rounded_rows(seen.rows), np.ones(len(seen.peaks), np.bool_)
+    exact = tokens @ rows.T
+    norm = float(np.linalg.norm(exact))
+
+    def error(s: Float | None = None, group: int | None = None) -> float:
+        x, w = (tokens, rows) if s is None else (tokens / s, rows * s)
+        got = fake_quantize_rows(x, group) @ fake_quantize_rows(w, group).T
+        got -= exact
+        return float(np.linalg.norm(got)) / norm if norm else 0.0
+
+    errors = {"per_channel": error()}
+    if len(seen.peaks) > _SHOWN_GROUP:
+        errors[f"per_group_{_SHOWN_GROUP}"] = error(group=_SHOWN_GROUP)
+    factors = (smoothing_factor(absmax.astype(float), seen.peaks.astype(float), alpha, every) for alpha in _ALPHAS)
+    return errors | {"bismoothed": min(error(s.astype(np.float32)) for s in factors)}
 
 
 def scaled_error(rows: Float, walls: Sequence[int], columns: Float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bismooth.export.errors import BismoothError
-from bismooth.passes.diagnosis import Diagnosis, diagnose_weight
+from bismooth.passes.diagnosis import Diagnosis, diagnose_weight, output_errors
 from bismooth.passes.linears import Linear
 from bismooth.passes.refine import sample
 from bismooth.passes.walls import AT_RISK, SAMPLED_ROWS, wall_channels
@@ -168,3 +168,36 @@ def test_the_walls_of_a_whole_weight_are_those_of_the_diagnosis() -> None:
     walls, lost = wall_channels(w)
     assert sorted(walls) == channels
     assert lost == look(linear(), w).lost_bits
+
+
+@pytest.mark.parametrize("k", [64, 512])
+def test_output_errors_against_float64(k: int) -> None:
+    """Walls in W and as much smaller activations: rounded per channel, bi-smoothed, and in groups."""
+    random = np.random.default_rng(0)
+    w, x = weight(1, k, 64), random.standard_normal((40, k), np.float32)
+    w[:, [3, 50]] *= 100
+    x[:, [3, 50]] /= 100
+    found = output_errors(scanned(linear(k, 64), w), x, np.abs(x).max(axis=0))
+
+    def rounded(values: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+        parts = values.reshape(len(values), -1, group)
+        scale = np.abs(parts).max(axis=2, keepdims=True) / 127
+        return (np.rint(parts / scale) * scale).reshape(values.shape)
+
+    def error(s: NDArray[np.float64], group: int = k) -> float:
+        exact = x.astype(np.float64) @ w.T.astype(np.float64)
+        got = rounded(x / s, group) @ rounded(w * s, group).T
+        return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+    balanced = np.abs(x).max(axis=0) ** 0.5 / np.abs(w).max(axis=0) ** 0.5
+    assert found["per_channel"] == pytest.approx(error(np.ones(k)), rel=1e-2)
+    assert found["bismoothed"] <= error(balanced.astype(np.float64)) * 1.01
+    assert found["bismoothed"] < found["per_channel"] / 10
+    assert ("per_group_64" in found) == (k > 64)
+    if k > 64:
+        assert found["per_group_64"] == pytest.approx(error(np.ones(k), 64), rel=1e-2)
+
+
+def test_outputs_of_zeros_have_no_error() -> None:
+    seen = scanned(linear(), weight(0))
+    assert set(output_errors(seen, np.zeros((4, K), np.float32), np.zeros(K, np.float32)).values()) == {0.0}
