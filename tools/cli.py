@@ -336,6 +336,9 @@ def compile_(
 @command
 def diagnose(
     model: o.Model,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Statistics of the model, to measure output errors on.")
+    ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -344,7 +347,7 @@ def diagnose(
     from .diagnose import diagnose as run
 
     console.show_progress(not quiet)
-    finish(run(model, trust_remote_code=trust_remote_code), as_json)
+    finish(run(model, statistics=statistics, trust_remote_code=trust_remote_code), as_json)
 
 
 @command

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..export.artifact import MANIFEST
+from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
-from ..passes.diagnosis import Diagnosis, diagnose_weight, scaled_error
+from ..passes.diagnosis import Diagnosis, diagnose_weight, output_errors, scaled_error
 from ..passes.graph import load
 from ..passes.linears import Linear, find_linears
 from ..passes.parallel import ordered_map
 from ..passes.sites import Site, find_sites
+from ..passes.smoothing import Activations
 from ..passes.walls import find_walls
 from ..passes.weight_reader import WeightReader
+from ..passes.weight_scan import scan
 from . import console
 from .exporting import float_artifact
 
@@ -116,11 +119,13 @@ class DiagnoseResult:
             }
             for item in shown
         ]
+        outputs = [{"linear": item.name, **item.output_errors} for item in shown if item.output_errors]
         return {
             **self._head(),
             **({} if self.flagged else {"verdict": self.verdict}),
             **{f"to apply {remedy.name}": remedy.command for remedy in self.remedies},
             "linears at risk" if self.flagged else "most uneven linears": rows,
+            **({"output errors": outputs} if any(outputs) else {}),
             "remedies": [remedy.brief() for remedy in self.remedies],
         }
 
@@ -141,15 +146,19 @@ class DiagnoseResult:
         }
 
 
-def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> DiagnoseResult:
-    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); two weights at a time are in memory.
+def diagnose(
+    source: str | Path, *, statistics: str | Path | None = None, trust_remote_code: bool = False
+) -> DiagnoseResult:
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); of each weight a megabyte is in memory.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
+        statistics: those of 'bismooth calibrate', to measure output errors on.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        BismoothError: the source cannot be used or has no linears, or a weight holds NaN or infinity.
+        BismoothError: the source cannot be used or has no linears, the statistics cannot be read or are of another
+            model, or a weight holds NaN or infinity.
     """
     with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
         graph = load(artifact.graph("float32"))
@@ -159,15 +168,19 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
                 f"{source}: has no linear layers. Expected some (MatMul or Gemm with a constant matrix); convolutions "
                 "are not looked at."
             )
-        found: list[Diagnosis] = []
+        activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
+        found: dict[str, Diagnosis] = {}
+        by_size = sorted(linears, key=lambda linear: -linear.n * linear.k)  # no large one is left for the end
         read, start = 0, time.perf_counter()
         with console.progress() as progress:
-            for diagnosis, size in ordered_map(partial(_diagnosed, reader), linears):
-                found.append(diagnosis)
+            work = ordered_map(partial(_diagnosed, reader, activations), by_size, at_once=os.cpu_count() or 1)
+            for diagnosis, size in work:
+                found[diagnosis.name] = diagnosis
                 read += size
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
-        flagged = [item for item in found if item.flagged]
+        diagnoses = tuple(found[linear.name] for linear in linears)
+        flagged = [item for item in diagnoses if item.flagged]
         known = {linear.name: linear for linear in linears}
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
@@ -177,15 +190,27 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
         words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
     if trust_remote_code:
         words += " --trust-remote-code"
-    return DiagnoseResult(
-        str(source), tuple(found), tuple(_remedies(words, flagged, foldable, repaired)), read, seconds
-    )
+    return DiagnoseResult(str(source), diagnoses, tuple(_remedies(words, flagged, foldable, repaired)), read, seconds)
 
 
-def _diagnosed(reader: WeightReader, linear: Linear) -> tuple[Diagnosis, int]:
+def _load_statistics(path: Path, artifact: Artifact) -> Activations:
+    from ..calibrators.calibration import StatisticsCalibration
+    from ..calibrators.run import hash_model
+    from ..calibrators.statistics import Statistics
+
+    statistics = Statistics.load(path)
+    statistics.check_graph(hash_model(artifact.graph("float32")))
+    return StatisticsCalibration(statistics)
+
+
+def _diagnosed(reader: WeightReader, activations: Activations | None, linear: Linear) -> tuple[Diagnosis, int]:
     """What is found in a weight, and its bytes."""
-    weight = reader.raw(linear.weight)
-    return diagnose_weight(linear, weight), weight.nbytes
+    seen = scan(linear, partial(reader.pieces, linear.weight))
+    found = diagnose_weight(linear, seen)
+    if activations is not None:
+        errors = output_errors(seen, activations.rows(linear.x), activations.absmax(linear.x))
+        found = replace(found, output_errors=errors)
+    return found, seen.nbytes
 
 
 def _folds(site: Site, item: Diagnosis) -> bool:
@@ -212,7 +237,8 @@ def _without_data(
             columns = np.where(labels[item.name] < 0, 1.0, s[labels[item.name]]).astype(np.float32)
             if (columns[list(item.channels)] != 1).all():
                 linear = linears[item.name]
-                errors[item.name] = scaled_error(linear, reader.raw(linear.weight), item.channels, columns)
+                rows = scan(linear, partial(reader.pieces, linear.weight)).rows
+                errors[item.name] = scaled_error(rows, item.channels, columns)
     return errors
 
 
