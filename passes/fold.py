@@ -38,6 +38,10 @@ class Edit:
     columns: Factor | None = None
     values: Factor | None = None
 
+    def of_rows(self, rows: slice) -> "Edit":
+        """The edit of some rows of W [N, K]."""
+        return Edit(None if self.rows is None else self.rows[rows], self.columns)
+
     def __mul__(self, other: "Edit") -> "Edit":
         """Both edits, one after the other."""
         return Edit(

@@ -29,6 +29,14 @@ def count(groups: Groups | None, k: int) -> int:
     return -(-k // groups.size) if isinstance(groups, PerGroup) else 1 + len(groups.walls)
 
 
+def without_walls(rows: Float, walls: Sequence[Sequence[int]]) -> list[Float]:
+    """The rows with zeros in the place of the walls, float32 [R, K], and each group of walls, [R, k]."""
+    rest = rows.copy()
+    for channels in walls:
+        rest[:, channels] = 0
+    return [rest, *(rows[:, channels] for channels in walls)]
+
+
 def fake_quantize(rows: Float, groups: Groups | None, out: Float | None = None) -> Float:
     """INT8 and back with one scale max|·| / 127 per row and group: float32 [R, K]; ``out`` may be ``rows``."""
     if groups is None or isinstance(groups, PerGroup):

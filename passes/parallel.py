@@ -1,4 +1,9 @@
-"""Work on arrays, several items at once."""
+"""Work on arrays, several items at once.
+
+NOTE: threadpoolctl looks for the loaded libraries by ``dl_iterate_phdr``, whose callback looks up symbols. glibc takes
+two locks for that, in the other order than a thread that ends elsewhere: a deadlock, seen once beside the threads of
+ONNX Runtime. So it looks once, on import.
+"""
 
 import os
 import threading
@@ -12,7 +17,8 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_threadpoolctl: Any = import_module("threadpoolctl")
+import_module("numpy")  # whose BLAS is to be found
+_LIBRARIES: Any = import_module("threadpoolctl").ThreadpoolController()
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, at_once: int = 2) -> Iterator[Result]:
@@ -48,7 +54,7 @@ class _OneCore:
     def each_product(self) -> Generator[None]:
         with self._lock:
             if not self._users:
-                self._limits = _threadpoolctl.threadpool_limits(1, "blas")
+                self._limits = _LIBRARIES.limit(limits=1, user_api="blas")
             self._users += 1
         try:
             yield

@@ -45,7 +45,7 @@ from .spec import ComputeType, LinearSpec, SiteKind
 from .static_ranges import Ranges, StaticRanges, static_ranges
 from .unsigned import UseUnsignedActivations
 from .wall_groups import Broken, find_broken, group_walls
-from .weight_file import QuantizedLinear, WeightFile, WeightSources, folded_weight, write_weights
+from .weight_file import QuantizedLinear, WeightFile, WeightSources, folded_blocks, write_weights
 from .weight_reader import WeightReader
 
 LEAST_OPSET = 18
@@ -167,7 +167,7 @@ def _plan(
     edits = weight_edits(sites, factors)
     quantized = [linear for linear in linears if specs[linear.name].quantized]
     count = Counter(progress, "look for walls", len(quantized))
-    broken = find_broken(quantized, lambda linear: folded_weight(reader, linear, edits), count)
+    broken = find_broken(quantized, lambda linear: folded_blocks(reader, linear, edits), count)
     most = len(linears) if recipe.max_share is None else int(recipe.max_share * len(linears))
     specs = _specs(recipe, linears, graph, sites, walls=[item.name for item in broken[:most]])
     specs = group_walls(specs, linears, broken)

@@ -6,17 +6,19 @@ channels. Groups by magnitude do with two what takes many groups along K: the ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .diagnosis import AT_RISK, diagnose_weight
+from .diagnosis import scaled_error
 from .linears import Linear
 from .parallel import ordered_map
+from .refine import sample
 from .spec import LinearSpec, PerMagnitude
+from .walls import AT_RISK, SAMPLED_ROWS, walls_of_rows
 
 Float = NDArray[np.float32]
 
@@ -37,32 +39,37 @@ class Broken:
 
 
 def find_broken(
-    linears: Sequence[Linear], weight: Callable[[Linear], Float], on_linear: Callable[[str], None] = lambda _: None
+    linears: Sequence[Linear],
+    blocks: Callable[[Linear], Iterable[Float]],
+    on_linear: Callable[[str], None] = lambda _: None,
 ) -> list[Broken]:
-    """The linears that break, by :func:`.diagnosis.diagnose_weight`, the largest error first.
+    """The linears that break, as ``diagnose`` finds them, the largest error first.
 
     Args:
         linears: Those to look at.
-        weight: Reads the weight as it is to be quantized: float32 [N, K].
+        blocks: Reads the weight as it is to be quantized, some rows at a time: float32 [.., K].
         on_linear: Called with the name of each linear that is done.
-
-    Raises:
-        BismoothError: a weight holds NaN or infinity.
     """
     found: list[Broken] = []
-    for linear, broken in zip(linears, ordered_map(partial(_broken, weight=weight), linears), strict=True):
+    for linear, broken in zip(linears, ordered_map(partial(_broken, blocks=blocks), linears), strict=True):
         found += [] if broken is None else [broken]
         on_linear(linear.name)
     return sorted(found, key=lambda item: -item.error)
 
 
-def _broken(linear: Linear, weight: Callable[[Linear], Float]) -> Broken | None:
-    values = weight(linear)
-    found = diagnose_weight(replace(linear, layout="NK"), values)
-    if not found.flagged:
+def _broken(linear: Linear, blocks: Callable[[Linear], Iterable[Float]]) -> Broken | None:
+    chosen, start = sample(linear.n, SAMPLED_ROWS), 0
+    rows, peaks = np.empty((len(chosen), linear.k), np.float32), np.zeros(linear.k, np.float32)
+    for block in blocks(linear):
+        inside = slice(*np.searchsorted(chosen, (start, start + len(block))))
+        rows[inside] = block[chosen[inside] - start]
+        np.maximum(peaks, np.maximum(block.max(axis=0), -block.min(axis=0)), out=peaks)
+        start += len(block)
+    channels, _ = walls_of_rows(rows, peaks)
+    if not channels.size:
         return None
-    walls = {channel: float(np.abs(values[:, channel]).max()) for channel in found.channels}
-    return Broken(linear.name, found.rest_errors["per_channel"], walls)
+    error = scaled_error(rows, channels.tolist(), np.ones(linear.k, np.float32))
+    return Broken(linear.name, error, dict(zip(channels.tolist(), peaks[channels].tolist(), strict=True)))
 
 
 def group_walls(
@@ -96,7 +103,7 @@ def group_walls(
 def part(walls: Mapping[int, float], most: int) -> tuple[tuple[int, ...], ...]:
     """Walls, with the maximum of each, in up to ``most`` groups: parted where they lie furthest apart.
 
-    And by :data:`.diagnosis.AT_RISK` bits at least, since the higher ones of a group take no less from the lower.
+    And by :data:`.walls.AT_RISK` bits at least, since the higher ones of a group take no less from the lower.
     """
     ranked = sorted(walls, key=lambda channel: (-walls[channel], channel))
     gaps = np.diff(-np.log2([walls[channel] for channel in ranked]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .fold import FOLDED, Edit, apply_edit
 from .fold_passes import folded_name
 from .fold_underflow import require_kept
 from .graph import Index
+from .groups import without_walls
 from .linears import Linear
 from .parallel import ordered_map
 from .precision import NARROW_TYPES, StoredCast, narrow_pieces, store
@@ -25,7 +27,7 @@ from .qdq import Product, rescale
 from .spec import ComputeType, LinearSpec, PerGroup, PerMagnitude, StaticActivation
 from .static_ranges import StaticRanges
 from .weight_reader import WeightReader
-from .weights import QuantizedWeight, quantize_weight, row_chunks, weight_error
+from .weights import QuantizedWeight, joined, quantize_weight, row_chunks, weight_error
 
 Float = NDArray[np.float32]
 
@@ -79,14 +81,18 @@ class WeightSources:
 
     def folded(self, linear: Linear) -> Float:
         """W after folding, float32 [N, K]."""
-        return folded_weight(self.reader, linear, self.edits)
+        weight = self.reader.weight(linear)
+        edit = self.edits.get(linear.weight)
+        return weight if edit is None else apply_edit(weight, edit, "NK")
 
 
-def folded_weight(reader: WeightReader, linear: Linear, edits: Mapping[str, Edit]) -> Float:
-    """W of a linear with the smoothing factors folded in, float32 [N, K]."""
-    weight = reader.weight(linear)
-    edit = edits.get(linear.weight)
-    return weight if edit is None else apply_edit(weight, edit, "NK")
+def folded_blocks(reader: WeightReader, linear: Linear, edits: Mapping[str, Edit]) -> Iterator[Float]:
+    """W of a linear with the smoothing factors folded in, some rows at a time: float32 [.., K]."""
+    edit, start = edits.get(linear.weight), 0
+    for block in reader.blocks(linear):
+        stop = start + len(block)
+        yield block if edit is None else apply_edit(block, edit.of_rows(slice(start, stop)), "NK")
+        start = stop
 
 
 @dataclass(frozen=True)
@@ -194,18 +200,18 @@ class _Tensors:
         return tuple(done)
 
     def _quantize(self, linear: Linear) -> list[QuantizedWeight]:
-        """The weight of each of the linear's products."""
+        """The weight of each of the linear's products, some rows of W at a time."""
         spec = self.sources.specs[linear.name]
         storage = None if spec.has_rescale else NARROW_TYPES.get(self.sources.compute)
-        weight = self.sources.folded(linear)
-        if not isinstance(spec.groups, PerMagnitude):
-            group = spec.groups.size if spec.groups else None
-            return [quantize_weight(weight, linear.weight, storage=storage, group=group)]
-        rest = weight.copy()
-        for channels in spec.groups.walls:
-            rest[:, channels] = 0
-        parts = [rest, *(weight[:, channels] for channels in spec.groups.walls)]
-        return [quantize_weight(part, linear.weight, storage=storage) for part in parts]
+        group = spec.groups.size if isinstance(spec.groups, PerGroup) else None
+        quantized: list[list[QuantizedWeight]] = []
+        first = 0
+        for block in folded_blocks(self.sources.reader, linear, self.sources.edits):
+            parts = without_walls(block, spec.groups.walls) if isinstance(spec.groups, PerMagnitude) else [block]
+            make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
+            quantized.append([make(part) for part in parts])
+            first += len(block)
+        return [joined(blocks) for blocks in zip(*quantized, strict=True)]
 
     def _write_quantized(self, linear: Linear, quantized: Sequence[QuantizedWeight]) -> QuantizedLinear:
         spec = self.sources.specs[linear.name]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ._gs import Graph, Tensor, read, read_pieces
 from .graph import Index
 from .linears import Linear
+from .weights import row_chunks
 
 
 class WeightReader:
@@ -21,6 +22,16 @@ class WeightReader:
         """W of a linear as float32 [N, K], whatever its type and layout."""
         values = self.raw(linear.weight).astype(np.float32, copy=False)
         return np.ascontiguousarray(values.T) if linear.layout == "KN" else values
+
+    def blocks(self, linear: Linear, elements: int = 1 << 22) -> Iterator[NDArray[np.float32]]:
+        """The same, some rows of W at a time: [.., K]. A weight that is stored as [K, N] is in memory as a whole."""
+        if linear.layout == "KN":
+            whole = self.raw(linear.weight)
+            for part in row_chunks((linear.n, linear.k), elements):
+                yield np.ascontiguousarray(whole[:, part].T).astype(np.float32, copy=False)
+            return
+        for piece in self.pieces(linear.weight, max(1, elements // linear.k) * linear.k):
+            yield piece.reshape(-1, linear.k).astype(np.float32, copy=False)
 
     def raw(self, name: str) -> NDArray[Any]:
         """An initializer as it is stored."""

@@ -52,7 +52,7 @@ def weight_scale(weight: Float) -> Float:
 
 
 def quantize_weight(
-    weight: Float, name: str, *, storage: np.dtype[Any] | None = None, group: int | None = None
+    weight: Float, name: str, *, storage: np.dtype[Any] | None = None, group: int | None = None, first: int = 0
 ) -> QuantizedWeight:
     """Round W [N, K] to INT8, symmetric, to nearest even, with a scale per output channel.
 
@@ -62,6 +62,7 @@ def quantize_weight(
         storage: The type that the scale will be stored in, if narrower than float32: scales are rounded up to it, and W
             is rounded with the scale as stored, so nothing is clipped.
         group: Give each run of so many input channels a scale of its own; zeros fill up the last one.
+        first: Number of the first row, for messages.
 
     Raises:
         BismoothError: W holds NaN or infinity, or is too large for the scale's type.
@@ -69,7 +70,7 @@ def quantize_weight(
     rows = weight if group is None else split_groups(weight, group).reshape(-1, group)
     scale = weight_scale(rows)
     if not np.isfinite(scale).all():
-        require_finite(weight, name)
+        require_finite(weight, name, first)
     if storage is not None:
         scale = _stored_scale(scale, storage, name)
     values = np.empty(rows.shape, np.int8)
@@ -85,6 +86,16 @@ def quantize_weight(
     if group is not None:
         values, scale = values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1)
     return QuantizedWeight(values, scale, lost, total)
+
+
+def joined(blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """A weight whose rows were quantized block by block."""
+    return QuantizedWeight(
+        np.concatenate([block.values for block in blocks]),
+        np.concatenate([block.scale for block in blocks]),
+        sum(block.lost for block in blocks),
+        sum(block.power for block in blocks),
+    )
 
 
 def weight_error(parts: Sequence[QuantizedWeight]) -> float:
