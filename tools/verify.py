@@ -23,7 +23,7 @@ from ..export.artifact import Artifact
 from ..export.errors import BismoothError, GateError
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
+from .comparison import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
 from .hops import FORMAT, HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
