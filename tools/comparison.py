@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -16,12 +16,18 @@ from typing import IO, Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.linears import LOGITS
+from ..engines.token_feeds import Port
+from ..export.artifact import Artifact
 from ..export.errors import BismoothError, GateError
+from .bootstrap import Resampling
 from .metrics import LogitComparison, Sqnr
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float32]
 Figures = dict[str, Any]
+Replicates = dict[str, NDArray[np.float64]]
+"""Values of figures on R resamples of the windows [R], by name."""
 
 
 class Comparison(Protocol):
@@ -40,6 +46,10 @@ class Comparison(Protocol):
         """The figures of all windows so far, under the names that gates use."""
         ...
 
+    def resampled(self, resampling: Resampling) -> Replicates:
+        """Figures on resamples of all windows so far, under the names that :meth:`figures` uses."""
+        ...
+
 
 class Logits:
     """Logits, by :class:`.metrics.LogitComparison`."""
@@ -56,6 +66,7 @@ class Logits:
             "reference_perplexity": metrics.reference_perplexity,
             "perplexity": metrics.perplexity,
             "perplexity_ratio": metrics.perplexity_ratio,
+            "log_perplexity": metrics.log_perplexity,
             "kl": metrics.kl_mean,
             "kl_p99": metrics.kl_p99,
             "top1": metrics.top1,
@@ -64,6 +75,20 @@ class Logits:
             "cosine_p5": metrics.cosine_p5,
             "max_error": metrics.max_error,
             "relative_error": metrics.relative_error,
+        }
+
+    def resampled(self, resampling: Resampling) -> Replicates:
+        tokens = self._comparison.tokens()
+        nll, reference = resampling.mean(tokens.nll), resampling.mean(tokens.reference_nll)
+        with np.errstate(over="ignore"):
+            perplexity, ratio = np.exp(nll), np.exp(nll - reference)
+        return {
+            "kl": resampling.mean(tokens.kl),
+            "kl_p99": resampling.quantile(tokens.kl, 0.99),
+            "perplexity": perplexity,
+            "perplexity_ratio": ratio,
+            "log_perplexity": nll,
+            "top1": resampling.mean(tokens.top1),
         }
 
 
@@ -91,6 +116,37 @@ class Features:
             "sqnr_db": self._noise.decibels,
             "relative_error": self._noise.relative_error,
         }
+
+    def resampled(self, resampling: Resampling) -> Replicates:
+        signal, noise = (resampling.mean(np.array(sums)) for sums in (self._noise.signal, self._noise.noise))
+        with np.errstate(divide="ignore"):
+            sqnr = 10 * np.log10(np.divide(signal, noise, out=np.full_like(signal, np.inf), where=noise > 0))
+        return {"cosine_p5": resampling.quantile(np.stack(self._cosine), 0.05), "sqnr_db": sqnr}
+
+
+class Track:
+    """A comparison that remembers that its candidate gave no numbers, instead of ending the run."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.failure: str | None = None
+
+    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
+        if self.failure is None:
+            try:
+                self.comparison.update(ids, reference, candidate)
+            except GateError as error:
+                self.failure = str(error)
+
+    def figures(self) -> Figures:
+        return {} if self.failure else self.comparison.figures()
+
+
+def comparison_of(artifact: Artifact, output: Port) -> Callable[[], Comparison]:
+    """What makes comparisons of ``output`` of one of the artifact's graphs."""
+    vocabulary = artifact.manifest.dims.get("vocab_size")
+    is_logits = output.name == LOGITS or (vocabulary is not None and output.shape[-1:] == (vocabulary,))
+    return Logits if is_logits else Features
 
 
 class WindowFile:
@@ -149,6 +205,6 @@ class WindowFile:
 
     def _no_space(self, size: int) -> BismoothError:
         return BismoothError(
-            f"verify: no space for the float graph's outputs. Expected {size / 1e6:,.0f} MB in one of "
+            f"There is no space for the float graph's outputs. Expected {size / 1e6:,.0f} MB in one of "
             f"{', '.join(map(str, self._folders))}. Free some, set TMPDIR, or ask for fewer --windows."
         )

@@ -48,6 +48,7 @@ def direct(ids: Ids, reference: Logits, candidate: Logits) -> LogitMetrics:
         reference_perplexity=math.exp(nll_p),
         perplexity=math.exp(nll_q),
         perplexity_ratio=math.exp(nll_q) / math.exp(nll_p),
+        log_perplexity=nll_q,
         kl_mean=kl.mean(),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=same.mean(),

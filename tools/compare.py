@@ -1,0 +1,245 @@
+"""Compare any number of artifacts with one float reference, on the same windows of text."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..calibrators.data import load_tokenizer, load_windows
+from ..engines.onnxruntime import Session
+from ..engines.token_feeds import Port
+from ..export.artifact import Artifact
+from ..export.errors import BismoothError
+from ..export.hashing import array_sha256
+from ..export.replacing import replacing
+from ..export.versions import tool_versions
+from . import console
+from .bootstrap import Resampling, Rows, difference, interval
+from .compared import FORMAT, Compared, CompareResult, Estimate
+from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
+from .meant import quantize_stage
+from .resume import finished_engine
+from .shipped import ShippedEngine, find_engines
+from .stages import check_length, check_replaceable
+from .verify import is_report
+
+_LOGITS = ("kl", "kl_p99", "perplexity", "perplexity_ratio", "log_perplexity", "top1")
+_FEATURES = ("cosine_p5", "sqnr_db")
+_DIFFERENCES = ("kl", "log_perplexity", "top1", *_FEATURES)
+_FEW = 8
+"""Windows below which intervals are rough."""
+
+_ADVICE = "Compare artifacts of one model, or of models that differ in their weights alone."
+
+
+def compare(
+    artifacts: Sequence[str | Path],
+    data: Sequence[str],
+    *,
+    reference: str | Path | None = None,
+    windows: int = 16,
+    length: int = 512,
+    skip_windows: int = 0,
+    output: str | Path | None = None,
+) -> CompareResult:
+    """Run the float32 graphs of artifacts, Q/DQ in float arithmetic, and hold each against the reference.
+
+    Intervals are of :mod:`.bootstrap`, on the same resamples for all artifacts; differences are to the first of them.
+
+    Args:
+        artifacts: folders, float or quantized, all with one tokenizer; their weights may differ.
+        data: text, as ``verify`` takes it.
+        reference: the artifact whose float graph is the reference; the first of ``artifacts`` by default. Of a
+            quantized artifact it is the graph that was quantized.
+        windows: how many windows.
+        length: tokens per window.
+        skip_windows: windows to pass over first.
+        output: a JSON file to write.
+
+    Raises:
+        BismoothError: no artifacts or one of them twice, one that cannot be run or whose vocabulary or tokenizer is
+            not the reference's, text that cannot be used, a reference that gives NaN or infinity, or ``output`` is a
+            file of another kind.
+    """
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_replaceable(target, "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
+    paths = [Path(artifact) for artifact in artifacts]
+    _check_paths(paths)
+    loaded = [Artifact.load(path, "float", "quantized") for path in paths]
+    base = loaded[0] if reference is None else Artifact.load(Path(reference), "float", "quantized")
+    for artifact in (base, *loaded):
+        check_length(artifact, length)
+    ids = _load_ids(base, loaded, data, windows, length, skip_windows)
+    with console.progress() as progress:
+        runs = list(_run_all(base, loaded, ids, progress))
+    found = [find_engines(artifact) for artifact in loaded]
+    result = CompareResult(
+        base.path,
+        *ids.shape,
+        reference_perplexity=next((run.figures.get("reference_perplexity") for run in runs if run.figures), None),
+        artifacts=tuple(_compared(run, runs[0], engines) for run, (engines, _) in zip(runs, found, strict=True)),
+        notes=(*_notes(base, runs, len(ids)), *(problem for _, problems in found for problem in problems)),
+        data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
+        tools=tool_versions(),
+    )
+    if target is not None:
+        with replacing(target) as temporary:
+            temporary.write_text(console.json_text(result.to_json()), "utf-8")
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One artifact against the reference: its figures, the same on all resamples, or why there are none.
+
+    Both are empty where the outputs are not finite; ``replicates`` also if there is one window.
+    """
+
+    artifact: Artifact
+    figures: Figures
+    replicates: Replicates
+    failure: str | None
+    seconds: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The figures that are compared."""
+        if not self.figures:
+            return ()
+        return _LOGITS if "kl" in self.figures else _FEATURES
+
+
+def _check_paths(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise BismoothError("compare: Expected one or more artifacts, got none.")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (first := seen.setdefault(path.resolve(), path)) is not path:
+            raise BismoothError(f"{path}: is given twice, as {first} before. Expected each artifact once.")
+
+
+def _load_ids(
+    base: Artifact, artifacts: Sequence[Artifact], data: Sequence[str], windows: int, length: int, skip: int
+) -> Ids:
+    """Token windows [N, S] that the tokenizers of all artifacts make of the text."""
+
+    def encode(tokenizer: Tokenizer) -> Ids:
+        return load_windows(data, tokenizer, windows=windows + skip, length=length).ids[skip:]
+
+    tokenizer = load_tokenizer(base.path)
+    ids, vocabulary = encode(tokenizer), tokenizer.get_vocab()
+    for artifact in artifacts:
+        other = tokenizer if artifact.path == base.path else load_tokenizer(artifact.path)
+        if other.get_vocab() != vocabulary:
+            raise BismoothError(
+                f"{artifact.path}: its tokenizer has another vocabulary than that of the reference {base.path}. "
+                f"Expected the same. {_ADVICE}"
+            )
+        if not np.array_equal(encode(other), ids):
+            raise BismoothError(
+                f"{artifact.path}: its tokenizer makes other tokens of the text than that of the reference "
+                f"{base.path}. Expected the same. {_ADVICE}"
+            )
+    return ids
+
+
+def _run_all(base: Artifact, artifacts: Sequence[Artifact], ids: Ids, progress: console.Report) -> Iterator[_Run]:
+    """Run the reference and then each artifact; one session at a time is open."""
+    resampling = Resampling(len(ids)) if len(ids) > 1 else None
+    with WindowFile([base.path, Path(tempfile.gettempdir())], len(ids)) as outputs:
+        port = _run_reference(base, ids, outputs, progress)
+        make = comparison_of(base, port)
+        for artifact in artifacts:
+            start, track = time.perf_counter(), Track(make())
+            mode = "reference" if artifact.manifest.kind == "quantized" else "plain"
+            with Session(artifact.graph("float32"), mode=mode) as session:
+                _check_width(artifact, session.outputs[0], base, port)
+                for number, window in enumerate(ids):
+                    track.update(window, outputs.read(number), session.logits(window[None])[0])
+                    progress(f"run {artifact.path}", number + 1, len(ids))
+            figures = track.figures()
+            replicates = track.comparison.resampled(resampling) if figures and resampling else {}
+            yield _Run(artifact, figures, replicates, track.failure, time.perf_counter() - start)
+
+
+def _run_reference(base: Artifact, ids: Ids, outputs: WindowFile, progress: console.Report) -> Port:
+    """Store the outputs of the reference, and say what they are."""
+    graph = base.graph("reference" if base.manifest.kind == "quantized" else "float32")
+    with Session(graph, mode="plain") as session:
+        for number, window in enumerate(ids):
+            values = session.logits(window[None])[0]
+            if not np.isfinite(values).all():
+                raise BismoothError(
+                    f"{graph}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
+                    "Check the weights of the source."
+                )
+            outputs.append(values)
+            progress("run the reference", number + 1, len(ids))
+        return session.outputs[0]
+
+
+def _check_width(artifact: Artifact, output: Port, base: Artifact, expected: Port) -> None:
+    if output.shape[-1:] != expected.shape[-1:]:
+        raise BismoothError(
+            f"{artifact.path}: its graph gives {output.shape[-1]} values per token, that of the reference {base.path} "
+            f"{expected.shape[-1]}. Expected the same vocabulary. {_ADVICE}"
+        )
+
+
+def _notes(base: Artifact, runs: Sequence[_Run], windows: int) -> Iterator[str]:
+    if windows < 2:
+        yield "One window gives no confidence intervals. Ask for more --windows."
+    elif windows < _FEW:
+        yield f"Confidence intervals of {windows} windows are rough. Ask for {_FEW} or more --windows."
+    for run in runs:
+        path, source, other = run.artifact.path, run.artifact.manifest.source, base.manifest.source
+        if source.get("path") != other.get("path"):
+            yield f"{path}: was made from {source.get('path')}, the reference from {other.get('path')}."
+        elif source != other:
+            yield f"{path}: was made from {source.get('path')} as it was at another time than for the reference."
+        if run.failure:
+            yield f"{path}: {run.failure}"
+
+
+def _compared(run: _Run, first: _Run, engines: Sequence[ShippedEngine]) -> Compared:
+    from ..passes.quantize import WEIGHTS
+
+    stage, weights = quantize_stage(run.artifact), run.artifact.manifest.files.get(WEIGHTS)
+    return Compared(
+        run.artifact.path,
+        stage["recipe"]["name"] if stage else None,
+        weights.size if weights else None,
+        {name: _estimate(run.figures[name], run.replicates.get(name)) for name in run.names},
+        {} if run is first else _differences(run, first),
+        tuple(map(_engine_row, engines)),
+        run.seconds,
+    )
+
+
+def _differences(run: _Run, first: _Run) -> dict[str, Estimate]:
+    return {
+        name: _estimate(
+            float(difference(run.figures[name], first.figures[name])),
+            difference(run.replicates[name], first.replicates[name]) if run.replicates else None,
+        )
+        for name in run.names
+        if name in _DIFFERENCES and name in first.names
+    }
+
+
+def _estimate(value: float, replicates: Rows | None) -> Estimate:
+    return Estimate(value, None if replicates is None else interval(replicates))
+
+
+def _engine_row(engine: ShippedEngine) -> dict[str, Any]:
+    row = finished_engine(engine).to_json()
+    del row["wall_seconds"]
+    return row | {"build_seconds": engine.build_seconds}
