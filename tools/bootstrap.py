@@ -55,7 +55,8 @@ class Resampling:
 
     def quantile(self, values: Rows, q: float) -> Rows:
         """The ``q`` quantile on each resample [R]; values [N, S]."""
-        parts = np.array_split(self.draws, -(-len(self.draws) * values.size // _CHUNK))
+        step = max(1, _CHUNK // values.size)
+        parts = (self.draws[start : start + step] for start in range(0, len(self.draws), step))
         return np.concatenate([np.quantile(values[part].reshape(len(part), -1), q, axis=1) for part in parts])
 
 

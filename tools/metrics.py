@@ -10,13 +10,14 @@ Over all positions of all windows, with p and q the softmax of the reference's a
 - cosine: between the rows of logits; its 5th percentile;
 - error: max |candidate - reference|, and the same divided by max |reference|.
 
-Memory does not grow with the number of windows but for what is kept of each position (33 bytes per token). Logits are
+Memory does not grow with the number of windows but for what is kept of each position (40 bytes per token). Logits are
 converted to float64 a few rows at a time, so a large vocabulary costs no more memory.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -79,7 +80,7 @@ class Perplexity:
     """Perplexity of one model, window by window."""
 
     def __init__(self) -> None:
-        self._nll: list[Rows] = []
+        self._nll = array("d")
 
     def update(self, ids: Ids, logits: Floats) -> None:
         """Add windows: token ids [B, S] and their logits [B, S, V].
@@ -94,7 +95,8 @@ class Perplexity:
     def add(self, targets: Ids, softmax: _Softmax) -> None:
         """Add rows, with the token that follows each, -1 where none does."""
         known = np.flatnonzero(targets != _NO_TOKEN)
-        self._nll.append(softmax.log_sum[known] - softmax.shifted[known, targets[known]])
+        nll = softmax.log_sum[known] - softmax.shifted[known, targets[known]]
+        self._nll.frombytes(nll.tobytes())
 
     @property
     def nll(self) -> Rows:
@@ -105,7 +107,7 @@ class Perplexity:
         """
         if not self._nll:
             raise BismoothError("metrics: Expected one or more windows, got none. Ask for at least one window.")
-        return np.concatenate(self._nll)
+        return np.array(self._nll)
 
     @property
     def mean_nll(self) -> float:
@@ -124,9 +126,9 @@ class LogitComparison:
     def __init__(self) -> None:
         self._reference = Perplexity()
         self._candidate = Perplexity()
-        self._kl: list[Rows] = []
-        self._cosine: list[Rows] = []
-        self._same: list[NDArray[np.bool_]] = []
+        self._kl = array("d")
+        self._cosine = array("d")
+        self._top1 = array("d")
         self._length = 0
         self._stable = 0
         self._stable_same = 0
@@ -154,14 +156,14 @@ class LogitComparison:
     def _add(self, targets: Ids, p: _Softmax, q: _Softmax) -> None:
         self._reference.add(targets, p)
         self._candidate.add(targets, q)
-        self._cosine.append(_cosine(p, q))
+        self._cosine.frombytes(_cosine(p, q).tobytes())
         same = p.top == q.top
         stable = p.margin() > STABLE_MARGIN
-        self._same.append(same)
+        self._top1.frombytes(same.astype(np.float64).tobytes())
         self._stable += int(stable.sum())
         self._stable_same += int((same & stable).sum())
         cross = _dot(p.exp, p.shifted - q.shifted) / p.sum  # Σ p (x - max x - y + max y)
-        self._kl.append(cross - p.log_sum + q.log_sum)
+        self._kl.frombytes((cross - p.log_sum + q.log_sum).tobytes())
 
     def tokens(self) -> TokenMetrics:
         """The metrics of each token of all windows so far, which are of one length.
@@ -169,11 +171,9 @@ class LogitComparison:
         Raises:
             BismoothError: there was none.
         """
-        shape = (-1, self._length)
-        predicted = (-1, self._length - 1)
-        nll, reference_nll = self._candidate.nll.reshape(predicted), self._reference.nll.reshape(predicted)
-        kl, top1 = np.concatenate(self._kl), np.concatenate(self._same).astype(np.float64)
-        return TokenMetrics(kl.reshape(shape), top1.reshape(shape), nll, reference_nll)
+        nll, reference_nll = (model.nll.reshape(-1, self._length - 1) for model in (self._candidate, self._reference))
+        kl, top1 = (np.array(values).reshape(-1, self._length) for values in (self._kl, self._top1))
+        return TokenMetrics(kl, top1, nll, reference_nll)
 
     def result(self) -> LogitMetrics:
         """The metrics of all windows so far.
@@ -182,7 +182,7 @@ class LogitComparison:
             BismoothError: there was none.
         """
         nll, reference_nll = self._candidate.mean_nll, self._reference.mean_nll
-        kl, cosine = np.concatenate(self._kl), np.concatenate(self._cosine)
+        kl, cosine = np.array(self._kl), np.array(self._cosine)
         return LogitMetrics(
             positions=kl.size,
             reference_perplexity=_exp(reference_nll),
@@ -191,7 +191,7 @@ class LogitComparison:
             log_perplexity=nll,
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),
-            top1=float(np.concatenate(self._same).mean()),
+            top1=float(np.array(self._top1).mean()),
             top1_stable=self._stable_same / self._stable if self._stable else None,
             stable_share=self._stable / kl.size,
             cosine_p5=float(np.quantile(cosine, 0.05)),
