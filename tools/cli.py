@@ -237,7 +237,7 @@ def verify(
 
 @command
 def compare(
-    artifacts: Annotated[list[Path], typer.Argument(metavar="ART...", help="Artifact folders.")],
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ART", help="Artifact folders.")],
     data: o.Data,
     reference: Annotated[
         Path | None, typer.Option(metavar="ART", help="Whose float graph to hold them against; the first's by default.")

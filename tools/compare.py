@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .compared import FORMAT, Compared, CompareResult, Estimate
 from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
 from .meant import quantize_stage
 from .resume import finished_engine
-from .shipped import ShippedEngine, find_engines
+from .shipped import find_engines
 from .stages import check_length, check_replaceable
 from .verify import is_report
 
@@ -77,16 +78,17 @@ def compare(
     base = loaded[0] if reference is None else Artifact.load(Path(reference), "float", "quantized")
     for artifact in (base, *loaded):
         check_length(artifact, length)
+        quantize_stage(artifact)
     ids = _load_ids(base, loaded, data, windows, length, skip_windows)
+    engines, problems = zip(*map(_engines, loaded), strict=True)
     with console.progress() as progress:
         runs = list(_run_all(base, loaded, ids, progress))
-    found = [find_engines(artifact) for artifact in loaded]
     result = CompareResult(
         base.path,
         *ids.shape,
         reference_perplexity=next((run.figures.get("reference_perplexity") for run in runs if run.figures), None),
-        artifacts=tuple(_compared(run, runs[0], engines) for run, (engines, _) in zip(runs, found, strict=True)),
-        notes=(*_notes(base, runs, len(ids)), *(problem for _, problems in found for problem in problems)),
+        artifacts=tuple(_compared(run, runs[0], rows) for run, rows in zip(runs, engines, strict=True)),
+        notes=(*_notes(base, runs, len(ids)), *chain.from_iterable(problems)),
         data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
         tools=tool_versions(),
     )
@@ -165,8 +167,11 @@ def _run_all(base: Artifact, artifacts: Sequence[Artifact], ids: Ids, progress: 
                 for number, window in enumerate(ids):
                     track.update(window, outputs.read(number), session.logits(window[None])[0])
                     progress(f"run {artifact.path}", number + 1, len(ids))
-            figures = track.figures()
-            replicates = track.comparison.resampled(resampling) if figures and resampling else {}
+            figures, replicates, step = track.figures(), dict[str, Rows](), f"resample {artifact.path}"
+            if figures and resampling:
+                progress(step, 0, 1)
+                replicates = track.comparison.resampled(resampling)
+                progress(step, 1, 1)
             yield _Run(artifact, figures, replicates, track.failure, time.perf_counter() - start)
 
 
@@ -209,7 +214,22 @@ def _notes(base: Artifact, runs: Sequence[_Run], windows: int) -> Iterator[str]:
             yield f"{path}: {run.failure}"
 
 
-def _compared(run: _Run, first: _Run, engines: Sequence[ShippedEngine]) -> Compared:
+def _engines(artifact: Artifact) -> tuple[list[dict[str, Any]], list[str]]:
+    """What ``build`` says of each engine of the artifact, and a sentence for each that is not to be trusted."""
+    engines, problems = find_engines(artifact)
+    rows: list[dict[str, Any]] = []
+    for engine in engines:
+        try:
+            row = finished_engine(engine).to_json()
+        except BismoothError as error:
+            problems.append(str(error))
+        else:
+            del row["wall_seconds"]
+            rows.append(row | {"build_seconds": engine.build_seconds})
+    return rows, problems
+
+
+def _compared(run: _Run, first: _Run, engines: Sequence[Mapping[str, Any]]) -> Compared:
     from ..passes.quantize import WEIGHTS
 
     stage, weights = quantize_stage(run.artifact), run.artifact.manifest.files.get(WEIGHTS)
@@ -219,7 +239,7 @@ def _compared(run: _Run, first: _Run, engines: Sequence[ShippedEngine]) -> Compa
         weights.size if weights else None,
         {name: _estimate(run.figures[name], run.replicates.get(name)) for name in run.names},
         {} if run is first else _differences(run, first),
-        tuple(map(_engine_row, engines)),
+        tuple(engines),
         run.seconds,
     )
 
@@ -237,9 +257,3 @@ def _differences(run: _Run, first: _Run) -> dict[str, Estimate]:
 
 def _estimate(value: float, replicates: Rows | None) -> Estimate:
     return Estimate(value, None if replicates is None else interval(replicates))
-
-
-def _engine_row(engine: ShippedEngine) -> dict[str, Any]:
-    row = finished_engine(engine).to_json()
-    del row["wall_seconds"]
-    return row | {"build_seconds": engine.build_seconds}

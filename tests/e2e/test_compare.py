@@ -135,12 +135,16 @@ def test_the_report(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(word in shown for word in ("w8a8-per-channel", "log_perplexity", "null", "excludes 0", "yes"))
 
 
-def test_a_damaged_engine_is_a_note(made: Made, tmp_path: Path) -> None:
+def test_damaged_engines_are_notes(made: Made, tmp_path: Path) -> None:
     artifact = Path(shutil.copytree(made.w8a8, tmp_path / "art"))
     (stages.build(artifact, "null").folder / "model.engine").unlink()
+    audit = stages.build(artifact, "onnxruntime").folder / "model.audit.json"
+    edit(audit, '"linears"', '"lineals"')
     result = bismooth.compare([artifact], made.data, **WINDOWS)
     assert result.artifacts[0].engines == ()
-    assert "the manifest lists this file, but it is missing" in result.notes[-1]
+    *_, missing, unreadable = result.notes
+    assert "the manifest lists this file, but it is missing" in missing
+    assert unreadable == f"{audit}: not an audit file: 'linears'. Build the engine again."
 
 
 def test_one_window_gives_no_intervals(made: Made) -> None:
@@ -222,10 +226,13 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path, error: Callable[...
     assert f"{same}: is given twice, as {made.w8a8} before. Expected each artifact once." in error(
         made.w8a8, same, *data
     )
-    assert "Missing argument 'ART...'" in error(*data)
+    assert "Missing argument 'ART'" in error(*data)
     assert "expected a float or quantized artifact, got a engine one" in error(
         made.w8a8, stages.build(made.w8a8, "null", output=tmp_path / "engine").folder, *data
     )
+    other_version = Path(shutil.copytree(made.w8a8, tmp_path / "old"))
+    edit(other_version / "bismooth.json", '"int8"', '"int0"')
+    assert f"{other_version}: was quantized by another version of bismooth" in error(made.w8a8, other_version, *data)
     assert "--length 512: the model has 64 positions" in error(made.w8a8, *data[:2])
     assert "too little text" in error(made.w8a8, *data[:2], "--windows", 900, "--length", 24)
     (tmp_path / "notes.json").write_text("{}")

@@ -196,7 +196,7 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
             "compare art art2 --data none",
             "--data none: Expected text. Artifacts are compared by what they compute on it.",
         ),
-        ("compare --data a.txt", "Missing argument 'ART...'. See 'bismooth compare --help'."),
+        ("compare --data a.txt", "Missing argument 'ART'. See 'bismooth compare --help'."),
         ("compare art --data a.txt --windows 0", "Invalid value for '--windows'"),
         (
             "compile model --engine null -o art --data none --rows 5",
