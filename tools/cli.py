@@ -246,6 +246,9 @@ def compare(
     skip_windows: o.SkipWindows = 0,
     length: o.Length = 512,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON report to write.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result as a page too. Needs bismooth[report].")
+    ] = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -255,7 +258,14 @@ def compare(
 
     console.show_progress(not quiet)
     result = run(
-        artifacts, text, reference=reference, windows=windows, skip_windows=skip_windows, length=length, output=output
+        artifacts,
+        text,
+        reference=reference,
+        windows=windows,
+        skip_windows=skip_windows,
+        length=length,
+        output=output,
+        html=html,
     )
     finish(result, as_json)
 

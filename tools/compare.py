@@ -23,9 +23,11 @@ from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from . import console
 from .bootstrap import Resampling, Rows, difference, interval
+from .compare_page import comparison_page
 from .compared import FORMAT, Compared, CompareResult, Estimate
 from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
 from .meant import quantize_stage
+from .page import check_page, write_page
 from .resume import finished_engine
 from .shipped import find_engines
 from .stages import check_length, check_replaceable
@@ -49,6 +51,7 @@ def compare(
     length: int = 512,
     skip_windows: int = 0,
     output: str | Path | None = None,
+    html: str | Path | None = None,
 ) -> CompareResult:
     """Run the float32 graphs of artifacts, Q/DQ in float arithmetic, and hold each against the reference.
 
@@ -63,15 +66,17 @@ def compare(
         length: tokens per window.
         skip_windows: windows to pass over first.
         output: a JSON file to write.
+        html: a file for a page that shows the result; it needs the extra ``report``.
 
     Raises:
         BismoothError: no artifacts or one of them twice, one that cannot be run or whose vocabulary or tokenizer is
-            not the reference's, text that cannot be used, a reference that gives NaN or infinity, or ``output`` is a
-            file of another kind.
+            not the reference's, text that cannot be used, a reference that gives NaN or infinity, or ``output`` or
+            ``html`` cannot be written or is a file of another kind.
     """
-    target = None if output is None else Path(output)
-    if target is not None:
-        check_replaceable(target, "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
+    if output is not None:
+        check_replaceable(Path(output), "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
+    if html is not None:
+        check_page(Path(html))
     paths = [Path(artifact) for artifact in artifacts]
     _check_paths(paths)
     loaded = [Artifact.load(path, "float", "quantized") for path in paths]
@@ -92,9 +97,11 @@ def compare(
         data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
         tools=tool_versions(),
     )
-    if target is not None:
-        with replacing(target) as temporary:
+    if output is not None:
+        with replacing(Path(output)) as temporary:
             temporary.write_text(console.json_text(result.to_json()), "utf-8")
+    if html is not None:
+        write_page(Path(html), comparison_page(result))
     return result
 
 

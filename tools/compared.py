@@ -11,7 +11,7 @@ from .bootstrap import CONFIDENCE, RESAMPLES, SEED, Interval
 
 FORMAT, FORMAT_VERSION = "bismooth-compare", 1
 
-_SHOWN = {
+SHOWN = {
     "kl": "#.3g",
     "kl_p99": "#.3g",
     "perplexity_ratio": ".4f",
@@ -37,11 +37,9 @@ class Estimate:
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
         return {"value": self.value, "low": low, "high": high}
 
-    def text(self, spec: str) -> str:
-        """The value, and its interval in a second line."""
-        if self.interval is None:
-            return f"{self.value:{spec}}"
-        return f"{self.value:{spec}}\n{self.interval.low:{spec}}…{self.interval.high:{spec}}"
+    def bounds(self, spec: str) -> str:
+        """The interval in words; empty where there is none."""
+        return f"{self.interval.low:{spec}}…{self.interval.high:{spec}}" if self.interval else ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,12 @@ class Compared:
         }
 
     def figures_row(self) -> dict[str, Any]:
-        shown = {name: self.figures[name].text(spec) for name, spec in _SHOWN.items() if name in self.figures}
+        """The figures, with the intervals below them."""
+        shown = {
+            name: f"{item.value:{spec}}\n{item.bounds(spec)}".rstrip()
+            for name, spec in SHOWN.items()
+            if (item := self.figures.get(name))
+        }
         return {"artifact": str(self.artifact), **shown}
 
     def difference_rows(self) -> list[dict[str, Any]]:

@@ -108,7 +108,8 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}
     assert run("verify ART2 --data a.txt --windows 3 --skip-windows 2") == 0
     assert (stages.named["windows"], stages.named["skip_windows"]) == (3, 2)
-    assert run("compare ART ART2 ART3 --data a.txt b.txt --reference REF --windows 4 --skip-windows 1 -o r.json") == 0
+    words = "--data a.txt b.txt --reference REF --windows 4 --skip-windows 1 -o r.json --html r.html"
+    assert run(f"compare ART ART2 ART3 {words}") == 0
     assert stages.positional == ([Path("ART"), Path("ART2"), Path("ART3")], ("a.txt", "b.txt"))
     assert stages.named == {
         "reference": Path("REF"),
@@ -116,6 +117,7 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
         "skip_windows": 1,
         "length": 512,
         "output": Path("r.json"),
+        "html": Path("r.html"),
     }
     assert run("inspect FILE.onnx") == 0
     assert stages.positional == (Path("FILE.onnx"),)
