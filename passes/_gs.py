@@ -95,9 +95,10 @@ class FileValues(_LazyValues):
         place = external_location(self.proto, self.folder)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
         step = elements * dtype.itemsize
-        for start in range(0, place.size, step):
-            data = np.fromfile(place.file, np.uint8, min(step, place.size - start), offset=place.offset + start)
-            yield data.view(dtype)
+        with place.file.open("rb", buffering=0) as file:  # once: the system reads ahead for whoever goes on reading
+            file.seek(place.offset)
+            for start in range(0, place.size, step):
+                yield np.fromfile(file, np.uint8, min(step, place.size - start)).view(dtype)
 
 
 @dataclass(frozen=True)
@@ -267,12 +268,14 @@ def read(tensor: Tensor) -> Array:
 
 
 def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
-    """The values of a constant in row-major order, flat; those in files are read so many elements at a time."""
+    """The values of a constant in row-major order, flat, so many elements at a time; files are read on the way."""
     values = cast(Any, tensor)._values
     if isinstance(values, FileValues):
         yield from values.load_pieces(elements)
-    else:
-        yield read(tensor).reshape(-1)
+        return
+    flat = read(tensor).reshape(-1)
+    for start in range(0, flat.size, elements):
+        yield flat[start : start + elements]
 
 
 def to_constant(tensor: Tensor, source: Tensor) -> None:

@@ -1,9 +1,7 @@
 """Which weights break per-channel INT8, and why: measured on the weights alone.
 
 A few input channels that are far larger than the others ("walls", arXiv 2408.15301) set the scale of every output
-channel. All other weights are then rounded in coarser steps; :func:`..walls.lost_bits` says by how much. Steps twice as
-wide (one bit) make four times the squared error: the linear has the weights of a 7-bit one. :data:`AT_RISK` is that
-bit.
+channel. All other weights are then rounded in coarser steps; :mod:`.walls` says by how much, and which channels do it.
 """
 
 from collections.abc import Sequence
@@ -15,21 +13,21 @@ from numpy.typing import NDArray
 
 from .linears import Linear
 from .refine import sample
-from .walls import MAX_SHARE, lost_bits
-from .weights import fake_quantize_rows, require_finite, row_chunks
+from .smoothing import smoothing_factor
+from .walls import walls_of_rows
+from .weight_scan import WeightScan
+from .weights import fake_quantize_rows
 
 Float = NDArray[np.float32]
-
-AT_RISK = 1.0
-"""Bits of resolution that walls take from the other weights of a linear that is flagged."""
 
 GROUPS = (16, 32, 64, 128)
 """Sizes of the contiguous groups along K whose error is measured."""
 
-SAMPLED_ROWS = 256
-"""Rows that errors and bits are measured on: each row has a scale of its own, so any sample of them is unbiased."""
+_SHOWN_GROUP = 64
+_ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-_CHUNK = 1 << 18
+_ROUNDED_ROWS = 64
+"""Rows that rounding errors are measured on: thousands of weights each, whose errors hardly differ in the mean."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,11 @@ class Diagnosis:
         ratio: Largest channel maximum over the median one.
         kurtosis: E[w⁴] / E[w²]², 3 for normal numbers.
         channels: The walls, by number.
-        lost_bits: What the leading channels, ``MAX_SHARE`` of all, take from the resolution of the other weights: mean
-            over rows of log₂(maxₖ|W[n,k]| / the same without them).
+        lost_bits: What the leading channels, 1/32 of all, take from the resolution of the other weights: mean over rows
+            of log₂(maxₖ|W[n,k]| / the same without them).
         errors: Relative error ‖W − Ŵ‖ / ‖W‖ by scheme: ``per_channel``, ``per_group_16`` …, ``bismoothed``.
         rest_errors: The same over the channels that are no walls: what is left of the other weights.
+        output_errors: What :func:`output_errors` gives, None without statistics.
     """
 
     name: str
@@ -60,6 +59,7 @@ class Diagnosis:
     lost_bits: float
     errors: dict[str, float]
     rest_errors: dict[str, float]
+    output_errors: dict[str, float] | None = None
 
     @property
     def flagged(self) -> bool:
@@ -77,30 +77,17 @@ class Diagnosis:
             "kurtosis": self.kurtosis,
             "errors": self.errors,
             "rest_errors": self.rest_errors,
+            "output_errors": self.output_errors,
             "shape": [self.n, self.k],
         }
 
 
-def diagnose_weight(linear: Linear, weight: NDArray[Any]) -> Diagnosis:
-    """Look at the weight of a linear.
-
-    Args:
-        linear: Says which axis is which.
-        weight: As it is stored, of any float type.
-
-    Raises:
-        BismoothError: the weight holds NaN or infinity.
-    """
-    rows = weight if linear.layout == "NK" else weight.T
-    peaks, kurtosis = _full_pass(rows, linear.weight)
-    chosen = np.ascontiguousarray(rows[sample(len(rows), SAMPLED_ROWS)]).astype(np.float32)
-    walls, lost = _walls(chosen, peaks)
-    smoothed = _brought_down(peaks, walls)
-    schemes = {"per_channel": fake_quantize_rows(chosen)}
-    schemes |= {f"per_group_{size}": fake_quantize_rows(chosen, size) for size in GROUPS if size < linear.k}
-    schemes["bismoothed"] = fake_quantize_rows(chosen * smoothed) / smoothed
-    errors = {name: _error(chosen, got) for name, got in schemes.items()}
+def diagnose_weight(linear: Linear, seen: WeightScan) -> Diagnosis:
+    """What the scan of a linear's weight says of it."""
+    peaks = seen.peaks
+    walls, lost = walls_of_rows(seen.rows, peaks)
     rest = np.delete(np.arange(linear.k), walls)
+    errors = _errors(seen.rows, _brought_down(peaks, walls))
     typical = _typical(peaks)
     return Diagnosis(
         name=linear.name,
@@ -108,50 +95,87 @@ def diagnose_weight(linear: Linear, weight: NDArray[Any]) -> Diagnosis:
         k=linear.k,
         absmax=float(peaks.max(initial=0)),
         ratio=float(peaks.max(initial=0) / typical) if typical else 0.0,
-        kurtosis=kurtosis,
+        kurtosis=seen.kurtosis,
         channels=tuple(np.sort(walls).tolist()),
         lost_bits=lost,
-        errors=errors,
-        rest_errors={name: _error(chosen[:, rest], got[:, rest]) for name, got in schemes.items()}
-        if walls.size
-        else errors,
+        errors={name: error.over() for name, error in errors.items()},
+        rest_errors={name: error.over(rest) for name, error in errors.items()},
     )
 
 
-def scaled_error(linear: Linear, weight: NDArray[Any], walls: Sequence[int], columns: Float) -> float:
-    """``rest_errors["per_channel"]`` of a weight, as stored, after its columns are scaled by s [K]."""
-    rows = weight if linear.layout == "NK" else weight.T
-    chosen = np.ascontiguousarray(rows[sample(len(rows), SAMPLED_ROWS)]).astype(np.float32)
-    rest = np.delete(np.arange(linear.k), walls)
-    got = fake_quantize_rows(chosen * columns) / columns
-    return _error(chosen[:, rest], got[:, rest])
+def output_errors(seen: WeightScan, tokens: Float, absmax: Float) -> dict[str, float]:
+    """‖Y − Ŷ‖ / ‖Y‖ of a linear by scheme, activations and weights in INT8, on sampled tokens and outputs.
+
+    ``per_channel``: a scale per token and per output channel. ``per_group_64``: the same for each 64 inputs, of tokens
+    too. ``bismoothed``: as ``per_channel`` after X / s and W · s with s = max|X|^α / max|W|^(1 − α) (arXiv 2408.15301),
+    at the α that is best for this linear; other linears that share its factor may ask for another one.
+
+    Args:
+        seen: The scan of W [N, K].
+        tokens: X, float32 [T, K].
+        absmax: max|X| of each channel over all tokens, float32 [K].
+    """
+    rows, every = rounded_rows(seen.rows), np.ones(len(seen.peaks), np.bool_)
+    exact = tokens @ rows.T
+    norm = float(np.linalg.norm(exact))
+
+    def error(s: Float | None = None, group: int | None = None) -> float:
+        x, w = (tokens, rows) if s is None else (tokens / s, rows * s)
+        got = fake_quantize_rows(x, group) @ fake_quantize_rows(w, group).T
+        got -= exact
+        return float(np.linalg.norm(got)) / norm if norm else 0.0
+
+    errors = {"per_channel": error()}
+    if len(seen.peaks) > _SHOWN_GROUP:
+        errors[f"per_group_{_SHOWN_GROUP}"] = error(group=_SHOWN_GROUP)
+    factors = (smoothing_factor(absmax.astype(float), seen.peaks.astype(float), alpha, every) for alpha in _ALPHAS)
+    return errors | {"bismoothed": min(error(s.astype(np.float32)) for s in factors)}
 
 
-def _full_pass(rows: NDArray[Any], name: str) -> tuple[Float, float]:
-    """max|W| of each input channel, [K], and the kurtosis; some rows at a time in float32."""
-    peaks = np.zeros(rows.shape[1], np.float32)
-    second = fourth = 0.0
-    for part in row_chunks(rows.shape, _CHUNK):
-        block = np.ascontiguousarray(rows[part]).astype(np.float32)
-        largest = np.maximum(block.max(axis=0), -block.min(axis=0))
-        unit = float(largest.max())
-        if not np.isfinite(unit):
-            require_finite(np.ascontiguousarray(rows).astype(np.float32), name)
-        if unit:
-            np.maximum(peaks, largest, out=peaks)
-            block /= np.float32(unit)  # so that no power of it leaves float32
-            squares = np.square(block, out=block).reshape(-1)
-            second += float(squares.sum(dtype=np.float64)) * unit**2
-            fourth += float(squares @ squares) * unit**4
-    return peaks, fourth * rows.size / second**2 if second else 0.0
+def scaled_error(rows: Float, walls: Sequence[int], columns: Float) -> float:
+    """``rest_errors["per_channel"]`` of sampled rows of W, [R, K], after its columns are scaled by s [K]."""
+    rest = np.delete(np.arange(len(columns)), walls)
+    return _Error.of(rounded_rows(rows), columns).over(rest)
 
 
-def _walls(rows: Float, peaks: Float) -> tuple[NDArray[np.intp], float]:
-    """The fewest leading channels without which less than :data:`AT_RISK` is lost, and what they take."""
-    count = max(1, int(peaks.size * MAX_SHARE))
-    candidates = np.argsort(-peaks, kind="stable")[:count]
-    bits = lost_bits([(rows, np.arange(peaks.size, dtype=np.int32))], candidates)
-    return candidates[: int(np.argmax(bits <= AT_RISK))], float(bits[0])
+def rounded_rows(rows: Float) -> Float:
+    """The rows, of a scan, that rounding errors are measured on."""
+    return rows[sample(len(rows), _ROUNDED_ROWS)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Error:
+    """‖W‖² and ‖W − Ŵ‖² of each input channel, [K]."""
+
+    power: Float
+    lost: Float
+
+    @staticmethod
+    def of(rows: Float, columns: Float | None = None, group: int | None = None) -> "_Error":
+        """INT8 with a scale per row of W diag(s), or per row and group; ``columns`` is s."""
+        got = fake_quantize_rows(rows if columns is None else rows * columns, group)
+        if columns is not None:
+            got /= columns
+        got -= rows
+        return _Error(_power(rows), _power(got))
+
+    def over(self, channels: NDArray[np.intp] | slice = slice(None)) -> float:
+        """‖W − Ŵ‖ / ‖W‖ over some channels, 0 where they are zeros."""
+        power = self.power[channels].sum(dtype=np.float64)
+        return float(np.sqrt(self.lost[channels].sum(dtype=np.float64) / power)) if power else 0.0
+
+
+def _power(rows: Float) -> Float:
+    return np.einsum("nk,nk->k", rows, rows)
+
+
+def _errors(rows: Float, brought_down: Float) -> dict[str, _Error]:
+    """By scheme; without walls, ``bismoothed`` is ``per_channel``."""
+    rows = rounded_rows(rows)
+    per_channel = _Error.of(rows)
+    grouped = {f"per_group_{size}": _Error.of(rows, group=size) for size in GROUPS if size < rows.shape[1]}
+    smoothed = per_channel if (brought_down == 1).all() else _Error.of(rows, brought_down)
+    return {"per_channel": per_channel, **grouped, "bismoothed": smoothed}
 
 
 def _brought_down(peaks: Float, walls: NDArray[np.intp]) -> Float:
@@ -165,8 +189,3 @@ def _brought_down(peaks: Float, walls: NDArray[np.intp]) -> Float:
 def _typical(peaks: Float) -> float:
     """The median of the channel maxima that are not 0."""
     return float(np.median(peaks[peaks > 0])) if peaks.any() else 0.0
-
-
-def _error(exact: Float, got: Float) -> float:
-    total = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(exact - got)) / total if total else 0.0

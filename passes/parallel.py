@@ -14,16 +14,14 @@ Result = TypeVar("Result")
 
 _threadpoolctl: Any = import_module("threadpoolctl")
 
-_WORKERS = 2
 
-
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """The results in the order of ``items``. Two are computed at once, and no more than three exist at any time.
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, at_once: int = 2) -> Iterator[Result]:
+    """The results in the order of ``items``. ``at_once`` are computed at a time, and no more than one more exists.
 
     NumPy's element-wise operations use one core and let other threads run. Matrix products use one core as well here:
     several threads that each want all cores would wait for each other.
     """
-    workers = min(_WORKERS, os.cpu_count() or 1)
+    workers = min(at_once, os.cpu_count() or 1)
     with _ONE_CORE.each_product(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
+from .refine import sample
 from .weights import row_chunks
 
 Float = NDArray[np.float32]
@@ -18,8 +19,15 @@ BITS = 2.0
 rounding error. The weights' rounding is the smaller part of the error of a healthy W8A8 linear, and at 16 times it is
 by far the larger one; below, moving the channel into activations that nobody has seen could cost more than it gains."""
 
+AT_RISK = 1.0
+"""Bits of resolution that walls take from the other weights of a linear which per-channel INT8 breaks. Steps twice as
+wide make four times the squared error: the linear has the weights of a 7-bit one."""
+
 MAX_SHARE = 1 / 32
 """Walls are few; if more channels than this stand out, the matrix is just uneven."""
+
+SAMPLED_ROWS = 256
+"""Rows of a single weight that bits are measured on: each row has a scale of its own, so any sample is unbiased."""
 
 
 def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray[np.bool_]) -> Factor:
@@ -57,6 +65,31 @@ def channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int)
     return peaks
 
 
+def wall_channels(weight: Float) -> tuple[NDArray[np.intp], float]:
+    """The walls of one weight W [N, K], and what the leading channels take from the others: see :func:`walls_of_rows`.
+
+    Rows are sampled as ``bismooth diagnose`` samples them, so the walls are those that it names.
+    """
+    peaks = np.maximum(weight.max(axis=0, initial=0.0), -weight.min(axis=0, initial=0.0))
+    return walls_of_rows(weight[sample(len(weight), SAMPLED_ROWS)], peaks)
+
+
+def walls_of_rows(rows: Float, peaks: Float) -> tuple[NDArray[np.intp], float]:
+    """The fewest leading channels without which no more than :data:`AT_RISK` is lost; largest first.
+
+    Args:
+        rows: Rows of W that stand for all, [R, K].
+        peaks: max|W| of each channel over all rows, [K]: ranks the channels.
+
+    Returns:
+        Numbers of the walls, none for a healthy weight; and the bits that the leading channels, :data:`MAX_SHARE` of
+        all, take from the resolution of the others, which :func:`lost_bits` defines.
+    """
+    candidates = np.argsort(-peaks, kind="stable")[: max(1, int(peaks.size * MAX_SHARE))]
+    bits = lost_bits([(rows, np.arange(peaks.size, dtype=np.int32))], candidates)
+    return candidates[: int(np.argmax(bits <= AT_RISK))], float(bits[0])
+
+
 def lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
     """Bits that a row loses on average to the candidates from the first, the second, … on; the last element is 0.
 
@@ -64,14 +97,22 @@ def lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: ND
     """
     total, rows = np.zeros(len(candidates) + 1), 0
     for weight, labels in weights:
-        columns = [np.flatnonzero(labels == channel) for channel in candidates]
-        others = np.isin(labels, candidates, invert=True)
+        order, first = _by_candidate(labels, candidates)
         for part in row_chunks(weight.shape):
             block = np.abs(weight[part])
-            rest = block.max(axis=1, where=others, initial=0.0)
-            peaks = np.stack([*(block[:, own].max(axis=1, initial=0.0) for own in columns), rest])
+            largest = block[:, order].T
+            block[:, order] = 0
+            rest = block.max(axis=1, initial=0.0)
             seen = rest > 0
-            peaks = np.maximum.accumulate(peaks[::-1, seen])[::-1]
+            largest = np.concatenate([largest, rest[None]])[:, seen]
+            peaks = np.maximum.accumulate(largest[::-1])[::-1][first]
             total += np.log2(peaks / rest[seen], dtype=np.float64).sum(axis=1)
             rows += int(seen.sum())
     return total / max(rows, 1)
+
+
+def _by_candidate(labels: NDArray[np.int32], candidates: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The columns that read candidates, those of the first one first; and where the columns of each begin, and end."""
+    columns = [np.flatnonzero(labels == channel) for channel in candidates]
+    first = np.cumsum([0, *(column.size for column in columns)])
+    return np.concatenate(columns), first

@@ -1,11 +1,12 @@
 """Read the weights of a graph one at a time."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gs import Graph, Tensor, read
+from ._gs import Graph, Tensor, read, read_pieces
 from .graph import Index
 from .linears import Linear
 
@@ -24,6 +25,10 @@ class WeightReader:
     def raw(self, name: str) -> NDArray[Any]:
         """An initializer as it is stored."""
         return read(self.tensor(name))
+
+    def pieces(self, name: str, elements: int) -> Iterator[NDArray[Any]]:
+        """The same, flat in row-major order, so many elements at a time."""
+        return read_pieces(self.tensor(name), elements)
 
     def tensor(self, name: str) -> Tensor:
         """An initializer that has not been read."""

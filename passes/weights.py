@@ -86,8 +86,8 @@ def quantize_weight(
     return QuantizedWeight(values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1), error)
 
 
-def require_finite(weight: Float, name: str) -> None:
-    """Check W [N, K].
+def require_finite(weight: Float, name: str, first: int = 0) -> None:
+    """Check W [N, K], whose first row has the number ``first``.
 
     Raises:
         BismoothError: W holds NaN or infinity; the message names the row.
@@ -95,7 +95,7 @@ def require_finite(weight: Float, name: str) -> None:
     for part in row_chunks(weight.shape):
         finite = np.isfinite(weight[part]).all(axis=1)
         if not finite.all():
-            row = part.start + int(np.argmin(finite))
+            row = first + part.start + int(np.argmin(finite))
             raise BismoothError(
                 f"{name}: the weight holds NaN or infinity in row {row}. Expected finite values. Check the checkpoint."
             )

@@ -246,9 +246,7 @@ def compare(
     skip_windows: o.SkipWindows = 0,
     length: o.Length = 512,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON report to write.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the result as a page too. Needs bismooth[report].")
-    ] = None,
+    html: o.Html = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -358,6 +356,10 @@ def compile_(
 @command
 def diagnose(
     model: o.Model,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Statistics of the model, to measure output errors on.")
+    ] = None,
+    html: o.Html = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -366,7 +368,7 @@ def diagnose(
     from .diagnose import diagnose as run
 
     console.show_progress(not quiet)
-    finish(run(model, trust_remote_code=trust_remote_code), as_json)
+    finish(run(model, statistics=statistics, html=html, trust_remote_code=trust_remote_code), as_json)
 
 
 @command

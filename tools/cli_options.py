@@ -107,6 +107,10 @@ CopyWeights = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Draw the result as a page too. Needs bismooth[report]."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 

