@@ -118,7 +118,8 @@ def test_a_float_artifact_is_its_own_reference(made: Made) -> None:
 def test_the_report(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = Path(shutil.copytree(made.w8a8, tmp_path / "art"))
     engine = stages.build(artifact, "null").folder
-    words = ("compare", artifact, made.w8a16, "--data", *made.data, *SIZES, "-o", tmp_path / "report.json")
+    files = ("-o", tmp_path / "report.json", "--html", tmp_path / "report.html")
+    words = ("compare", artifact, made.w8a16, "--data", *made.data, *SIZES, *files)
     assert main([*map(str, words), "--json", "-q"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "report.json").read_text())
@@ -130,7 +131,10 @@ def test_the_report(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert second["engines"] == []
     assert second["differences"]["kl"]["excludes_0"] is True
     assert report["notes"] == ["Confidence intervals of 3 windows are rough. Ask for 8 or more --windows."]
-    assert main([*map(str, words), "-q"]) == 0, "a report is replaced"
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert f"<title>Artifacts against {artifact}</title>" in page
+    assert "Differences from the first" in page
+    assert main([*map(str, words), "-q"]) == 0, "reports are replaced"
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("w8a8-per-channel", "log_perplexity", "null", "excludes 0", "yes"))
 
@@ -238,6 +242,8 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path, error: Callable[...
     (tmp_path / "notes.json").write_text("{}")
     message = error(made.w8a8, *data, "-o", tmp_path / "notes.json")
     assert "exists and is not a report of 'bismooth compare', so it is not replaced." in message
+    message = error(made.w8a8, *data, "--html", tmp_path / "notes.json")
+    assert "exists and is not a page of bismooth, so it is not replaced." in message
     assert (tmp_path / "notes.json").read_text() == "{}"
     with pytest.raises(bismooth.BismoothError, match=r"compare: Expected one or more artifacts, got none\."):
         bismooth.compare([], made.data)
