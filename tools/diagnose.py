@@ -204,12 +204,7 @@ def diagnose(
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
         repaired = _without_data(flagged, sites, known, reader)
-    words = f"compile {shlex.quote(str(source))} --recipe w8a8"
-    if (Path(source) / MANIFEST).is_file():
-        words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
-    if trust_remote_code:
-        words += " --trust-remote-code"
-    remedies = tuple(_remedies(words, flagged, foldable, repaired))
+    remedies = tuple(_remedies(_Commands.of(source, trust_remote_code), flagged, foldable, repaired))
     result = DiagnoseResult(str(source), diagnoses, remedies, sum(seen.nbytes for seen in found.values()), seconds)
     if html is not None:
         pictures = {name: seen.picture for name, seen in found.items() if seen.picture is not None}
@@ -274,19 +269,34 @@ def _without_data(
     return errors
 
 
+@dataclass(frozen=True)
+class _Commands:
+    """What applies bi-smoothing to a model or a float artifact, with calibration data and without."""
+
+    with_data: str
+    without_data: str
+
+    @staticmethod
+    def of(source: str | Path, trust_remote_code: bool) -> _Commands:
+        model = shlex.quote(str(source))
+        if (Path(source) / MANIFEST).is_file():
+            quantize = f"bismooth quantize {model} --recipe w8a8 -o OUT"
+            return _Commands(f"bismooth calibrate {model} --data FILE && {quantize}", f"{quantize} --data none")
+        trust = " --trust-remote-code" if trust_remote_code else ""
+        command = f"bismooth compile {model} --recipe w8a8 --engine onnxruntime -o OUT{trust}"
+        return _Commands(f"{command} --data FILE", f"{command} --data none")
+
+
 def _remedies(
-    words: str, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
+    commands: _Commands, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
 ) -> Iterator[Remedy]:
     free = "none: the factors are folded into the operations before"
-    engine = " --engine onnxruntime" if words.startswith("compile") else ""
     if foldable:
         errors = {item.name: item.rest_errors["bismoothed"] for item in foldable}
-        data = " --data FILE" if engine else ", after 'bismooth calibrate'"
-        yield Remedy("bismooth", errors, _before(foldable), free, f"bismooth {words}{engine}{data}")
+        yield Remedy("bismooth", errors, _before(foldable), free, commands.with_data)
     if repaired:
         items = [item for item in flagged if item.name in repaired]
-        command = f"bismooth {words}{engine} --data none"
-        yield Remedy("bismooth without data", repaired, _before(items), free, command)
+        yield Remedy("bismooth without data", repaired, _before(items), free, commands.without_data)
     grouped = [item for item in flagged if "per_group_64" in item.rest_errors]
     if grouped:
         errors = {item.name: item.rest_errors["per_group_64"] for item in grouped}

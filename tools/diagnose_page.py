@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..passes.diagnosis import Diagnosis
 from ..passes.weight_scan import WeightScan
-from .page import Command, Figure, Page, Panel, Section, Table, View, formatted, rounded
+from .page import Command, Figure, Page, Panel, Section, Table, View, rounded
 
 if TYPE_CHECKING:
     from .diagnose import DiagnoseResult
@@ -108,8 +108,8 @@ def _map(linears: Sequence[Diagnosis]) -> Section | None:
         View("largest channel over the median channel", [figure("ratio", lambda item: item.ratio, True)]),
         View("bits lost to the largest channels", [figure("lost bits", lambda item: item.lost_bits, False)]),
     ]
-    text = "A column per block, a row per matrix. Diamonds mark what per-channel INT8 breaks. "
-    text += "A click on a cell shows its channels below."
+    marked = " Diamonds mark what per-channel INT8 breaks." if flagged else ""
+    text = f"A column per block, a row per matrix.{marked} A click on a cell shows its channels below."
     return Section("Where", text, [Panel("map", "Colour shows", views, 110 + 30 * len(matrices), _MAXIMA)])
 
 
@@ -139,7 +139,7 @@ def _heat_map(
         "y": matrices,
         "z": shown,
         "customdata": [[item and item.name for item in row] for row in grid],
-        "text": [["" if value is None else formatted(value) for value in row] for row in values],
+        "text": [["" if value is None else _three(value) for value in row] for row in values],
         "hovertemplate": f"%{{customdata}}<br>{words} %{{text}}<extra></extra>",
         "colorscale": _SCALE,
         "colorbar": bar,
@@ -153,11 +153,18 @@ def _heat_map(
         "y": [matrix for _, matrix, _ in flagged],
         "customdata": [name for _, _, name in flagged],
         "hovertemplate": "%{customdata}<br>at risk<extra></extra>",
-        "marker": {"symbol": "diamond", "size": 9, "color": "--bad", "line": {"color": "--mark", "width": 1.5}},
+        "marker": {"symbol": "diamond", "size": 8, "color": "--bad", "line": {"color": "--mark", "width": 1.5}},
     }
     layout = {
-        "xaxis": {"title": {"text": "block"}, "showgrid": False, "zeroline": False, "dtick": _step(len(blocks))},
-        "yaxis": {"autorange": "reversed", "showgrid": False, "type": "category"},
+        "xaxis": {
+            "title": {"text": "block"},
+            "range": [blocks[0] - 0.5, blocks[-1] + 0.5],
+            "showgrid": False,
+            "zeroline": False,
+            "tickangle": 0,
+            **({"dtick": 1} if len(blocks) < 6 else {}),  # else plotly finds whole numbers by itself
+        },
+        "yaxis": {"range": [len(matrices) - 0.5, -0.5], "showgrid": False, "type": "category"},
     }
     return Figure(f"Heat map of {words} over {len(blocks)} blocks and {len(matrices)} matrices", [heat, marks], layout)
 
@@ -195,7 +202,7 @@ def _curve(item: Diagnosis, picture: Picture) -> Figure:
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": median, "y1": median}
     layout = {
         "xaxis": {"title": {"text": f"rank of the input channel, of {item.k}"}, "type": "log", "dtick": 1},
-        "yaxis": {"title": {"text": "max |W|"}, "type": "log", "exponentformat": "power"},
+        "yaxis": {"title": {"text": "max |W|"}, "type": "log", "tickformat": "~g", "dtick": "D2"},
         "showlegend": False,
         "shapes": [line | {"line": {"color": "--plain", "dash": "dot", "width": 1}}] if median else [],
     }
@@ -219,7 +226,7 @@ def _surfaces(result: DiagnoseResult, pictures: Mapping[str, Picture]) -> Sectio
         shown = [item] if partner is None else [item, partner]
         beside = "" if partner is None else f"At the right {partner.name}, a healthy one of the same kind."
         views.append(View(item.name, [_surface(each, pictures[each.name].outline) for each in shown], beside))
-    text = "max |W| over cells of the matrix, as in figure 3 of arXiv 2408.15301: walls run through all outputs. "
+    text = "max |W| over cells of the matrix, drawn as in arXiv 2408.15301: walls run through all outputs. "
     text += "Heights are linear, each figure on its own scale; colours are logarithmic."
     return Section("The matrix", text, [Panel("surface", "Layer", views, 440)])
 
@@ -258,11 +265,11 @@ def _surface(item: Diagnosis, outline: NDArray[np.float32]) -> Figure:
             "xaxis": {"title": {"text": "input channel"}},
             "yaxis": {"title": {"text": "output channel"}},
             "zaxis": {"title": {"text": "|W|"}, "rangemode": "tozero"},
-            "camera": {"eye": {"x": -1.3, "y": -1.5, "z": 0.9}},
+            "camera": {"eye": {"x": -1.55, "y": -1.75, "z": 0.95}, "center": {"x": 0, "y": 0, "z": -0.12}},
             "aspectmode": "cube",
         },
     }
-    return Figure(f"Surface of the weights of {item.name}: at most {formatted(item.absmax)}", [surface], layout)
+    return Figure(f"Surface of the weights of {item.name}: at most {_three(item.absmax)}", [surface], layout)
 
 
 def _errors(result: DiagnoseResult) -> Section | None:
@@ -280,15 +287,16 @@ def _errors(result: DiagnoseResult) -> Section | None:
             "mode": "markers",
             "name": name,
             "x": rounded(errors[item.name] for item in items if item.name in errors),
-            "y": [item.name for item in items if item.name in errors],
-            "marker": {"color": colour, "symbol": symbol, "size": 11},
-            "hovertemplate": f"%{{y}}<br>{name} %{{x:.2%}}<extra></extra>",
+            "y": [_short(item.name) for item in items if item.name in errors],
+            "text": [item.name for item in items if item.name in errors],
+            "marker": {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2, "color": colour}},
+            "hovertemplate": f"%{{text}}<br>{name} %{{x:.2%}}<extra></extra>",
         }
         for name, (errors, colour, symbol) in series.items()
     ]
     layout = {
         "xaxis": {
-            "title": {"text": "relative error of the other weights"},
+            "title": {"text": "relative error"},
             "type": "log",
             "tickformat": "~%",
             "dtick": "D2",
@@ -303,7 +311,7 @@ def _errors(result: DiagnoseResult) -> Section | None:
     return Section("Before and after", text, [Panel("errors", "", [View("", [figure])], 130 + 26 * len(items))])
 
 
-_STYLES = (("--good", "diamond"), ("--second", "square"), ("--third", "cross"), ("--plain", "x"))
+_STYLES = (("--good", "diamond"), ("--second", "square-open"), ("--third", "cross"), ("--plain", "x"))
 
 
 def _table(result: DiagnoseResult) -> Section:
@@ -314,15 +322,19 @@ def _table(result: DiagnoseResult) -> Section:
             ", ".join(map(str, item.channels)) or "none",
             f"{item.n} × {item.k}",
             item.lost_bits,
-            *(_percent(item.rest_errors[scheme]) for scheme in ("per_channel", "bismoothed")),
-            *(_percent(error) for error in (item.output_errors or {}).values()),
+            *(item.rest_errors[scheme] for scheme in ("per_channel", "bismoothed")),
+            *(item.output_errors or {}).values(),
         )
         for item in shown
     ]
-    columns = ["linear", "walls", "shape", "lost bits", "error per channel", "bi-smoothed"]
-    columns += [f"output error {name.replace('_', ' ')}" for name in shown[0].output_errors or {}]
+    errors = ["error per channel", "error bi-smoothed"]
+    errors += [f"output error {name.replace('_', ' ')}" for name in shown[0].output_errors or {}]
+    columns = {"linear": "", "walls": "", "outputs × inputs": "", "lost bits": ".2f"} | dict.fromkeys(errors, ".2%")
     title = "Linears at risk" if result.flagged else "The most uneven linears"
-    return Section(title, "", [Table(columns, rows)])
+    text = "Errors are of the channels that are no walls."
+    if shown[0].output_errors:
+        text += " Output errors are of what the linear computes, activations in INT8 too."
+    return Section(title, text, [Table(columns, rows)])
 
 
 def _remedies(result: DiagnoseResult) -> Section | None:
@@ -339,6 +351,12 @@ def _remedies(result: DiagnoseResult) -> Section | None:
     return Section("Remedies", "", commands)
 
 
+def _short(name: str) -> str:
+    """``model.layers.3.mlp.up_proj`` as ``3.mlp.up_proj``."""
+    place = _Place.of(name)
+    return f"{place.block}.{place.matrix}" if place else name
+
+
 def _cell(value: float, logarithmic: bool) -> float | None:
     if logarithmic:
         return float(f"{np.log10(value):.4g}") if value > 0 else None
@@ -351,11 +369,12 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     ticks = [digit * 10.0**power for power in powers for digit in digits]
     seen = [tick for tick in ticks if low <= np.log10(tick) <= high] or [10**low, 10**high]
-    return {"tickvals": [float(np.log10(tick)) for tick in seen], "ticktext": [formatted(tick) for tick in seen]}
+    return {"tickvals": [float(np.log10(tick)) for tick in seen], "ticktext": [_three(tick) for tick in seen]}
 
 
-def _step(count: int) -> int:
-    return next(step for step in (1, 2, 5, 10, 20, 50, 100) if count / step <= 20 or step == 100)
+def _three(value: float) -> str:
+    """With three digits."""
+    return f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

@@ -38,7 +38,8 @@ function themed(layout) {
 function draw(name) {
   const element = document.getElementById(name);
   const view = panels[name].views[shown[name]];
-  element.querySelector(".caption").textContent = view.text;
+  const caption = element.querySelector(".caption");
+  if (caption) caption.textContent = view.text;
   element.querySelectorAll(".figure").forEach((place, number) => {
     const figure = view.figures[number];
     place.hidden = !figure;

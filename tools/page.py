@@ -80,9 +80,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text, and of numbers as they are to be read; numbers stand right."""
+    """Rows of text and numbers; ``columns`` maps headings to how their numbers are formatted, "" for text."""
 
-    columns: Sequence[str]
+    columns: Mapping[str, str]
     rows: Sequence[Sequence[str | int | float]]
 
 
@@ -152,7 +152,7 @@ def write_page(path: Path, page: Page) -> None:
         lstrip_blocks=True,
     )
     environment.tests |= {"panel": _is(Panel), "table": _is(Table), "command": _is(Command)}
-    environment.filters |= {"numeric": _is(int, float), "formatted": formatted}
+    environment.filters["formatted"] = format
     panels = [block for section in page.sections for block in section.blocks if isinstance(block, Panel)]
     text = environment.get_template("page.html").render(
         page=page,
@@ -164,11 +164,6 @@ def write_page(path: Path, page: Page) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def formatted(value: str | float) -> str:
-    """A number with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def rounded(values: Iterable[float], digits: int = 4) -> list[float]:
     """Numbers with so many digits, which is what a screen shows: a file of half the size."""
     return [float(f"{value:.{digits}g}") for value in values]
@@ -178,8 +173,8 @@ def _libraries() -> tuple[Any, Any]:
     return import_module("jinja2"), import_module("plotly.offline")
 
 
-def _is(*kinds: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, kinds)
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _script(document: Plain) -> str:
