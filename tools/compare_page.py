@@ -53,7 +53,7 @@ def _figures(result: CompareResult) -> Section | None:
         return None
     names = [name for name in SHOWN if name in measured[0].figures]
     views = [_view(name, {str(item.artifact): item.figures[name] for item in measured}) for name in names]
-    columns = ["artifact", *(_TITLES[name][0] for name in names)]
+    columns = dict.fromkeys(["artifact", *(_TITLES[name][0] for name in names)], "")
     rows = [
         (str(item.artifact), *(_text(item.figures.get(name), SHOWN[name]) for name in names))
         for item in result.artifacts
@@ -128,11 +128,11 @@ def _artifacts(result: CompareResult) -> Section:
         (
             str(item.artifact),
             item.recipe or "float",
-            "–" if item.weights_bytes is None else _megabytes(item.weights_bytes),
+            "–" if item.weights_bytes is None else f"{item.weights_bytes / 1e6:,.1f} MB",
         )
         for item in result.artifacts
     ]
-    return Section("Artifacts", "", [Table(["artifact", "recipe", "quantized weights"], rows)])
+    return Section("Artifacts", "", [Table({"artifact": "", "recipe": "", "quantized weights": ""}, rows)])
 
 
 def _engines(result: CompareResult) -> Section | None:
@@ -140,16 +140,24 @@ def _engines(result: CompareResult) -> Section | None:
         (
             row["artifact"],
             row["engine"],
-            _megabytes(row["engine_bytes"]),
+            row["engine_bytes"] / 1e6,
             row["kernels"],
             row["int8_linears"],
-            f"{row['int8_mac_share']:.2%}",
+            row["int8_mac_share"],
             "–" if row["build_seconds"] is None else f"{row['build_seconds']:.1f} s",
         )
         for item in result.artifacts
         for row in item.engine_rows()
     ]
-    columns = ["artifact", "engine", "size", "kernels", "INT8 linears", "INT8 share of MACs", "built in"]
+    columns = {
+        "artifact": "",
+        "engine": "",
+        "MB": ",.1f",
+        "kernels": ",",
+        "INT8 linears": ",",
+        "INT8 share of MACs": ".2%",
+        "built in": "",
+    }
     return Section("Engines", "", [Table(columns, rows)]) if rows else None
 
 
@@ -157,7 +165,3 @@ def _text(item: Estimate | None, spec: str) -> str:
     if item is None:
         return "–"
     return f"{item.value:{spec}} ({item.bounds(spec)})" if item.interval else f"{item.value:{spec}}"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -99,7 +99,7 @@ def test_the_verdict_names_the_closest() -> None:
 
 def test_sizes_and_engines() -> None:
     assert table(two(), "Artifacts").rows[0] == ("a", "w8a8", "3.0 MB")
-    assert table(two(), "Engines").rows == [("a", "null", "2.0 MB", 3, 2, "100.00%", "1.2 s")]
+    assert table(two(), "Engines").rows == [("a", "null", 2.0, 3, 2, 1.0, "1.2 s")]
 
 
 def test_an_artifact_without_figures() -> None:
