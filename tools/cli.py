@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -214,10 +213,8 @@ def build(
 def verify(
     artifact: o.Artifact,
     data: o.Data,
-    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of text to compare on.")] = 16,
-    skip_windows: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Windows to pass over first, such as those of the calibration.")
-    ] = 0,
+    windows: o.Windows = 16,
+    skip_windows: o.SkipWindows = 0,
     length: o.Length = 512,
     hop: Annotated[
         list[Hop], typer.Option("--hop", metavar="NAME...", help=f"Hops to judge, of {', '.join(Hop)}.")
@@ -242,6 +239,39 @@ def verify(
         hops=tuple(hop),
         thresholds=thresholds,
         output=output,
+    )
+    finish(result, as_json)
+
+
+@command
+def compare(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ART", help="Artifact folders.")],
+    data: o.Data,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="ART", help="Whose float graph to hold them against; the first's by default.")
+    ] = None,
+    windows: o.Windows = 16,
+    skip_windows: o.SkipWindows = 0,
+    length: o.Length = 512,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON report to write.")] = None,
+    html: o.Html = None,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Compare artifacts with one float reference, and with each other."""
+    text = o.parse_text(data, "Artifacts are compared by what they compute on it.")
+    from .compare import compare as run
+
+    console.show_progress(not quiet)
+    result = run(
+        artifacts,
+        text,
+        reference=reference,
+        windows=windows,
+        skip_windows=skip_windows,
+        length=length,
+        output=output,
+        html=html,
     )
     finish(result, as_json)
 
@@ -339,6 +369,7 @@ def diagnose(
     statistics: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Statistics of the model, to measure output errors on.")
     ] = None,
+    html: o.Html = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -347,7 +378,7 @@ def diagnose(
     from .diagnose import diagnose as run
 
     console.show_progress(not quiet)
-    finish(run(model, statistics=statistics, trust_remote_code=trust_remote_code), as_json)
+    finish(run(model, statistics=statistics, html=html, trust_remote_code=trust_remote_code), as_json)
 
 
 @command
@@ -381,22 +412,14 @@ def standin(
     finish(result, as_json)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The built-in recipes."""
-
-    recipes: tuple[Recipe, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in self.recipes]}
-
-
 @command
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="The recipe to show in full.")] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """List the built-in recipes, or show one in full."""
+    from .results import Listing
+
     if name is None:
         finish(Listing(tuple(map(Recipe.load, BUILTIN))), as_json)
     elif as_json:

@@ -85,6 +85,13 @@ GateOptions = Annotated[
     list[str],
     typer.Option("--gate", metavar="NAME=LIMIT...", help="Change a gate of the recipe; NAME=none drops it."),
 ]
+Windows = Annotated[int, typer.Option("--windows", min=1, metavar="N", help="Windows of text to compare on.")]
+SkipWindows = Annotated[
+    int,
+    typer.Option(
+        "--skip-windows", min=0, metavar="N", help="Windows to pass over first, such as those of the calibration."
+    ),
+]
 Length = Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per window.")]
 Rows = Annotated[int, typer.Option(min=1, metavar="N", help="Token rows kept per site, for the alpha search.")]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the token rows.")]
@@ -106,6 +113,10 @@ CopyWeights = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Draw the result as a page too. Needs bismooth[report]."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 

@@ -1,154 +1,266 @@
-"""What is compared between two programs on the same windows: logits, or the features of an encoder.
-
-The reference's outputs wait in an unnamed file, so that memory does not grow with the number of windows.
-"""
+"""Compare any number of artifacts with one float reference, on the same windows of text."""
 
 from __future__ import annotations
 
-import errno
-import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Protocol, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from ..export.errors import BismoothError, GateError
-from .metrics import LogitComparison, Sqnr
+from ..calibrators.data import load_tokenizer, load_windows
+from ..engines.onnxruntime import Session
+from ..engines.token_feeds import Port
+from ..export.artifact import Artifact
+from ..export.errors import BismoothError
+from ..export.hashing import array_sha256
+from ..export.replacing import replacing
+from ..export.versions import tool_versions
+from . import console
+from .bootstrap import Resampling, Rows, difference, interval
+from .compare_page import comparison_page
+from .compared import FORMAT, Compared, CompareResult, Estimate
+from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
+from .meant import quantize_stage
+from .page import check_page, write_page
+from .resume import finished_engine
+from .shipped import find_engines
+from .stages import check_length, check_replaceable
+from .verify import is_report
 
-Ids = NDArray[np.int64]
-Values = NDArray[np.float32]
-Figures = dict[str, Any]
+_LOGITS = ("kl", "kl_p99", "perplexity", "perplexity_ratio", "log_perplexity", "top1")
+_FEATURES = ("cosine_p5", "sqnr_db")
+_DIFFERENCES = ("kl", "log_perplexity", "top1", *_FEATURES)
+_FEW = 8
+"""Windows below which intervals are rough."""
 
-
-class Comparison(Protocol):
-    """Compares a candidate with a reference, window by window."""
-
-    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
-        """Add one window: ids [S], values [S, V].
-
-        Raises:
-            BismoothError: the shapes differ.
-            GateError: a value of the candidate is not finite.
-        """
-        ...
-
-    def figures(self) -> Figures:
-        """The figures of all windows so far, under the names that gates use."""
-        ...
-
-
-class Logits:
-    """Logits, by :class:`.metrics.LogitComparison`."""
-
-    def __init__(self) -> None:
-        self._comparison = LogitComparison()
-
-    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
-        self._comparison.update(ids[None], reference[None], candidate[None])
-
-    def figures(self) -> Figures:
-        metrics = self._comparison.result()
-        return {
-            "reference_perplexity": metrics.reference_perplexity,
-            "perplexity": metrics.perplexity,
-            "perplexity_ratio": metrics.perplexity_ratio,
-            "kl": metrics.kl_mean,
-            "kl_p99": metrics.kl_p99,
-            "top1": metrics.top1,
-            "top1_stable": metrics.top1_stable,
-            "stable_share": metrics.stable_share,
-            "cosine_p5": metrics.cosine_p5,
-            "max_error": metrics.max_error,
-            "relative_error": metrics.relative_error,
-        }
+_ADVICE = "Compare artifacts of one model, or of models that differ in their weights alone."
 
 
-class Features:
-    """Outputs that are no logits: perplexity, KL and top-1 mean nothing there."""
+def compare(
+    artifacts: Sequence[str | Path],
+    data: Sequence[str],
+    *,
+    reference: str | Path | None = None,
+    windows: int = 16,
+    length: int = 512,
+    skip_windows: int = 0,
+    output: str | Path | None = None,
+    html: str | Path | None = None,
+) -> CompareResult:
+    """Run the float32 graphs of artifacts, Q/DQ in float arithmetic, and hold each against the reference.
 
-    def __init__(self) -> None:
-        self._noise = Sqnr()
-        self._cosine: list[NDArray[np.float64]] = []
-
-    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
-        if not np.isfinite(candidate).all():
-            raise GateError(
-                "the outputs of the candidate hold NaN or infinity. Expected finite numbers. "
-                "Check the graph for overflow, or leave the layers at fault in float."
-            )
-        self._noise.update(reference, candidate)
-        r, c = (values.reshape(len(ids), -1).astype(np.float64) for values in (reference, candidate))
-        norms = np.linalg.norm(r, axis=1) * np.linalg.norm(c, axis=1)
-        self._cosine.append(np.divide((r * c).sum(axis=1), norms, out=np.ones(len(r)), where=norms > 0))
-
-    def figures(self) -> Figures:
-        return {
-            "cosine_p5": float(np.quantile(np.concatenate(self._cosine), 0.05)),
-            "sqnr_db": self._noise.decibels,
-            "relative_error": self._noise.relative_error,
-        }
-
-
-class WindowFile:
-    """Float32 arrays of one shape, one per window, in a file without a name: it is gone when the process is.
+    Intervals are of :mod:`.bootstrap`, on the same resamples for all artifacts; differences are to the first of them.
 
     Args:
-        folders: Where the file may lie; the first that has the space.
-        count: Number of windows.
+        artifacts: folders, float or quantized, all with one tokenizer; their weights may differ.
+        data: text, as ``verify`` takes it.
+        reference: the artifact whose float graph is the reference; the first of ``artifacts`` by default. Of a
+            quantized artifact it is the graph that was quantized.
+        windows: how many windows.
+        length: tokens per window.
+        skip_windows: windows to pass over first.
+        output: a JSON file to write.
+        html: a file for a page that shows the result; it needs the extra ``report``.
+
+    Raises:
+        BismoothError: no artifacts or one of them twice, one that cannot be run or whose vocabulary or tokenizer is
+            not the reference's, text that cannot be used, a reference that gives NaN or infinity, or ``output`` or
+            ``html`` cannot be written or is a file of another kind.
+    """
+    if output is not None:
+        check_replaceable(Path(output), "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
+    if html is not None:
+        check_page(Path(html))
+    paths = [Path(artifact) for artifact in artifacts]
+    _check_paths(paths)
+    loaded = [Artifact.load(path, "float", "quantized") for path in paths]
+    base = loaded[0] if reference is None else Artifact.load(Path(reference), "float", "quantized")
+    for artifact in (base, *loaded):
+        check_length(artifact, length)
+        quantize_stage(artifact)
+    ids = _load_ids(base, loaded, data, windows, length, skip_windows)
+    engines, problems = zip(*map(_engines, loaded), strict=True)
+    with console.progress() as progress:
+        runs = list(_run_all(base, loaded, ids, progress))
+    result = CompareResult(
+        base.path,
+        *ids.shape,
+        reference_perplexity=next((run.figures.get("reference_perplexity") for run in runs if run.figures), None),
+        artifacts=tuple(_compared(run, runs[0], rows) for run, rows in zip(runs, engines, strict=True)),
+        notes=(*_notes(base, runs, len(ids)), *chain.from_iterable(problems)),
+        data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
+        tools=tool_versions(),
+    )
+    if output is not None:
+        with replacing(Path(output)) as temporary:
+            temporary.write_text(console.json_text(result.to_json()), "utf-8")
+    if html is not None:
+        write_page(Path(html), comparison_page(result))
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One artifact against the reference: its figures, the same on all resamples, or why there are none.
+
+    Both are empty where the outputs are not finite; ``replicates`` also if there is one window.
     """
 
-    def __init__(self, folders: Sequence[Path], count: int) -> None:
-        self._folders, self._count = folders, count
-        self._file: IO[bytes] | None = None
-        self._shape: tuple[int, ...] = ()
+    artifact: Artifact
+    figures: Figures
+    replicates: Replicates
+    failure: str | None
+    seconds: float
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The figures that are compared."""
+        if not self.figures:
+            return ()
+        return _LOGITS if "kl" in self.figures else _FEATURES
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
 
-    def append(self, values: Values) -> None:
-        """Write the next window.
+def _check_paths(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise BismoothError("compare: Expected one or more artifacts, got none.")
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (first := seen.setdefault(path.resolve(), path)) is not path:
+            raise BismoothError(f"{path}: is given twice, as {first} before. Expected each artifact once.")
 
-        Raises:
-            BismoothError: no folder has the space.
-        """
-        if self._file is None:
-            self._file, self._shape = self._open(values.nbytes * self._count), values.shape
-        try:
-            self._file.write(np.ascontiguousarray(values).data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise self._no_space(values.nbytes * self._count) from error
 
-    def read(self, number: int) -> Values:
-        """A window, read from disk."""
-        assert self._file is not None
-        values = np.empty(self._shape, np.float32)
-        self._file.seek(number * values.nbytes)
-        self._file.readinto(values.reshape(-1).view(np.uint8).data)  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
-        return values
+def _load_ids(
+    base: Artifact, artifacts: Sequence[Artifact], data: Sequence[str], windows: int, length: int, skip: int
+) -> Ids:
+    """Token windows [N, S] that the tokenizers of all artifacts make of the text."""
 
-    def _open(self, size: int) -> IO[bytes]:
-        for folder in self._folders:
-            try:
-                if shutil.disk_usage(folder).free > size:
-                    return tempfile.TemporaryFile(dir=folder)
-            except OSError:  # not writable
-                continue
-        raise self._no_space(size)
+    def encode(tokenizer: Tokenizer) -> Ids:
+        return load_windows(data, tokenizer, windows=windows + skip, length=length).ids[skip:]
 
-    def _no_space(self, size: int) -> BismoothError:
-        return BismoothError(
-            f"verify: no space for the float graph's outputs. Expected {size / 1e6:,.0f} MB in one of "
-            f"{', '.join(map(str, self._folders))}. Free some, set TMPDIR, or ask for fewer --windows."
+    tokenizer = load_tokenizer(base.path)
+    ids, vocabulary = encode(tokenizer), tokenizer.get_vocab()
+    for artifact in artifacts:
+        other = tokenizer if artifact.path == base.path else load_tokenizer(artifact.path)
+        if other.get_vocab() != vocabulary:
+            raise BismoothError(
+                f"{artifact.path}: its tokenizer has another vocabulary than that of the reference {base.path}. "
+                f"Expected the same. {_ADVICE}"
+            )
+        if not np.array_equal(encode(other), ids):
+            raise BismoothError(
+                f"{artifact.path}: its tokenizer makes other tokens of the text than that of the reference "
+                f"{base.path}. Expected the same. {_ADVICE}"
+            )
+    return ids
+
+
+def _run_all(base: Artifact, artifacts: Sequence[Artifact], ids: Ids, progress: console.Report) -> Iterator[_Run]:
+    """Run the reference and then each artifact; one session at a time is open."""
+    resampling = Resampling(len(ids)) if len(ids) > 1 else None
+    with WindowFile([base.path, Path(tempfile.gettempdir())], len(ids)) as outputs:
+        port = _run_reference(base, ids, outputs, progress)
+        make = comparison_of(base, port)
+        for artifact in artifacts:
+            start, track = time.perf_counter(), Track(make())
+            mode = "reference" if artifact.manifest.kind == "quantized" else "plain"
+            with Session(artifact.graph("float32"), mode=mode) as session:
+                _check_width(artifact, session.outputs[0], base, port)
+                for number, window in enumerate(ids):
+                    track.update(window, outputs.read(number), session.logits(window[None])[0])
+                    progress(f"run {artifact.path}", number + 1, len(ids))
+            figures, replicates, step = track.figures(), dict[str, Rows](), f"resample {artifact.path}"
+            if figures and resampling:
+                progress(step, 0, 1)
+                replicates = track.comparison.resampled(resampling)
+                progress(step, 1, 1)
+            yield _Run(artifact, figures, replicates, track.failure, time.perf_counter() - start)
+
+
+def _run_reference(base: Artifact, ids: Ids, outputs: WindowFile, progress: console.Report) -> Port:
+    """Store the outputs of the reference, and say what they are."""
+    graph = base.graph("reference" if base.manifest.kind == "quantized" else "float32")
+    with Session(graph, mode="plain") as session:
+        for number, window in enumerate(ids):
+            values = session.logits(window[None])[0]
+            if not np.isfinite(values).all():
+                raise BismoothError(
+                    f"{graph}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
+                    "Check the weights of the source."
+                )
+            outputs.append(values)
+            progress("run the reference", number + 1, len(ids))
+        return session.outputs[0]
+
+
+def _check_width(artifact: Artifact, output: Port, base: Artifact, expected: Port) -> None:
+    if output.shape[-1:] != expected.shape[-1:]:
+        raise BismoothError(
+            f"{artifact.path}: its graph gives {output.shape[-1]} values per token, that of the reference {base.path} "
+            f"{expected.shape[-1]}. Expected the same vocabulary. {_ADVICE}"
         )
+
+
+def _notes(base: Artifact, runs: Sequence[_Run], windows: int) -> Iterator[str]:
+    if windows < 2:
+        yield "One window gives no confidence intervals. Ask for more --windows."
+    elif windows < _FEW:
+        yield f"Confidence intervals of {windows} windows are rough. Ask for {_FEW} or more --windows."
+    for run in runs:
+        path, source, other = run.artifact.path, run.artifact.manifest.source, base.manifest.source
+        if source.get("path") != other.get("path"):
+            yield f"{path}: was made from {source.get('path')}, the reference from {other.get('path')}."
+        elif source != other:
+            yield f"{path}: was made from {source.get('path')} as it was at another time than for the reference."
+        if run.failure:
+            yield f"{path}: {run.failure}"
+
+
+def _engines(artifact: Artifact) -> tuple[list[dict[str, Any]], list[str]]:
+    """What ``build`` says of each engine of the artifact, and a sentence for each that is not to be trusted."""
+    engines, problems = find_engines(artifact)
+    rows: list[dict[str, Any]] = []
+    for engine in engines:
+        try:
+            row = finished_engine(engine).to_json()
+        except BismoothError as error:
+            problems.append(str(error))
+        else:
+            del row["wall_seconds"]
+            rows.append(row | {"build_seconds": engine.build_seconds})
+    return rows, problems
+
+
+def _compared(run: _Run, first: _Run, engines: Sequence[Mapping[str, Any]]) -> Compared:
+    from ..passes.quantize import WEIGHTS
+
+    stage, weights = quantize_stage(run.artifact), run.artifact.manifest.files.get(WEIGHTS)
+    return Compared(
+        run.artifact.path,
+        stage["recipe"]["name"] if stage else None,
+        weights.size if weights else None,
+        {name: _estimate(run.figures[name], run.replicates.get(name)) for name in run.names},
+        {} if run is first else _differences(run, first),
+        tuple(engines),
+        run.seconds,
+    )
+
+
+def _differences(run: _Run, first: _Run) -> dict[str, Estimate]:
+    return {
+        name: _estimate(
+            float(difference(run.figures[name], first.figures[name])),
+            difference(run.replicates[name], first.replicates[name]) if run.replicates else None,
+        )
+        for name in run.names
+        if name in _DIFFERENCES and name in first.names
+    }
+
+
+def _estimate(value: float, replicates: Rows | None) -> Estimate:
+    return Estimate(value, None if replicates is None else interval(replicates))

@@ -100,6 +100,8 @@ def _blocks(document: Mapping[str, Any], title: str | None) -> Iterator[Renderab
     nested = {key: value for key, value in document.items() if _is_table(value)}
     if single := {key: value for key, value in document.items() if key not in nested}:
         table = Table(title=title, title_justify="left", show_header=False, box=None)
+        table.add_column()
+        table.add_column(overflow="fold")  # a long path is shown whole
         for key, value in single.items():
             table.add_row(_label(key), Text(_formatted(key, value)))
         yield table

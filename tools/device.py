@@ -22,7 +22,7 @@ from ..engines.tensorrt_session import EngineSession
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.hashing import file_sha256
-from .compare import Figures, Ids, Values, WindowFile
+from .comparison import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for
 from .meant import engine_source, meant_int8
 from .shipped import find_engines

@@ -2,20 +2,22 @@
 
 Over all positions of all windows, with p and q the softmax of the reference's and the candidate's logits:
 
-- perplexity: exp of the mean of -log p(next token), over the S - 1 predicted tokens of each window;
+- perplexity: exp of the mean of -log p(next token), over the S - 1 predicted tokens of each window; that mean, in nats,
+  is its logarithm;
 - KL: Σ p log(p / q) in nats; its mean and its 99th percentile;
 - top-1: the share of positions with the same argmax. *Stable* positions are those where the reference's largest
   probability exceeds its second largest by more than 0.1: a small error should change no argmax there;
 - cosine: between the rows of logits; its 5th percentile;
 - error: max |candidate - reference|, and the same divided by max |reference|.
 
-Memory does not grow with the number of windows but for the two floats per position that the percentiles need (16 bytes
-per token). Logits are converted to float64 a few rows at a time, so a large vocabulary costs no more memory.
+Memory does not grow with the number of windows but for what is kept of each position (40 bytes per token). Logits are
+converted to float64 a few rows at a time, so a large vocabulary costs no more memory.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -46,6 +48,7 @@ class LogitMetrics:
     reference_perplexity: float
     perplexity: float
     perplexity_ratio: float
+    log_perplexity: float
     kl_mean: float
     kl_p99: float
     top1: float
@@ -56,12 +59,28 @@ class LogitMetrics:
     relative_error: float
 
 
+@dataclass(frozen=True, eq=False)
+class TokenMetrics:
+    """What a comparison gave for each of the S tokens of N windows, in float64.
+
+    Attributes:
+        kl: KL in nats [N, S].
+        top1: 1 where the argmax is the same, else 0 [N, S].
+        nll: the candidate's -log p(next token) in nats [N, S - 1].
+        reference_nll: the reference's.
+    """
+
+    kl: Rows
+    top1: Rows
+    nll: Rows
+    reference_nll: Rows
+
+
 class Perplexity:
     """Perplexity of one model, window by window."""
 
     def __init__(self) -> None:
-        self._nll = 0.0
-        self._tokens = 0
+        self._nll = array("d")
 
     def update(self, ids: Ids, logits: Floats) -> None:
         """Add windows: token ids [B, S] and their logits [B, S, V].
@@ -76,20 +95,24 @@ class Perplexity:
     def add(self, targets: Ids, softmax: _Softmax) -> None:
         """Add rows, with the token that follows each, -1 where none does."""
         known = np.flatnonzero(targets != _NO_TOKEN)
-        log_p = softmax.shifted[known, targets[known]] - softmax.log_sum[known]
-        self._nll -= float(log_p.sum())
-        self._tokens += known.size
+        nll = softmax.log_sum[known] - softmax.shifted[known, targets[known]]
+        self._nll.frombytes(nll.tobytes())
 
     @property
-    def mean_nll(self) -> float:
-        """Mean -log p(next token) in nats.
+    def nll(self) -> Rows:
+        """-log p(next token) in nats of all predicted tokens, in their order.
 
         Raises:
             BismoothError: nothing was added.
         """
-        if not self._tokens:
+        if not self._nll:
             raise BismoothError("metrics: Expected one or more windows, got none. Ask for at least one window.")
-        return self._nll / self._tokens
+        return np.array(self._nll)
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean of :attr:`nll`."""
+        return float(self.nll.mean())
 
     @property
     def value(self) -> float:
@@ -103,9 +126,10 @@ class LogitComparison:
     def __init__(self) -> None:
         self._reference = Perplexity()
         self._candidate = Perplexity()
-        self._kl: list[Rows] = []
-        self._cosine: list[Rows] = []
-        self._same = 0
+        self._kl = array("d")
+        self._cosine = array("d")
+        self._top1 = array("d")
+        self._length = 0
         self._stable = 0
         self._stable_same = 0
         self._max_error = 0.0
@@ -123,6 +147,7 @@ class LogitComparison:
                 f"metrics: Expected logits of one shape, got reference {list(reference.shape)} "
                 f"and candidate {list(candidate.shape)}. Compare graphs of the same model."
             )
+        self._length = ids.shape[-1]
         for (targets, r), (_, c) in zip(_chunks(ids, reference), _chunks(ids, candidate), strict=True):
             self._max_reference = max(self._max_reference, float(np.abs(r).max()))
             self._max_error = max(self._max_error, float(np.abs(c - r).max()))
@@ -131,14 +156,24 @@ class LogitComparison:
     def _add(self, targets: Ids, p: _Softmax, q: _Softmax) -> None:
         self._reference.add(targets, p)
         self._candidate.add(targets, q)
-        self._cosine.append(_cosine(p, q))
+        self._cosine.frombytes(_cosine(p, q).tobytes())
         same = p.top == q.top
         stable = p.margin() > STABLE_MARGIN
-        self._same += int(same.sum())
+        self._top1.frombytes(same.astype(np.float64).tobytes())
         self._stable += int(stable.sum())
         self._stable_same += int((same & stable).sum())
         cross = _dot(p.exp, p.shifted - q.shifted) / p.sum  # Σ p (x - max x - y + max y)
-        self._kl.append(cross - p.log_sum + q.log_sum)
+        self._kl.frombytes((cross - p.log_sum + q.log_sum).tobytes())
+
+    def tokens(self) -> TokenMetrics:
+        """The metrics of each token of all windows so far, which are of one length.
+
+        Raises:
+            BismoothError: there was none.
+        """
+        nll, reference_nll = (model.nll.reshape(-1, self._length - 1) for model in (self._candidate, self._reference))
+        kl, top1 = (np.array(values).reshape(-1, self._length) for values in (self._kl, self._top1))
+        return TokenMetrics(kl, top1, nll, reference_nll)
 
     def result(self) -> LogitMetrics:
         """The metrics of all windows so far.
@@ -147,15 +182,16 @@ class LogitComparison:
             BismoothError: there was none.
         """
         nll, reference_nll = self._candidate.mean_nll, self._reference.mean_nll
-        kl, cosine = np.concatenate(self._kl), np.concatenate(self._cosine)
+        kl, cosine = np.array(self._kl), np.array(self._cosine)
         return LogitMetrics(
             positions=kl.size,
             reference_perplexity=_exp(reference_nll),
             perplexity=_exp(nll),
             perplexity_ratio=_exp(nll - reference_nll),
+            log_perplexity=nll,
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),
-            top1=self._same / kl.size,
+            top1=float(np.array(self._top1).mean()),
             top1_stable=self._stable_same / self._stable if self._stable else None,
             stable_share=self._stable / kl.size,
             cosine_p5=float(np.quantile(cosine, 0.05)),
@@ -165,11 +201,16 @@ class LogitComparison:
 
 
 class Sqnr:
-    """Signal-to-quantization-noise ratio 10 log10(Σ r² / Σ (c - r)²) in dB of one tensor, window by window."""
+    """Signal-to-quantization-noise ratio 10 log10(Σ r² / Σ (c - r)²) in dB of one tensor, window by window.
+
+    Attributes:
+        signal: Σ r² of each window.
+        noise: Σ (c - r)² of each window.
+    """
 
     def __init__(self) -> None:
-        self._signal = 0.0
-        self._noise = 0.0
+        self.signal: list[float] = []
+        self.noise: list[float] = []
         self._max_error = 0.0
         self._max_reference = 0.0
 
@@ -185,11 +226,13 @@ class Sqnr:
                 "Compare graphs of the same model."
             )
         flat_r, flat_c = reference.reshape(-1), candidate.reshape(-1)
+        self.signal.append(0.0)
+        self.noise.append(0.0)
         for start in range(0, flat_r.size, _CHUNK):
             r = flat_r[start : start + _CHUNK].astype(np.float64)
             noise = flat_c[start : start + _CHUNK] - r
-            self._signal += float(r @ r)
-            self._noise += float(noise @ noise)
+            self.signal[-1] += float(r @ r)
+            self.noise[-1] += float(noise @ noise)
             # np.maximum keeps a NaN, max() would drop it
             self._max_error = float(np.maximum(self._max_error, np.abs(noise).max()))
             self._max_reference = float(np.maximum(self._max_reference, np.abs(r).max()))
@@ -197,9 +240,10 @@ class Sqnr:
     @property
     def decibels(self) -> float:
         """The ratio; infinite without noise (also without signal), minus infinite for noise alone, NaN after a NaN."""
-        if not self._noise:
+        signal, noise = sum(self.signal), sum(self.noise)
+        if not noise:
             return math.inf
-        return 10 * math.log10(self._signal / self._noise) if self._signal else -math.inf
+        return 10 * math.log10(signal / noise) if signal else -math.inf
 
     @property
     def relative_error(self) -> float:

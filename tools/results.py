@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from ..engines.base import BuildResult
     from ..export.artifact import Artifact
     from ..passes.quantize import QuantizeResult
+    from ..passes.recipe import Recipe
     from .verify import VerifyResult
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The built-in recipes."""
+
+    recipes: tuple[Recipe, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"recipes": [{"name": recipe.name, "description": recipe.description} for recipe in self.recipes]}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ class ShippedEngine:
     record: EngineRecord
     manifest: Manifest
 
+    @property
+    def build_seconds(self) -> float | None:
+        """How long the build took; ``None`` for an engine of a version that did not record it."""
+        return next(stage.get("build_seconds") for stage in self.manifest.stages if stage["stage"] == "build")
+
 
 def engine_folders(artifact: Artifact) -> list[Path]:
     """Finished engine folders in ``engines/``; those of builds under way or killed are hidden."""

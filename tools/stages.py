@@ -68,7 +68,7 @@ def calibrate(
     artifact = Path(artifact)
     target = Path(output or artifact / STATISTICS)
     if output is not None:
-        _check_replaceable(target, "a statistics file", is_statistics)
+        check_replaceable(target, "a statistics file", is_statistics)
     loaded = Artifact.load(artifact, "float")
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
@@ -286,7 +286,12 @@ def build(
             copy_weights=copies_weights(loaded),
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
-        stage = {"stage": "build", "engine": engine, "record": result.record.to_json()}
+        stage = {
+            "stage": "build",
+            "engine": engine,
+            "record": result.record.to_json(),
+            "build_seconds": round(result.seconds, 2),
+        }
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
         finish_folder(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)), loaded.manifest.hashes)
     moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
@@ -318,7 +323,7 @@ def verify(
     artifact = Path(artifact)
     target = Path(output or artifact / ("verify-partial.json" if hops else "verify.json"))
     if output is not None:
-        _check_replaceable(target, "a report of 'bismooth verify'", is_report)
+        check_replaceable(target, "a report of 'bismooth verify'", is_report)
     loaded = Artifact.load(artifact, "float", "quantized")
     limits = dict(thresholds or {})
     gates = _gates(loaded).replaced(limits)
@@ -369,7 +374,7 @@ def check_length(artifact: Artifact, length: int) -> None:
         )
 
 
-def _check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
+def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
     """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
     if path.is_file() and not is_one(path):
         raise BismoothError(

@@ -17,13 +17,12 @@ import numpy as np
 
 from ..engines.audit import Audit
 from ..engines.base import audit_path
-from ..engines.linears import LOGITS
 from ..engines.onnxruntime import Session
 from ..export.artifact import Artifact
-from ..export.errors import BismoothError, GateError
+from ..export.errors import BismoothError
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from .compare import Comparison, Features, Figures, Ids, Logits, Values, WindowFile
+from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
 from .hops import FORMAT, HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
@@ -76,13 +75,13 @@ def verify_artifact(
     )
 
 
-def is_report(path: Path) -> bool:
-    """Whether a file is what an earlier run has written."""
+def is_report(path: Path, format: str = FORMAT) -> bool:
+    """Whether a file is a report of that format, as an earlier run has written it."""
     try:
         document: Any = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == FORMAT
+    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == format
 
 
 def find_hops(artifact: Artifact, hops: Sequence[Hop] = ()) -> list[Hop]:
@@ -154,10 +153,7 @@ class _Verifier:
         """Store the outputs of the float32 graph."""
         role = "reference" if "reference" in self._graphs else "float32"
         with Session(self._artifact.graph(role), mode="plain") as session:
-            output = session.outputs[0]
-            vocabulary = self._artifact.manifest.dims.get("vocab_size")
-            is_logits = output.name == LOGITS or (vocabulary is not None and output.shape[-1:] == (vocabulary,))
-            self._make = Logits if is_logits else Features
+            self._make = comparison_of(self._artifact, session.outputs[0])
             for values in self._windows(session, "run the float32 graph", len(self._ids)):
                 self.is_broken = self.is_broken or not np.isfinite(values).all()
                 self._reference.append(values)
@@ -178,32 +174,32 @@ class _Verifier:
         from .torch_model import torch_outputs
 
         windows = self._ids[:SOURCE_WINDOWS]
-        track = _Track(self._make())
+        track = Track(self._make())
         with judge.timed():
             for number, values in enumerate(torch_outputs(self._artifact.path, windows)):
                 track.update(windows[number], values, self._reference.read(number))
                 self._progress("run the torch model", number + 1, len(windows))
         figures = track.figures()
         figures |= _renamed(figures, {"float_error": "relative_error", "float_kl": "kl"})
-        return [judge.result(figures, track.failures(Hop.FLOAT), len(windows))]
+        return [judge.result(figures, _failures(Hop.FLOAT, track), len(windows))]
 
     def _folded(self) -> list[HopResult]:
         judge = self._judge(Hop.FOLDED)
         if "folded" not in self._graphs:
             return [judge.skip("nothing was folded")]
         count = min(SOURCE_WINDOWS, len(self._ids))
-        track = _Track(self._make())
+        track = Track(self._make())
         with judge.timed(), Session(self._artifact.graph("folded"), mode="plain") as session:
             for number, values in enumerate(self._windows(session, "run the folded graph", count)):
                 track.update(self._ids[number], self._reference.read(number), values)
         figures = track.figures()
         figures |= _renamed(figures, {"folded_error": "relative_error"})
-        return [judge.result(figures, track.failures(Hop.FOLDED), count)]
+        return [judge.result(figures, _failures(Hop.FOLDED, track), count)]
 
     def _quantized(self, with_kernels: bool) -> list[HopResult]:
         """Both runs of the Q/DQ graph, side by side, so that neither runs twice nor needs a file of its own."""
         floats, kernels = self._judge(Hop.REFERENCE), self._judge(Hop.INT8)
-        against_float, between, kernels_against_float = (_Track(self._make()) for _ in range(3))
+        against_float, between, kernels_against_float = (Track(self._make()) for _ in range(3))
         path = self._artifact.graph("float32")
         with ExitStack() as stack:
             with floats.timed():
@@ -222,7 +218,7 @@ class _Verifier:
                         kernels_against_float.update(window, reference, candidate)
                 self._progress("run the Q/DQ graph", number + 1, len(self._ids))
         count = len(self._ids)
-        results = [floats.result(against_float.figures(), against_float.failures(Hop.REFERENCE), count)]
+        results = [floats.result(against_float.figures(), _failures(Hop.REFERENCE, against_float), count)]
         if not with_kernels:
             return results
         if against_float.failure:
@@ -230,7 +226,7 @@ class _Verifier:
         figures = between.figures()
         figures |= _renamed(figures, {"int8_kl_vs_reference": "kl"})
         figures |= {f"float_{name}": value for name, value in kernels_against_float.figures().items()}
-        return [*results, kernels.result(figures, between.failures(Hop.INT8), count)]
+        return [*results, kernels.result(figures, _failures(Hop.INT8, between), count)]
 
     def _half(self) -> list[HopResult]:
         judge = self._judge(Hop.HALF)
@@ -255,7 +251,7 @@ class _Verifier:
         from .halfsim import HalfSimulation
 
         windows = self._ids[:HALF_WINDOWS]
-        track = _Track(self._make())
+        track = Track(self._make())
         path = self._artifact.graph(role)
         with HalfSimulation(path) as simulation:
             peaks = np.zeros(len(simulation.edges))
@@ -272,7 +268,7 @@ class _Verifier:
         if len(findings) > _SHOWN:
             sentences.append(f"{Hop.HALF}: {path.name}: {len(findings) - _SHOWN} more nodes leave the range.")
         if track.failure and not findings:
-            sentences += track.failures(Hop.HALF)
+            sentences += _failures(Hop.HALF, track)
         range_used: Figures = {"half_max_ratio": float(peaks[worst]), "half_max_node": node, "edges": len(peaks)}
         return range_used | track.figures(), sentences
 
@@ -296,7 +292,7 @@ class _Verifier:
         target = find_target(self._artifact)
         if isinstance(target, str):
             return [judge.skip(target)]
-        track = _Track(self._make())
+        track = Track(self._make())
         try:
             with judge.timed():
                 latency = compare_engines(target, self._artifact, self._ids, track.update, self._progress)
@@ -304,7 +300,7 @@ class _Verifier:
             return [judge.result({}, [f"{Hop.DEVICE}: {error}"])]
         figures = track.figures()
         figures |= _renamed(figures, {"device_kl": "kl"}) | latency
-        return [judge.result(figures, track.failures(Hop.DEVICE), len(self._ids))]
+        return [judge.result(figures, _failures(Hop.DEVICE, track), len(self._ids))]
 
     def layer_sqnr(self) -> tuple[dict[str, Any], ...]:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
@@ -317,25 +313,8 @@ class _Verifier:
         return layer_sqnr(reference, clean, graph, names, self._ids[:1], self._progress)
 
 
-class _Track:
-    """A comparison that remembers that its candidate gave no numbers, instead of ending the run."""
-
-    def __init__(self, comparison: Comparison) -> None:
-        self._comparison = comparison
-        self.failure: str | None = None
-
-    def update(self, ids: Ids, reference: Values, candidate: Values) -> None:
-        if self.failure is None:
-            try:
-                self._comparison.update(ids, reference, candidate)
-            except GateError as error:
-                self.failure = str(error)
-
-    def figures(self) -> Figures:
-        return {} if self.failure else self._comparison.figures()
-
-    def failures(self, hop: Hop) -> list[str]:
-        return [f"{hop}: {self.failure}"] if self.failure else []
+def _failures(hop: Hop, track: Track) -> list[str]:
+    return [f"{hop}: {track.failure}"] if track.failure else []
 
 
 def _renamed(figures: Figures, names: Mapping[str, str]) -> Figures:

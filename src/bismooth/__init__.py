@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
+    from .tools.compare import compare
     from .tools.diagnose import diagnose
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "build",
     "calibrate",
+    "compare",
     "compile_model",
     "diagnose",
     "export_model",
@@ -49,6 +51,7 @@ _HOME = {
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
+    "compare": ("bismooth.tools.compare", "compare"),
     "compile_model": ("bismooth.tools.pipeline", "compile"),
     "diagnose": ("bismooth.tools.diagnose", "diagnose"),
     "export_model": (_STAGES, "export"),

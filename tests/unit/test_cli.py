@@ -20,13 +20,25 @@ from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.recipe import Recipe
 from bismooth.tools import cli
 
-COMMANDS = ["export", "calibrate", "quantize", "build", "verify", "inspect", "compile", "diagnose", "standin"]
+COMMANDS = [
+    "export",
+    "calibrate",
+    "quantize",
+    "build",
+    "verify",
+    "compare",
+    "inspect",
+    "compile",
+    "diagnose",
+    "standin",
+]
 USAGE = {
     "export": "export model -o art",
     "calibrate": "calibrate art --data a.txt",
     "quantize": "quantize art -o art2",
     "build": "build art --engine onnxruntime",
     "verify": "verify art --data a.txt",
+    "compare": "compare art art2 --data a.txt",
     "inspect": "inspect art",
     "diagnose": "diagnose model",
     "standin": "standin model -o bad",
@@ -64,7 +76,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline", "diagnose", "standin"):
+    for module in ("stages", "pipeline", "compare", "diagnose", "standin"):
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
@@ -96,6 +108,17 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}
     assert run("verify ART2 --data a.txt --windows 3 --skip-windows 2") == 0
     assert (stages.named["windows"], stages.named["skip_windows"]) == (3, 2)
+    words = "--data a.txt b.txt --reference REF --windows 4 --skip-windows 1 -o r.json --html r.html"
+    assert run(f"compare ART ART2 ART3 {words}") == 0
+    assert stages.positional == ([Path("ART"), Path("ART2"), Path("ART3")], ("a.txt", "b.txt"))
+    assert stages.named == {
+        "reference": Path("REF"),
+        "windows": 4,
+        "skip_windows": 1,
+        "length": 512,
+        "output": Path("r.json"),
+        "html": Path("r.html"),
+    }
     assert run("inspect FILE.onnx") == 0
     assert stages.positional == (Path("FILE.onnx"),)
     assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
@@ -171,6 +194,12 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
         ("build art --engine null --dim rows=1 rows=2", "--dim: rows has sizes twice. Expected them once."),
         ("calibrate art --data none", "--data none: Expected text. To quantize without: 'bismooth quantize ART"),
         ("verify art --data none", "--data none: Expected text. Programs are compared by what they compute on it."),
+        (
+            "compare art art2 --data none",
+            "--data none: Expected text. Artifacts are compared by what they compute on it.",
+        ),
+        ("compare --data a.txt", "Missing argument 'ART'. See 'bismooth compare --help'."),
+        ("compare art --data a.txt --windows 0", "Invalid value for '--windows'"),
         (
             "compile model --engine null -o art --data none --rows 5",
             "--rows: has no effect: --data none calibrates on no text. Leave it out.",

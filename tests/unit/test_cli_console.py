@@ -55,6 +55,11 @@ def test_values_are_written_for_people(key: str, value: object, text: str) -> No
     assert " ".join(shown(**{key: value}).split()) == " ".join(text.split())
 
 
+def test_a_long_path_is_shown_whole() -> None:
+    path = "/" + "models/" * 30
+    assert "".join(shown(source=f"made from {path}").split()) == f"sourcemadefrom{path}"
+
+
 def test_groups_and_lists_become_titled_tables() -> None:
     text = shown(
         model="tiny",

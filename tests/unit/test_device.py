@@ -24,7 +24,7 @@ from bismooth.export.errors import BismoothError
 from bismooth.export.hashing import file_sha256
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import device
-from bismooth.tools.compare import Figures, Ids, Values
+from bismooth.tools.comparison import Figures, Ids, Values
 from bismooth.tools.device import Target, compare_engines, find_target
 from bismooth.tools.hops import HopResult
 from bismooth.tools.meant import engine_source

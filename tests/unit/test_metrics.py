@@ -48,6 +48,7 @@ def direct(ids: Ids, reference: Logits, candidate: Logits) -> LogitMetrics:
         reference_perplexity=math.exp(nll_p),
         perplexity=math.exp(nll_q),
         perplexity_ratio=math.exp(nll_q) / math.exp(nll_p),
+        log_perplexity=nll_q,
         kl_mean=kl.mean(),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=same.mean(),
@@ -155,6 +156,19 @@ def test_perplexity_alone() -> None:
     assert perplexity.value == pytest.approx(direct(ids, logits, logits).perplexity)
 
 
+def test_tokens_against_the_definitions() -> None:
+    ids, reference, candidate = data(11, (5, 17, 50), 0.3)
+    comparison = LogitComparison()
+    for part in (slice(0, 2), slice(2, 5)):
+        comparison.update(ids[part], reference[part], candidate[part])
+    tokens = comparison.tokens()
+    p, q = log_softmax(reference), log_softmax(candidate)
+    np.testing.assert_allclose(tokens.kl, (np.exp(p) * (p - q)).sum(axis=-1), rtol=1e-9)
+    np.testing.assert_array_equal(tokens.top1, reference.argmax(axis=-1) == candidate.argmax(axis=-1))
+    for nll, log in ((tokens.nll, q), (tokens.reference_nll, p)):
+        np.testing.assert_allclose(nll, -np.take_along_axis(log[:, :-1], ids[:, 1:, None], axis=2)[..., 0], rtol=1e-9)
+
+
 def test_memory_is_bounded() -> None:
     ids, reference, candidate = data(8, (1, 64, 20_000), 0.1)  # 5 MB of logits each
     comparison = LogitComparison()
@@ -203,7 +217,7 @@ def test_two_vocabularies() -> None:
 
 
 def test_nothing_to_report() -> None:
-    for empty in (LogitComparison().result, lambda: Perplexity().value):
+    for empty in (LogitComparison().result, LogitComparison().tokens, lambda: Perplexity().value):
         with pytest.raises(BismoothError, match=r"metrics: Expected one or more windows, got none"):
             empty()
 

@@ -14,8 +14,8 @@ import pytest
 
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.gates import Gates, Hop
-from bismooth.tools import compare
-from bismooth.tools.compare import Features, WindowFile
+from bismooth.tools import comparison
+from bismooth.tools.comparison import Features, WindowFile
 from bismooth.tools.hops import HopResult, Judge, VerifyResult
 from bismooth.tools.verify import read_audit
 
@@ -127,14 +127,14 @@ def full_disk(**_options: Any) -> Full:
 
 
 def test_outputs_go_where_there_is_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare.shutil, "disk_usage", no_space)
+    monkeypatch.setattr(comparison.shutil, "disk_usage", no_space)
     message = re.escape(f"no space for the float graph's outputs. Expected 0 MB in one of {tmp_path}")
     with WindowFile([tmp_path], 3) as file, pytest.raises(BismoothError, match=message):
         file.append(np.zeros((3, 5), np.float32))
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare.tempfile, "TemporaryFile", full_disk)
+    monkeypatch.setattr(comparison.tempfile, "TemporaryFile", full_disk)
     with (
         WindowFile([tmp_path], 3) as file,
         pytest.raises(BismoothError, match="no space for the float graph"),
