@@ -158,7 +158,7 @@ def _plan(
     choose = partial(
         choose_factors,
         linears={linear.name: linear for linear in linears},
-        weight=reader.weight,
+        blocks=reader.blocks,
         activations=calibration,
     )
     factors, choices = choose(sites, specs=specs, on_site=Counter(progress, "smooth", len(sites)))

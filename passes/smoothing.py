@@ -5,7 +5,7 @@ arXiv 2211.10438 equation 4). s may be below 1: that shrinks a channel of the we
 X. Without activations only such channels are touched, found from the weights alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,7 +23,7 @@ from .refine import refine, sample
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec
 from .static_ranges import Ranges
-from .walls import find_walls
+from .walls import Blocks, find_walls
 from .weights import require_finite
 
 Float = NDArray[np.float32]
@@ -80,7 +80,7 @@ def choose_factors(
     sites: Sequence[Site],
     linears: Mapping[str, Linear],
     specs: Mapping[str, LinearSpec],
-    weight: Callable[[Linear], Float],
+    blocks: Callable[[Linear], Iterable[Float]],
     activations: Activations | None,
     on_site: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Factor], list[Choice]]:
@@ -90,7 +90,7 @@ def choose_factors(
         sites: As ``find_sites`` gives them.
         linears: By name.
         specs: By linear name.
-        weight: Reads a linear's weight as float32 [N, K].
+        blocks: Reads a linear's weight W [N, K], some rows at a time, as float32 [.., K].
         activations: Statistics, or None to smooth by the weights alone.
         on_site: Called with the name of each site that is done.
 
@@ -99,7 +99,7 @@ def choose_factors(
     """
     factors: dict[str, Factor] = {}
     choices: list[Choice] = []
-    choose = partial(_choose, linears=linears, specs=specs, weight=weight, activations=activations)
+    choose = partial(_choose, linears=linears, specs=specs, blocks=blocks, activations=activations)
     for site, (factor, choice) in zip(sites, ordered_map(choose, sites), strict=True):
         choices.append(choice)
         if factor is not None:
@@ -112,7 +112,7 @@ def _choose(
     site: Site,
     linears: Mapping[str, Linear],
     specs: Mapping[str, LinearSpec],
-    weight: Callable[[Linear], Float],
+    blocks: Callable[[Linear], Iterable[Float]],
     activations: Activations | None,
 ) -> tuple[Factor | None, Choice]:
     quantized = [item for item in site.consumers if specs[item.linear].quantized]
@@ -122,12 +122,12 @@ def _choose(
     if site.kind not in smoothing.kinds:
         return None, _left(site, f"the recipe does not smooth {site.kind} sites")
     if activations is None:
-        return _from_weights(site, [(_read(linears[item.linear], weight), item.labels) for item in quantized])
+        return _from_weights(site, [(partial(_read, linears[item.linear], blocks), item.labels) for item in quantized])
     alike: dict[tuple[str, bytes, LinearSpec], list[Absorption]] = {}
     for item in quantized:
         alike.setdefault((linears[item.linear].x, item.labels.tobytes(), specs[item.linear]), []).append(item)
     consumers = [
-        _consumer([linears[item.linear] for item in items], items[0].labels, spec, weight, activations)
+        _consumer([linears[item.linear] for item in items], items[0].labels, spec, blocks, activations)
         for (_, _, spec), items in alike.items()
     ]
     return _search(site, consumers, smoothing)
@@ -154,21 +154,21 @@ def _consumer(
     linears: Sequence[Linear],
     labels: NDArray[np.int32],
     spec: LinearSpec,
-    weight: Callable[[Linear], Float],
+    blocks: Callable[[Linear], Iterable[Float]],
     activations: Activations,
 ) -> Consumer:
-    """All ``linears`` read one tensor; their weights pass through memory one at a time."""
+    """All ``linears`` read one tensor; their weights pass through memory some rows at a time."""
     x, size = linears[0].x, len(labels)
     total = sum(linear.n for linear in linears)
     chosen, first = sample(total, SAMPLED_OUTPUTS), 0
     rows: list[Float] = []
     peaks, power = np.zeros(size, np.float32), np.zeros(size, np.float32)
     for linear in linears:
-        full = _read(linear, weight)
-        rows.append(full[chosen[(chosen >= first) & (chosen < first + len(full))] - first])
-        np.maximum(peaks, np.maximum(full.max(axis=0), -full.min(axis=0)), out=peaks)
-        power += np.einsum("nk,nk->k", full, full)
-        first += len(full)
+        for block in _read(linear, blocks):
+            rows.append(block[chosen[(chosen >= first) & (chosen < first + len(block))] - first])
+            np.maximum(peaks, np.maximum(block.max(axis=0), -block.min(axis=0)), out=peaks)
+            power += np.einsum("nk,nk->k", block, block)
+            first += len(block)
     sampled = activations.rows(x)
     return Consumer(
         labels=labels,
@@ -184,10 +184,12 @@ def _consumer(
     )
 
 
-def _read(linear: Linear, weight: Callable[[Linear], Float]) -> Float:
-    values = weight(linear)
-    require_finite(values, linear.weight)
-    return values
+def _read(linear: Linear, blocks: Callable[[Linear], Iterable[Float]]) -> Iterator[Float]:
+    first = 0
+    for block in blocks(linear):
+        require_finite(block, linear.weight, first)
+        yield block
+        first += len(block)
 
 
 def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) -> tuple[Factor | None, Choice]:
@@ -213,7 +215,7 @@ def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) ->
     return factor, Choice(site.name, site.kind, alpha, relative(error), relative(unsmoothed), touched, reason)
 
 
-def _from_weights(site: Site, weights: Sequence[tuple[Float, NDArray[np.int32]]]) -> tuple[Factor | None, Choice]:
+def _from_weights(site: Site, weights: Sequence[tuple[Blocks, NDArray[np.int32]]]) -> tuple[Factor | None, Choice]:
     factor = find_walls(weights, site.free)
     touched = int((factor != 1).sum())
     if not touched:

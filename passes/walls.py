@@ -3,16 +3,18 @@
 (arXiv 2408.15301, section 4: in LLaMA3-70B a few input channels of Q, K, V, Up and Gate in blocks 0, 1 and 3.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
-from .refine import sample
-from .weights import row_chunks
 
 Float = NDArray[np.float32]
+
+Blocks: TypeAlias = Callable[[], Iterable[Float]]
+"""Reads a weight W [N, K], some rows at a time, as often as it is called."""
 
 BITS = 2.0
 """How many bits of resolution walls take from the other weights of a row, on average. Two bits are 16 times the squared
@@ -30,7 +32,7 @@ SAMPLED_ROWS = 256
 """Rows of a single weight that bits are measured on: each row has a scale of its own, so any sample is unbiased."""
 
 
-def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray[np.bool_]) -> Factor:
+def find_walls(weights: Sequence[tuple[Blocks, NDArray[np.int32]]], free: NDArray[np.bool_]) -> Factor:
     """Factors that bring walls down to the other channels' level: float64 [C], 1 on all that do not stand out.
 
     With one scale per output channel, row n of W is rounded in steps of maxₖ|W[n,k]| / 127. The channels are ranked by
@@ -54,24 +56,16 @@ def find_walls(weights: Sequence[tuple[Float, NDArray[np.int32]]], free: NDArray
     return factor
 
 
-def channel_peaks(weights: Sequence[tuple[Float, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
+def channel_peaks(weights: Sequence[tuple[Blocks, NDArray[np.int32]]], size: int) -> NDArray[np.float64]:
     """The largest |W| of each channel, over all linears that read it: [C]; arguments as of :func:`find_walls`."""
     peaks = np.zeros(size)
-    for weight, labels in weights:
+    for blocks, labels in weights:
         used = labels >= 0
-        columns = np.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # a NaN is reported when the weight is quantized
-            np.maximum.at(peaks, labels[used], columns[used])
+        for block in blocks():
+            columns = np.maximum(block.max(axis=0), -block.min(axis=0)).astype(np.float64)
+            with np.errstate(invalid="ignore"):  # a NaN is reported when the weight is quantized
+                np.maximum.at(peaks, labels[used], columns[used])
     return peaks
-
-
-def wall_channels(weight: Float) -> tuple[NDArray[np.intp], float]:
-    """The walls of one weight W [N, K], and what the leading channels take from the others: see :func:`walls_of_rows`.
-
-    Rows are sampled as ``bismooth diagnose`` samples them, so the walls are those that it names.
-    """
-    peaks = np.maximum(weight.max(axis=0, initial=0.0), -weight.min(axis=0, initial=0.0))
-    return walls_of_rows(weight[sample(len(weight), SAMPLED_ROWS)], peaks)
 
 
 def walls_of_rows(rows: Float, peaks: Float) -> tuple[NDArray[np.intp], float]:
@@ -86,20 +80,20 @@ def walls_of_rows(rows: Float, peaks: Float) -> tuple[NDArray[np.intp], float]:
         all, take from the resolution of the others, which :func:`lost_bits` defines.
     """
     candidates = np.argsort(-peaks, kind="stable")[: max(1, int(peaks.size * MAX_SHARE))]
-    bits = lost_bits([(rows, np.arange(peaks.size, dtype=np.int32))], candidates)
+    bits = lost_bits([(lambda: [rows], np.arange(peaks.size, dtype=np.int32))], candidates)
     return candidates[: int(np.argmax(bits <= AT_RISK))], float(bits[0])
 
 
-def lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
+def lost_bits(weights: Sequence[tuple[Blocks, NDArray[np.int32]]], candidates: NDArray[np.intp]) -> NDArray[np.float64]:
     """Bits that a row loses on average to the candidates from the first, the second, … on; the last element is 0.
 
     Mean over rows of log₂(maxₖ|W[n,k]| / max of the row without them), for ``weights`` as of :func:`find_walls`.
     """
     total, rows = np.zeros(len(candidates) + 1), 0
-    for weight, labels in weights:
+    for blocks, labels in weights:
         order, first = _by_candidate(labels, candidates)
-        for part in row_chunks(weight.shape):
-            block = np.abs(weight[part])
+        for signed in blocks():
+            block = np.abs(signed)
             largest = block[:, order].T
             block[:, order] = 0
             rest = block.max(axis=1, initial=0.0)

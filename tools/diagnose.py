@@ -258,7 +258,7 @@ def _without_data(
         concerned = [item for item in flagged if _folds(site, item)]
         if not concerned:
             continue
-        s = find_walls([(reader.weight(linears[use.linear]), use.labels) for use in site.consumers], site.free)
+        s = find_walls([(partial(reader.blocks, linears[use.linear]), use.labels) for use in site.consumers], site.free)
         labels = {use.linear: use.labels for use in site.consumers}
         for item in concerned:
             columns = np.where(labels[item.name] < 0, 1.0, s[labels[item.name]]).astype(np.float32)

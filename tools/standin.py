@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,8 @@ def _plant(
     index, reader, random = Index.of(graph), WeightReader(graph), np.random.default_rng(seed)
     factors: dict[str, Factor] = {}
     for site in sites:
-        peaks = np.zeros(site.size)
-        for item in site.consumers:
-            weight = reader.weight(linears[item.linear])
-            np.maximum(peaks, channel_peaks([(weight, item.labels)], site.size), out=peaks)
+        weights = [(partial(reader.blocks, linears[item.linear]), item.labels) for item in site.consumers]
+        peaks = channel_peaks(weights, site.size)
         factors[site.name] = _draw(site, peaks, factor, channels, random)
     layouts: dict[str, Layout] = {linear.weight: linear.layout for linear in linears.values()}
     changes = {

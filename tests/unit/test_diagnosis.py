@@ -13,7 +13,7 @@ from bismooth.export.errors import BismoothError
 from bismooth.passes.diagnosis import Diagnosis, diagnose_weight, output_errors
 from bismooth.passes.linears import Linear
 from bismooth.passes.refine import sample
-from bismooth.passes.walls import AT_RISK, SAMPLED_ROWS, wall_channels
+from bismooth.passes.walls import AT_RISK, SAMPLED_ROWS
 from bismooth.passes.weight_scan import CELLS, WeightScan, scan
 
 Float = NDArray[np.float32]
@@ -161,13 +161,6 @@ def test_a_scan_against_the_whole_weight(n: int, k: int, layout: Literal["NK", "
     assert max(seen.outline.shape) <= CELLS
     pooled = [[magnitudes[i : i + tall, j : j + wide].max() for j in range(0, k, wide)] for i in range(0, n, tall)]
     np.testing.assert_array_equal(seen.outline, pooled)
-
-
-def test_the_walls_of_a_whole_weight_are_those_of_the_diagnosis() -> None:
-    w, channels = planted(4, 100, 4)
-    walls, lost = wall_channels(w)
-    assert sorted(walls) == channels
-    assert lost == look(linear(), w).lost_bits
 
 
 @pytest.mark.parametrize("k", [64, 512])

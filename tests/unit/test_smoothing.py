@@ -63,7 +63,9 @@ def _choose(
     seen = watch(b, folder / "seen", {"x": x.astype(np.float32)}, *sorted(values)) if data else None
     weights = {linear.name: b.initializers[linear.weight] for linear in linears.values()}
     done: list[str] = []
-    factors, choices = choose_factors(sites, linears, specs, lambda linear: weights[linear.name], seen, done.append)
+    factors, choices = choose_factors(
+        sites, linears, specs, lambda linear: np.array_split(weights[linear.name], 3), seen, done.append
+    )
     assert done == [site.name for site in sites] == [choice.site for choice in choices]
     return factors, {choice.site: choice for choice in choices}, {site.name: site for site in sites}
 
