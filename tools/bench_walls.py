@@ -121,7 +121,7 @@ class WallsBench:
                     if first and factor == factors[0]:
                         engines += [{"model": kind, "factor": factor, **row} for row in self._engines()]
         steps, linears = self._large(source) if large else ([], [])
-        limits = tuple(_judged(accuracy))
+        limits = tuple(judged(accuracy))
         return WallsResult(tuple(accuracy), limits, tuple(engines), tuple(steps), tuple(linears))
 
     def _grouped(self) -> dict[str, tuple[str, ...]]:
@@ -210,7 +210,7 @@ def _decibels(errors: Mapping[str, float]) -> dict[str, float]:
     return {f"sqnr_db_{name}": -20 * log10(error) for name, error in errors.items()}
 
 
-def _judged(accuracy: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def judged(accuracy: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The limits, and the worst of the stand-ins that they are for."""
     for limit in LIMITS:
         rows = [
