@@ -73,16 +73,31 @@ def quiet_direction(traffic: Sequence[Traffic]) -> Double:
     """The unit vector v [d] whose removal from the stream changes the results of the linears least.
 
     It minimises the sum over norms of E[(x · v)²] ‖W v‖² / E[‖W x‖²], where the two factors take turns: with one of
-    them as it was, the rest is an eigenvalue problem.
+    them as it was, the rest is an eigenvalue problem. It starts where x is smallest, and where W is.
     """
-    gains = [1 / max(float(np.vdot(item.x, item.w)), np.finfo(np.float64).tiny) for item in traffic]
-    v = _extreme(_sum([(1.0, item.x) for item in traffic]), 1, smallest=True)[:, 0]
+    starts = (_sum([(1.0, item.x) for item in traffic]), _sum([(1.0, item.w) for item in traffic]))
+    found = [_settled(traffic, _extreme(start, 1, smallest=True)[:, 0]) for start in starts]
+    return min(found, key=lambda v: _harm(traffic, v))
+
+
+def _settled(traffic: Sequence[Traffic], v: Double) -> Double:
+    """The minimum that the turns lead to from v."""
+    gains = [_gain(item) for item in traffic]
     for _ in range(_STEPS):
         terms: list[tuple[float, Float]] = []
         for item, gain in zip(traffic, gains, strict=True):
             terms += [(gain * float(v @ item.w @ v), item.x), (gain * float(v @ item.x @ v), item.w)]
         v = _extreme(_sum(terms), 1, smallest=True)[:, 0]
     return v
+
+
+def _harm(traffic: Sequence[Traffic], v: Double) -> float:
+    return sum(_gain(item) * float(v @ item.x @ v) * float(v @ item.w @ v) for item in traffic)
+
+
+def _gain(item: Traffic) -> float:
+    """1 / E[‖W x‖²]."""
+    return 1 / max(float(np.vdot(item.x, item.w)), float(np.finfo(np.float64).tiny))
 
 
 def loud_directions(traffic: Sequence[Traffic], quiet: Double, count: int) -> Double:
@@ -101,14 +116,15 @@ def make_rotation(quiet: Double, loud: Double, random: np.random.Generator) -> R
     """
     span = np.column_stack([quiet, loud])
     size, count = span.shape
-    channels: NDArray[np.intp] = np.sort(random.choice(size, count, replace=False))
-    angles = 2 * np.pi / count * np.outer(np.arange(count), np.arange(count))
+    channels: list[int] = np.sort(random.permutation(size)[:count]).tolist()
+    steps = np.arange(count, dtype=np.float64)
+    angles = 2 * np.pi / count * np.outer(steps, steps)
     rest = random.standard_normal((size, size - count))
     rest -= span @ (span.T @ rest)
     basis = np.empty((size, size), np.float32)
     basis[:, channels] = span @ ((np.cos(angles) + np.sin(angles)) / np.sqrt(count))
-    basis[:, np.delete(np.arange(size), channels)] = np.linalg.qr(rest)[0]
-    return Rotation(basis, quiet.astype(np.float32), tuple(channels.tolist()))
+    basis[:, np.delete(np.arange(size, dtype=np.intp), channels)] = np.linalg.qr(rest)[0]
+    return Rotation(basis, quiet.astype(np.float32), tuple(channels))
 
 
 def wall_heights(weight: Float, channels: int, factor: float, random: np.random.Generator) -> Float:
