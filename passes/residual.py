@@ -192,11 +192,24 @@ class _Walk:
             if axis not in (-1, rank - 1):
                 raise _refused(node.name, f"it normalizes from axis {axis} on", "the last one")
             x, gamma = (tensor.name for tensor in node.inputs[:2])
+            if self.index.array(gamma) is None:
+                raise _refused(node.name, f"its gamma {gamma} is computed", "a constant vector")
             epsilon = float(node.attrs.get("epsilon", 1e-5))
             self.norms[node.name] = Norm(module_path(node) or node.name, node.name, x, gamma, epsilon)
         return self.norms[node.name]
 
+    def check_sharing(self) -> None:
+        """Refuse weights that would have to be two things at once, but for an embedding's with a reader."""
+        tables = {embedding.node for embedding in self.embeddings.values()}
+        linears = [(reader.linear, tables) for reader in self.readers.values()]
+        linears += [(linear, set[str]()) for linear in self.writers.values()]
+        for linear, allowed in linears:
+            if others := [node for node in linear.shared_with if node not in allowed]:
+                expected = "weights of their own, but for a head that shares its weight with an embedding"
+                raise _refused(linear.name, f"its weight {linear.weight} is shared with {others[0]}", expected)
+
     def result(self, width: int) -> Residual:
+        self.check_sharing()
         order = self.index.order
         return Residual(
             width,

@@ -147,8 +147,7 @@ def _gram(weights: WeightReader, linears: Sequence[Linear], gamma: Float) -> Flo
 
 def _gamma(index: Index, norm: Norm) -> Float:
     gamma = index.array(norm.gamma)
-    if gamma is None:
-        raise BismoothError(f"{norm.name}: its gamma {norm.gamma} is computed. Expected a constant vector.")
+    assert gamma is not None, "find_residual refuses gammas that are computed"
     return gamma.astype(np.float32).reshape(-1)
 
 
@@ -183,13 +182,7 @@ class _Plan:
         return targets
 
     def add(self, targets: dict[Place, list[Target]], value: str, target: Target) -> None:
-        group = targets.setdefault(stored_place(self.index, value, self.folder), [])
-        if any(other.name == target.name for other in group):
-            raise BismoothError(
-                f"{value}: is used in several places of the residual stream. Expected weights that are not shared, but "
-                "for an embedding with the logits' linear."
-            )
-        group.append(target)
+        targets.setdefault(stored_place(self.index, value, self.folder), []).append(target)
 
     def heads(self) -> frozenset[str]:
         """Names of the linears that share the table of an embedding."""

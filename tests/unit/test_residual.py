@@ -107,6 +107,17 @@ _NORM = "n = RMSNormalization <axis: int = -1> (r, gamma)"
             f"r = Gather(table, i) {_NORM} m = MatMul(n, stack) z = ReduceSum(m)",
             r"MatMul does not commute with a rotation",
         ),
+        (f"r = Gather(table, i) sum = ReduceSum(r) {_NORM.replace('gamma', 'sum')}", r"its gamma sum is computed"),
+        (
+            f"e = Gather(table, i) a = MatMul(e, w) b = MatMul(e, w) c = Add(a, b) r = Add(e, c) {_NORM}",
+            r"its weight w is shared with \S+\. Expected weights of their own",
+        ),
+        (
+            f"r = Gather(table, i) {_NORM} yes = Cast <to: int = 9> (two) "
+            "x = If (yes) <then_branch = a () => (float[batch, 5, 4] p) { p = Identity(r) }, "
+            "else_branch = b () => (float[batch, 5, 4] q) { q = Neg(r) }>",
+            r"it belongs to a subgraph",
+        ),
         ("r = Gather(table, i) n = RMSNormalization <axis: int = 1> (r, all)", r"it normalizes from axis 1 on"),
     ],
 )
