@@ -50,6 +50,13 @@ class SiteKind(StrEnum):
     ELEMENTWISE = "elementwise"
 
 
+class StandinKind(StrEnum):
+    """How a stand-in gets its walls: by scaling channels of norms and linears, or by a rotation of the stream."""
+
+    SCALE = "scale"
+    ROTATE = "rotate"
+
+
 @dataclass(frozen=True, slots=True)
 class PerTensor:
     """One scale for the whole tensor."""

@@ -18,7 +18,7 @@ import typer
 from ..passes.gates import Hop
 from ..passes.recipe import DEFAULT, Recipe
 from ..passes.recipe_file import BUILTIN
-from ..passes.spec import ComputeType
+from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
 from .cli_errors import GATE, report
@@ -385,10 +385,14 @@ def diagnose(
 def standin(
     model: o.Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Model folder to make.")],
+    kind: Annotated[
+        StandinKind,
+        typer.Option(metavar="KIND", help="scale: what smoothing can undo. rotate: what no scale per channel can."),
+    ] = StandinKind.SCALE,
     factor: Annotated[float, typer.Option(metavar="F", help="How much larger the channels become.")] = 100.0,
     channels: Annotated[int, typer.Option(min=1, metavar="N", help="Channels behind each norm.")] = 4,
     blocks: Annotated[str, typer.Option(metavar="N,N...", help="Blocks to change, from 0.")] = "0,1,3",
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the channels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the channels and all that is random.")] = 0,
     trust_remote_code: o.TrustRemoteCode = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -402,6 +406,7 @@ def standin(
     result = run(
         model,
         output,
+        kind=kind,
         factor=factor,
         channels=channels,
         blocks=chosen,

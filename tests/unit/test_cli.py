@@ -199,6 +199,10 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
         ("build art --engine null --dim rows", "--dim: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX"),
         ("build art --engine null --dim =1", "--dim: Expected NAME=MIN:OPT:MAX, got '=1'."),
         ("standin model -o bad --blocks 0,,1", "--blocks: Expected numbers with commas between them, such as 0,1,3"),
+        (
+            "standin model -o bad --kind turn",
+            "Invalid value for '--kind': 'turn' is not one of 'scale', 'rotate'",
+        ),
         ("build art --engine null --dim rows=1 rows=2", "--dim: rows has sizes twice. Expected them once."),
         ("calibrate art --data none", "--data none: Expected text. To quantize without: 'bismooth quantize ART"),
         ("verify art --data none", "--data none: Expected text. Programs are compared by what they compute on it."),
