@@ -2,6 +2,7 @@
 # `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` takes the CPU build from there.
 PYTHON ?= python3
 TORCH_INDEX ?=
+PYTEST ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -28,7 +29,7 @@ demo: $(READY) ## Compile SmolLM2-135M into verified INT8 engines
 	$(BIN)/python -m bismooth.tools.demo
 
 test: lint ## Lint, check types, run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 gpu-check: $(READY) ## On a GPU host: build and run real engines, and show their latency
 	$(BIN)/pip install --quiet 'cuda-python>=12.6'

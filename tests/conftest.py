@@ -1,4 +1,4 @@
-"""What every test runs under: no network, no terminal width, repeatable examples; golden files; GPU tests."""
+"""What every test runs under: no network, no terminal width, repeatable examples; golden files; GPUs and browsers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from bismooth.engines.cuda import cuda_available
+from tests.browser import browser_available
 
 # Before any library reads them: nothing may be downloaded, and text is laid out alike everywhere.
 os.environ.update(HF_HUB_OFFLINE="1", NO_COLOR="1", COLUMNS="100", TERM="dumb")
@@ -20,21 +21,26 @@ settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 
+_NEEDS = {"gpu": cuda_available, "browser": browser_available}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
-    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping, where no GPU can be used")
+    for marker in _NEEDS:
+        words = f"fail, instead of skipping, where no {marker} can be used"
+        parser.addoption(f"--require-{marker}", action="store_true", help=words)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where no GPU can be used, and say why."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked or not (reason := cuda_available()):
-        return
-    if config.getoption("--require-gpu"):
-        raise pytest.UsageError(f"No GPU can be used: {reason}.")
-    for item in marked:
-        item.add_marker(pytest.mark.skip(reason=reason))
+    """Skip the tests marked ``gpu`` or ``browser`` where none can be used, and say why."""
+    for marker, available in _NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if not marked or not (reason := available()):
+            continue
+        if config.getoption(f"--require-{marker}"):
+            raise pytest.UsageError(f"No {marker} can be used: {reason}.")
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

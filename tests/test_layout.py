@@ -25,11 +25,16 @@ FOLDERS = ("export", "passes", "engines", "calibrators", "tools")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PACKAGE_DIR: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 MODULES = sorted(module for folder in FOLDERS for module in (ROOT / folder).rglob("*.py"))
-DATA = sorted(file for folder in FOLDERS for kind in ("json", "yaml") for file in (ROOT / folder).rglob(f"*.{kind}"))
+DATA = sorted(
+    file
+    for folder in FOLDERS
+    for kind in ("json", "yaml", "html", "css", "js")
+    for file in (ROOT / folder).rglob(f"*.{kind}")
+)
 
 ENGINES = ["onnxruntime", "tensorrt", "tensorrt_rtx"]
 GRAPHS = ["gguf", "onnx", "onnx_graphsurgeon", "onnx_ir", "onnxscript", "safetensors"]
-HEAVY = ["numpy", "tokenizers", "torch", "transformers", *GRAPHS, *ENGINES]
+HEAVY = ["numpy", "tokenizers", "torch", "transformers", "jinja2", "plotly", *GRAPHS, *ENGINES]
 
 
 def test_every_package_on_disk_is_packaged() -> None:

@@ -329,6 +329,9 @@ def diagnose(
     statistics: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Statistics of the model, to measure output errors on.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result as a page too. Needs bismooth[report].")
+    ] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -337,7 +340,7 @@ def diagnose(
     from .diagnose import diagnose as run
 
     console.show_progress(not quiet)
-    finish(run(model, statistics=statistics, trust_remote_code=trust_remote_code), as_json)
+    finish(run(model, statistics=statistics, html=html, trust_remote_code=trust_remote_code), as_json)
 
 
 @command

@@ -28,6 +28,7 @@ _COMPILE = (
 )
 _EXTRAS = {
     **dict.fromkeys(_COMPILE, "compile"),
+    **dict.fromkeys(("jinja2", "plotly"), "report"),
     "onnxruntime": "runtime",
     "tensorrt_rtx": "tensorrt-rtx",
     "tensorrt": "tensorrt",

@@ -25,7 +25,9 @@ from ..passes.walls import find_walls
 from ..passes.weight_reader import WeightReader
 from ..passes.weight_scan import scan
 from . import console
+from .diagnose_page import Picture, diagnosis_page
 from .exporting import float_artifact
+from .page import check_page, write_page
 
 _SHOWN = 5
 
@@ -36,19 +38,27 @@ class Remedy:
 
     Attributes:
         name: ``bismooth``, ``bismooth without data`` or ``groups of 64``.
-        linears: How many of the flagged ones it repairs.
-        error: Relative error of their other weights with it, root mean square.
-        before: The same under per-channel INT8.
+        errors: Relative error of the other weights with it, by the linears that it repairs.
+        before: The same under per-channel INT8, root mean square.
         cost: What it costs at run time, in words.
         command: How to apply it.
     """
 
     name: str
-    linears: int
-    error: float
+    errors: Mapping[str, float]
     before: float
     cost: str
     command: str
+
+    @property
+    def linears(self) -> int:
+        """How many of the flagged ones it repairs."""
+        return len(self.errors)
+
+    @property
+    def error(self) -> float:
+        """Root mean square of its errors."""
+        return _mean(self.errors.values())
 
     def to_json(self) -> dict[str, Any]:
         return self.brief() | {"command": self.command}
@@ -97,6 +107,10 @@ class DiagnoseResult:
             f"{worst.k} channels leave the other weights a relative error of {worst.rest_errors['per_channel']:.2g}."
         )
 
+    def shown(self) -> Sequence[Diagnosis]:
+        """The flagged linears, or the most uneven ones if there are none."""
+        return self.flagged or sorted(self.linears, key=lambda item: -item.lost_bits)[:_SHOWN]
+
     def to_json(self) -> dict[str, Any]:
         return {
             **self._head(),
@@ -108,7 +122,7 @@ class DiagnoseResult:
 
     def brief(self) -> Mapping[str, Any]:
         """The flagged linears, or the most uneven ones if there are none."""
-        shown = self.flagged or sorted(self.linears, key=lambda item: -item.lost_bits)[:_SHOWN]
+        shown = self.shown()
         rows = [
             {
                 "linear": item.name,
@@ -147,19 +161,26 @@ class DiagnoseResult:
 
 
 def diagnose(
-    source: str | Path, *, statistics: str | Path | None = None, trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    html: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> DiagnoseResult:
     """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); of each weight a megabyte is in memory.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
         statistics: those of 'bismooth calibrate', to measure output errors on.
+        html: a file for a page that shows the result; it needs the extra ``report``.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
         BismoothError: the source cannot be used or has no linears, the statistics cannot be read or are of another
-            model, or a weight holds NaN or infinity.
+            model, a weight holds NaN or infinity, or ``html`` cannot be written or is a file of another kind.
     """
+    if html is not None:
+        check_page(Path(html))
     with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
         graph = load(artifact.graph("float32"))
         linears, reader = find_linears(graph), WeightReader(graph)
@@ -169,28 +190,26 @@ def diagnose(
                 "are not looked at."
             )
         activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
-        found: dict[str, Diagnosis] = {}
+        found: dict[str, _Seen] = {}
         by_size = sorted(linears, key=lambda linear: -linear.n * linear.k)  # no large one is left for the end
-        read, start = 0, time.perf_counter()
+        look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:
-            work = ordered_map(partial(_diagnosed, reader, activations), by_size, at_once=os.cpu_count() or 1)
-            for diagnosis, size in work:
-                found[diagnosis.name] = diagnosis
-                read += size
+            for seen in ordered_map(look, by_size, at_once=os.cpu_count() or 1):
+                found[seen.diagnosis.name] = seen
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
-        diagnoses = tuple(found[linear.name] for linear in linears)
+        diagnoses = tuple(found[linear.name].diagnosis for linear in linears)
         flagged = [item for item in diagnoses if item.flagged]
         known = {linear.name: linear for linear in linears}
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
         repaired = _without_data(flagged, sites, known, reader)
-    words = f"compile {shlex.quote(str(source))} --recipe w8a8"
-    if (Path(source) / MANIFEST).is_file():
-        words = f"quantize {shlex.quote(str(source))} --recipe w8a8"
-    if trust_remote_code:
-        words += " --trust-remote-code"
-    return DiagnoseResult(str(source), diagnoses, tuple(_remedies(words, flagged, foldable, repaired)), read, seconds)
+    remedies = tuple(_remedies(_Commands.of(source, trust_remote_code), flagged, foldable, repaired))
+    result = DiagnoseResult(str(source), diagnoses, remedies, sum(seen.nbytes for seen in found.values()), seconds)
+    if html is not None:
+        pictures = {name: seen.picture for name, seen in found.items() if seen.picture is not None}
+        write_page(Path(html), diagnosis_page(result, pictures))
+    return result
 
 
 def _load_statistics(path: Path, artifact: Artifact) -> Activations:
@@ -203,14 +222,22 @@ def _load_statistics(path: Path, artifact: Artifact) -> Activations:
     return StatisticsCalibration(statistics)
 
 
-def _diagnosed(reader: WeightReader, activations: Activations | None, linear: Linear) -> tuple[Diagnosis, int]:
-    """What is found in a weight, and its bytes."""
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is found in a weight, its bytes as stored, and its picture if one is wanted."""
+
+    diagnosis: Diagnosis
+    nbytes: int
+    picture: Picture | None
+
+
+def _look(reader: WeightReader, activations: Activations | None, with_picture: bool, linear: Linear) -> _Seen:
     seen = scan(linear, partial(reader.pieces, linear.weight))
     found = diagnose_weight(linear, seen)
     if activations is not None:
         errors = output_errors(seen, activations.rows(linear.x), activations.absmax(linear.x))
         found = replace(found, output_errors=errors)
-    return found, seen.nbytes
+    return _Seen(found, seen.nbytes, Picture.of(seen) if with_picture else None)
 
 
 def _folds(site: Site, item: Diagnosis) -> bool:
@@ -242,28 +269,41 @@ def _without_data(
     return errors
 
 
+@dataclass(frozen=True)
+class _Commands:
+    """What applies bi-smoothing to a model or a float artifact, with calibration data and without."""
+
+    with_data: str
+    without_data: str
+
+    @staticmethod
+    def of(source: str | Path, trust_remote_code: bool) -> _Commands:
+        model = shlex.quote(str(source))
+        if (Path(source) / MANIFEST).is_file():
+            quantize = f"bismooth quantize {model} --recipe w8a8 -o OUT"
+            return _Commands(f"bismooth calibrate {model} --data FILE && {quantize}", f"{quantize} --data none")
+        trust = " --trust-remote-code" if trust_remote_code else ""
+        command = f"bismooth compile {model} --recipe w8a8 --engine onnxruntime -o OUT{trust}"
+        return _Commands(f"{command} --data FILE", f"{command} --data none")
+
+
 def _remedies(
-    words: str, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
+    commands: _Commands, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
 ) -> Iterator[Remedy]:
     free = "none: the factors are folded into the operations before"
-    engine = " --engine onnxruntime" if words.startswith("compile") else ""
     if foldable:
-        errors = [item.rest_errors["bismoothed"] for item in foldable]
-        data = " --data FILE" if engine else ", after 'bismooth calibrate'"
-        yield Remedy(
-            "bismooth", len(foldable), _mean(errors), _before(foldable), free, f"bismooth {words}{engine}{data}"
-        )
+        errors = {item.name: item.rest_errors["bismoothed"] for item in foldable}
+        yield Remedy("bismooth", errors, _before(foldable), free, commands.with_data)
     if repaired:
         items = [item for item in flagged if item.name in repaired]
-        command = f"bismooth {words}{engine} --data none"
-        yield Remedy("bismooth without data", len(items), _mean(repaired.values()), _before(items), free, command)
+        yield Remedy("bismooth without data", repaired, _before(items), free, commands.without_data)
     grouped = [item for item in flagged if "per_group_64" in item.rest_errors]
     if grouped:
-        errors = [item.rest_errors["per_group_64"] for item in grouped]
+        errors = {item.name: item.rest_errors["per_group_64"] for item in grouped}
         rule = "{match: NAME, weights: {granularity: per_group, group_size: 64}}"
         cost = "a batched INT8 product and four more kernels for each of them"
         command = f"a recipe with {rule} in its 'layers' for each of them"
-        yield Remedy("groups of 64", len(grouped), _mean(errors), _before(grouped), cost, command)
+        yield Remedy("groups of 64", errors, _before(grouped), cost, command)
 
 
 def _before(items: Sequence[Diagnosis]) -> float:
