@@ -13,6 +13,7 @@ The weighted mean over tokens of log(e_t / ‖y_t‖²) is minimised in log s; n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,14 +63,15 @@ class Operand:
     peaks: Float | None
 
 
+@cache
 def sample(size: int, count: int) -> NDArray[np.intp]:
     """Sorted indices of ``count`` of ``size`` rows, of all if there are no more; the same ones for the same numbers.
 
     Drawn at random: rows at a regular distance would be the same few positions of every attention head.
     """
-    if size <= count:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(0).choice(size, count, replace=False))
+    rows = np.sort(np.random.default_rng(0).choice(size, count, replace=False)) if size > count else np.arange(size)
+    rows.flags.writeable = False  # it is shared
+    return rows
 
 
 def sampled_rows(weight: Float) -> tuple[Float, float]:

@@ -113,6 +113,9 @@ def lost_bits(weights: Sequence[tuple[Float, NDArray[np.int32]]], candidates: ND
 
 def _by_candidate(labels: NDArray[np.int32], candidates: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """The columns that read candidates, those of the first one first; and where the columns of each begin, and end."""
-    columns = [np.flatnonzero(labels == channel) for channel in candidates]
-    first = np.cumsum([0, *(column.size for column in columns)])
-    return np.concatenate(columns), first
+    rank = np.full(int(max(labels.max(initial=0), candidates.max(initial=0))) + 2, -1)
+    rank[candidates] = np.arange(candidates.size)
+    ranks = rank[labels]  # of the label -1 too: the last one is no candidate
+    columns = np.flatnonzero(ranks >= 0)
+    columns = columns[np.argsort(ranks[columns], kind="stable")]
+    return columns, np.searchsorted(ranks[columns], np.arange(candidates.size + 1))

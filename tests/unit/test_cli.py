@@ -105,6 +105,14 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
+def test_diagnose_passes_its_options_on(stages: Stages) -> None:
+    assert cli.main(["diagnose", "model", "--statistics", "s.st", "--html", "page.html"]) == 0
+    assert (stages.positional, stages.named) == (
+        ("model",),
+        {"statistics": Path("s.st"), "html": Path("page.html"), "trust_remote_code": False},
+    )
+
+
 @pytest.mark.parametrize("line", re.findall(rf"^bismooth ((?:{'|'.join(COMMANDS)}) .+)$", README, re.MULTILINE))
 def test_the_commands_of_the_readme_are_understood(line: str, stages: Stages) -> None:
     assert run(line) == 0
