@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .groups import fake_quantize
 from .linears import Linear
 from .refine import sample
 from .smoothing import smoothing_factor
+from .spec import Groups, PerGroup, PerMagnitude
 from .walls import walls_of_rows
 from .weight_scan import WeightScan
-from .weights import fake_quantize_rows
 
 Float = NDArray[np.float32]
 
@@ -44,7 +45,8 @@ class Diagnosis:
         channels: The walls, by number.
         lost_bits: What the leading channels, 1/32 of all, take from the resolution of the other weights: mean over rows
             of log₂(maxₖ|W[n,k]| / the same without them).
-        errors: Relative error ‖W − Ŵ‖ / ‖W‖ by scheme: ``per_channel``, ``per_group_16`` …, ``bismoothed``.
+        errors: Relative error ‖W − Ŵ‖ / ‖W‖ by scheme: ``per_channel``, ``per_group_16`` …,
+            ``per_magnitude`` (walls and others apart), ``bismoothed``.
         rest_errors: The same over the channels that are no walls: what is left of the other weights.
         output_errors: What :func:`output_errors` gives, None without statistics.
     """
@@ -87,7 +89,7 @@ def diagnose_weight(linear: Linear, seen: WeightScan) -> Diagnosis:
     peaks = seen.peaks
     walls, lost = walls_of_rows(seen.rows, peaks)
     rest = np.delete(np.arange(linear.k), walls)
-    errors = _errors(seen.rows, _brought_down(peaks, walls))
+    errors = _errors(seen.rows, walls, _brought_down(peaks, walls))
     typical = _typical(peaks)
     return Diagnosis(
         name=linear.name,
@@ -107,8 +109,9 @@ def output_errors(seen: WeightScan, tokens: Float, absmax: Float) -> dict[str, f
     """‖Y − Ŷ‖ / ‖Y‖ of a linear by scheme, activations and weights in INT8, on sampled tokens and outputs.
 
     ``per_channel``: a scale per token and per output channel. ``per_group_64``: the same for each 64 inputs, of tokens
-    too. ``bismoothed``: as ``per_channel`` after X / s and W · s with s = max|X|^α / max|W|^(1 − α) (arXiv 2408.15301),
-    at the α that is best for this linear; other linears that share its factor may ask for another one.
+    too; ``per_magnitude``: for the walls, and for the others. ``bismoothed``: as ``per_channel`` after X / s and W · s
+    with s = max|X|^α / max|W|^(1 − α) (arXiv 2408.15301), at the α that is best for this linear; other linears that
+    share its factor may ask for another one.
 
     Args:
         seen: The scan of W [N, K].
@@ -119,15 +122,16 @@ def output_errors(seen: WeightScan, tokens: Float, absmax: Float) -> dict[str, f
     exact = tokens @ rows.T
     norm = float(np.linalg.norm(exact))
 
-    def error(s: Float | None = None, group: int | None = None) -> float:
+    def error(s: Float | None = None, groups: Groups | None = None) -> float:
         x, w = (tokens, rows) if s is None else (tokens / s, rows * s)
-        got = fake_quantize_rows(x, group) @ fake_quantize_rows(w, group).T
+        got = fake_quantize(x, groups) @ fake_quantize(w, groups).T
         got -= exact
         return float(np.linalg.norm(got)) / norm if norm else 0.0
 
     errors = {"per_channel": error()}
     if len(seen.peaks) > _SHOWN_GROUP:
-        errors[f"per_group_{_SHOWN_GROUP}"] = error(group=_SHOWN_GROUP)
+        errors[f"per_group_{_SHOWN_GROUP}"] = error(groups=PerGroup(_SHOWN_GROUP))
+    errors["per_magnitude"] = error(groups=_by_magnitude(walls_of_rows(seen.rows, seen.peaks)[0]))
     factors = (smoothing_factor(absmax.astype(float), seen.peaks.astype(float), alpha, every) for alpha in _ALPHAS)
     return errors | {"bismoothed": min(error(s.astype(np.float32)) for s in factors)}
 
@@ -151,9 +155,9 @@ class _Error:
     lost: Float
 
     @staticmethod
-    def of(rows: Float, columns: Float | None = None, group: int | None = None) -> "_Error":
+    def of(rows: Float, columns: Float | None = None, groups: Groups | None = None) -> "_Error":
         """INT8 with a scale per row of W diag(s), or per row and group; ``columns`` is s."""
-        got = fake_quantize_rows(rows if columns is None else rows * columns, group)
+        got = fake_quantize(rows if columns is None else rows * columns, groups)
         if columns is not None:
             got /= columns
         got -= rows
@@ -169,13 +173,18 @@ def _power(rows: Float) -> Float:
     return np.einsum("nk,nk->k", rows, rows)
 
 
-def _errors(rows: Float, brought_down: Float) -> dict[str, _Error]:
-    """By scheme; without walls, ``bismoothed`` is ``per_channel``."""
+def _errors(rows: Float, walls: NDArray[np.intp], brought_down: Float) -> dict[str, _Error]:
+    """By scheme; without walls, ``per_magnitude`` and ``bismoothed`` are ``per_channel``."""
     rows = rounded_rows(rows)
     per_channel = _Error.of(rows)
-    grouped = {f"per_group_{size}": _Error.of(rows, group=size) for size in GROUPS if size < rows.shape[1]}
-    smoothed = per_channel if (brought_down == 1).all() else _Error.of(rows, brought_down)
-    return {"per_channel": per_channel, **grouped, "bismoothed": smoothed}
+    grouped = {f"per_group_{size}": _Error.of(rows, groups=PerGroup(size)) for size in GROUPS if size < rows.shape[1]}
+    parted = _Error.of(rows, groups=_by_magnitude(walls)) if walls.size else per_channel
+    smoothed = _Error.of(rows, brought_down) if walls.size else per_channel
+    return {"per_channel": per_channel, **grouped, "per_magnitude": parted, "bismoothed": smoothed}
+
+
+def _by_magnitude(walls: NDArray[np.intp]) -> PerMagnitude | None:
+    return PerMagnitude(walls=(tuple(walls.tolist()),)) if walls.size else None
 
 
 def _brought_down(peaks: Float, walls: NDArray[np.intp]) -> Float:

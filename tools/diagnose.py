@@ -37,7 +37,7 @@ class Remedy:
     """A way to repair flagged linears.
 
     Attributes:
-        name: ``bismooth``, ``bismooth without data`` or ``groups of 64``.
+        name: ``bismooth``, ``bismooth without data`` or ``mixed``.
         errors: Relative error of the other weights with it, by the linears that it repairs.
         before: The same under per-channel INT8, root mean square.
         cost: What it costs at run time, in words.
@@ -204,7 +204,7 @@ def diagnose(
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
         repaired = _without_data(flagged, sites, known, reader)
-    remedies = tuple(_remedies(_Commands.of(source, trust_remote_code), flagged, foldable, repaired))
+    remedies = tuple(_remedies(_Commands(source, trust_remote_code), flagged, foldable, repaired))
     result = DiagnoseResult(str(source), diagnoses, remedies, sum(seen.nbytes for seen in found.values()), seconds)
     if html is not None:
         pictures = {name: seen.picture for name, seen in found.items() if seen.picture is not None}
@@ -271,20 +271,20 @@ def _without_data(
 
 @dataclass(frozen=True)
 class _Commands:
-    """What applies bi-smoothing to a model or a float artifact, with calibration data and without."""
+    """What applies a remedy to a model or a float artifact."""
 
-    with_data: str
-    without_data: str
+    source: str | Path
+    trust_remote_code: bool
 
-    @staticmethod
-    def of(source: str | Path, trust_remote_code: bool) -> _Commands:
-        model = shlex.quote(str(source))
-        if (Path(source) / MANIFEST).is_file():
-            quantize = f"bismooth quantize {model} --recipe w8a8 -o OUT"
-            return _Commands(f"bismooth calibrate {model} --data FILE && {quantize}", f"{quantize} --data none")
-        trust = " --trust-remote-code" if trust_remote_code else ""
-        command = f"bismooth compile {model} --recipe w8a8 --engine onnxruntime -o OUT{trust}"
-        return _Commands(f"{command} --data FILE", f"{command} --data none")
+    def __call__(self, recipe: str, *, with_data: bool) -> str:
+        """The command for a recipe, with calibration data or without."""
+        model = shlex.quote(str(self.source))
+        if (Path(self.source) / MANIFEST).is_file():
+            quantize = f"bismooth quantize {model} --recipe {recipe} -o OUT"
+            return f"bismooth calibrate {model} --data FILE && {quantize}" if with_data else f"{quantize} --data none"
+        trust = " --trust-remote-code" if self.trust_remote_code else ""
+        data = "FILE" if with_data else "none"
+        return f"bismooth compile {model} --recipe {recipe} --engine onnxruntime -o OUT{trust} --data {data}"
 
 
 def _remedies(
@@ -293,17 +293,15 @@ def _remedies(
     free = "none: the factors are folded into the operations before"
     if foldable:
         errors = {item.name: item.rest_errors["bismoothed"] for item in foldable}
-        yield Remedy("bismooth", errors, _before(foldable), free, commands.with_data)
+        yield Remedy("bismooth", errors, _before(foldable), free, commands("w8a8", with_data=True))
     if repaired:
         items = [item for item in flagged if item.name in repaired]
-        yield Remedy("bismooth without data", repaired, _before(items), free, commands.without_data)
-    grouped = [item for item in flagged if "per_group_64" in item.rest_errors]
-    if grouped:
-        errors = {item.name: item.rest_errors["per_group_64"] for item in grouped}
-        rule = "{match: NAME, weights: {granularity: per_group, group_size: 64}}"
-        cost = "a batched INT8 product and four more kernels for each of them"
-        command = f"a recipe with {rule} in its 'layers' for each of them"
-        yield Remedy("groups of 64", errors, _before(grouped), cost, command)
+        command = commands("w8a8", with_data=False)
+        yield Remedy("bismooth without data", repaired, _before(items), free, command)
+    if flagged:
+        errors = {item.name: item.rest_errors["per_magnitude"] for item in flagged}
+        cost = "a thin INT8 product for each input of them, and a few small kernels"
+        yield Remedy("mixed", errors, _before(flagged), cost, commands("w8a8-mixed", with_data=False))
 
 
 def _before(items: Sequence[Diagnosis]) -> float:

@@ -57,9 +57,9 @@ def test_the_planted_linears_and_channels_are_found_and_no_others(tiny: Tiny, tm
     assert [(remedy.name, remedy.linears) for remedy in found.remedies] == [
         ("bismooth", 10),
         ("bismooth without data", 10),
-        ("groups of 64", 10),
+        ("mixed", 10),
     ]
-    assert all(remedy.before > 10 * remedy.error for remedy in found.remedies[:2])
+    assert all(remedy.before > 10 * remedy.error for remedy in found.remedies)
     record = json.loads((tmp_path / "bad/standin.json").read_text("utf-8"))
     assert (record["kind"], record["factor"], record["seed"]) == ("scale", 64, seed)
 
@@ -186,12 +186,12 @@ def test_output_errors(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
     found = diagnose(artifact, statistics=statistics)
     for item in found.linears:
         errors = item.output_errors or {}
-        assert set(errors) == {"per_channel", "per_group_64", "bismoothed"}
+        assert set(errors) == {"per_channel", "per_group_64", "per_magnitude", "bismoothed"}
         assert errors["bismoothed"] < errors["per_channel"] * (0.25 if item.flagged else 1.2), item.name
     again = diagnose(tmp_path / "bad", statistics=statistics)
     assert again.linears == found.linears, "another export of the same model"
     assert main(["diagnose", str(artifact), "--statistics", str(statistics), "-q"]) == 1
-    assert re.search(r"output errors\s+linear +per channel +per group 64 +bismoothed", capsys.readouterr().out)
+    assert re.search(r"output errors\s+linear +per channel +per group 64 +per magnitude +bismoothed", capsys.readouterr().out)
     with pytest.raises(BismoothError, match=r"the statistics belong to another graph: expected the hash"):
         diagnose(tiny.source, statistics=statistics)
     with pytest.raises(BismoothError, match=r"none: cannot be read .* Expected a statistics file"):

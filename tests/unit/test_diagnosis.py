@@ -98,6 +98,12 @@ def test_figures_against_float64() -> None:
     scales = np.abs(blocks).max(axis=2, keepdims=True) / 127
     grouped = (np.rint(blocks / scales) * scales).reshape(64, K)
     assert found.rest_errors["per_group_64"] == pytest.approx(errors(grouped, rest), rel=1e-3)
+    parted = np.empty_like(exact)
+    for part in (rest, channels):
+        steps = np.abs(exact[:, part]).max(axis=1, keepdims=True) / 127
+        parted[:, part] = np.rint(exact[:, part] / steps) * steps
+    assert found.rest_errors["per_magnitude"] == pytest.approx(errors(parted, rest), rel=1e-3)
+    assert found.errors["per_magnitude"] == pytest.approx(errors(parted, range(K)), rel=1e-3)
     healthy = look(linear(), weight(1))
     assert found.rest_errors["bismoothed"] == pytest.approx(healthy.errors["per_channel"], rel=0.1)
     assert found.rest_errors["per_channel"] > 20 * found.rest_errors["bismoothed"]
@@ -177,8 +183,9 @@ def test_output_errors_against_float64(k: int) -> None:
         scale = np.abs(parts).max(axis=2, keepdims=True) / 127
         return (np.rint(parts / scale) * scale).reshape(values.shape)
 
+    exact = x.astype(np.float64) @ w.T.astype(np.float64)
+
     def error(s: NDArray[np.float64], group: int = k) -> float:
-        exact = x.astype(np.float64) @ w.T.astype(np.float64)
         got = rounded(x / s, group) @ rounded(w * s, group).T
         return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
@@ -186,6 +193,10 @@ def test_output_errors_against_float64(k: int) -> None:
     assert found["per_channel"] == pytest.approx(error(np.ones(k)), rel=1e-2)
     assert found["bismoothed"] <= error(balanced.astype(np.float64)) * 1.01
     assert found["bismoothed"] < found["per_channel"] / 10
+    parts = [np.array([3, 50]), np.delete(np.arange(k), [3, 50])]
+    doubles = x.astype(np.float64), w.astype(np.float64)
+    got = sum(rounded(doubles[0][:, part], len(part)) @ rounded(doubles[1][:, part], len(part)).T for part in parts)
+    assert found["per_magnitude"] == pytest.approx(np.linalg.norm(got - exact) / np.linalg.norm(exact), rel=1e-2)
     assert ("per_group_64" in found) == (k > 64)
     if k > 64:
         assert found["per_group_64"] == pytest.approx(error(np.ones(k), 64), rel=1e-2)
