@@ -7,11 +7,10 @@ NOTE: `bismooth --help` needs the base dependencies alone. So the stages are imp
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import copy_context
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -21,18 +20,9 @@ from ..passes.recipe_file import BUILTIN
 from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
-from .cli_errors import GATE, report
+from .cli_app import app, command, finish
+from .cli_errors import report
 from .entry import INTERRUPTED
-
-Function = TypeVar("Function", bound=Callable[..., None])
-
-app = typer.Typer(
-    help="From a language model to a verified TensorRT INT8 engine.",
-    epilog="Values may follow each other where an option shows '...'; then write SOURCE or ART before it.",
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,32 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = [str(command.name) for command in app.registered_commands]
         return report(error, next((word for word in arguments[:1] if word in known), None), "--json" in arguments)
     return status
-
-
-def command(function: Function) -> Function:
-    """Register a command under its function's name."""
-    return app.command(function.__name__.rstrip("_"), cls=o.Command)(function)
-
-
-def finish(result: console.Result, as_json: bool) -> None:
-    """Show what a stage returned; missed gates end the command."""
-    console.show(result, as_json)
-    if console.failures(result):
-        raise typer.Exit(GATE)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        sys.stdout.write(f"bismooth {version('bismooth')}\n")
-        raise typer.Exit
-
-
-@app.callback()
-def bismooth(
-    _: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None: ...
 
 
 @command

@@ -162,6 +162,7 @@ def _quantized_brief(stage: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": stage["recipe"]["name"],
         "quantized_linears": len(linears),
         "float_linears": stage["float"],
+        "linears_with_groups": sum(bool(linear.get("group") or linear.get("walls")) for linear in linears),
         "largest_fold_error": max(stage["fold_errors"].values(), default=0.0),
         "sites_by_kind": _by_kind(sites),
         "worst_sites": [_site_row(site) for site in sorted(sites, key=_site_error)[:SHOWN]],

@@ -87,6 +87,7 @@ class QuantizeStageResult:
             "recipe": self.recipe,
             "quantized_linears": len(result.linears),
             "float_linears": list(result.float_linears),
+            "linears_with_groups": sum(bool(linear.group or linear.walls) for linear in result.linears),
             "sites_folded": sum(choice.channels > 0 for choice in result.choices),
             "sites_found": len(result.choices),
             "largest_fold_error": max(result.fold_errors.values(), default=0.0),

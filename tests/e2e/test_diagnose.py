@@ -191,7 +191,9 @@ def test_output_errors(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
     again = diagnose(tmp_path / "bad", statistics=statistics)
     assert again.linears == found.linears, "another export of the same model"
     assert main(["diagnose", str(artifact), "--statistics", str(statistics), "-q"]) == 1
-    assert re.search(r"output errors\s+linear +per channel +per group 64 +per magnitude +bismoothed", capsys.readouterr().out)
+    assert re.search(
+        r"output errors\s+linear +per channel +per group 64 +per magnitude +bismoothed", capsys.readouterr().out
+    )
     with pytest.raises(BismoothError, match=r"the statistics belong to another graph: expected the hash"):
         diagnose(tiny.source, statistics=statistics)
     with pytest.raises(BismoothError, match=r"none: cannot be read .* Expected a statistics file"):
