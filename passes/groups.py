@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .spec import Groups, PerGroup
-from .weights import fake_quantize_rows
+from .spec import Groups, PerGroup, PerMagnitude
+from .weights import fake_quantize_rows, fake_quantize_with, weight_scale
 
 Float = NDArray[np.float32]
 Channels = NDArray[np.intp]
@@ -42,14 +42,21 @@ def fake_quantize(rows: Float, groups: Groups | None, out: Float | None = None) 
     if groups is None or isinstance(groups, PerGroup):
         return fake_quantize_rows(rows, groups.size if groups else None, out=out)
     result = np.empty_like(rows) if out is None else out
-    for channels in members(groups, rows.shape[1]):
-        result[:, channels] = fake_quantize_rows(rows[:, channels])
+    for channels, digits in zip(members(groups, rows.shape[1]), _digits(groups), strict=True):
+        part = rows[:, channels]
+        result[:, channels] = fake_quantize_with(part, weight_scale(part)[:, None], digits)
     return result
 
 
-def per_column(values: Sequence[float], groups: Groups | None, k: int) -> Float:
-    """One value per group as one per channel: float32 [K]."""
-    result = np.empty(k, np.float32)
-    for value, channels in zip(values, [slice(None)] if groups is None else members(groups, k), strict=True):
-        result[channels] = value
+def fake_quantize_static(x: Float, scales: Sequence[float], groups: Groups | None) -> Float:
+    """INT8 and back with a constant scale for each group of channels: float32 [T, K]."""
+    result = np.empty_like(x)
+    every = [slice(None)] if groups is None else members(groups, x.shape[1])
+    for channels, scale, digits in zip(every, scales, _digits(groups) or [1] * len(every), strict=True):
+        result[:, channels] = fake_quantize_with(x[:, channels], np.full(1, scale, np.float32), digits)
     return result
+
+
+def _digits(groups: Groups | None) -> list[int]:
+    """INT8 digits of each group by magnitude."""
+    return [1, *[groups.wall_bits // 8] * len(groups.walls)] if isinstance(groups, PerMagnitude) else []

@@ -7,12 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
-from .groups import fake_quantize, per_column
+from .groups import fake_quantize, fake_quantize_static
 from .quantizers import static_scale
 from .refine import Operand, Tokens, sampled_rows
 from .spec import DynamicActivation, LinearSpec, StaticActivation
 from .static_ranges import Limit, limits
-from .weights import fake_quantize_with
 
 Float = NDArray[np.float32]
 
@@ -64,7 +63,7 @@ class Consumer:
         groups, k = self.spec.groups, x.shape[1]
         if isinstance(activations, StaticActivation):
             ranges = limits(self.limit, activations, None if (columns == 1).all() else columns, groups, k)
-            return fake_quantize_with(x, per_column([static_scale(limit) for limit in ranges], groups, k))
+            return fake_quantize_static(x, [static_scale(limit) for limit in ranges], groups)
         return fake_quantize(x, groups, out=x)
 
 

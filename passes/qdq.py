@@ -11,7 +11,8 @@ Per tensor: xq = QuantizeLinear(x · (1 / s_x), 1) and r[n] = scale_w[n] · s_x 
 Weight-only: MatMul(x, DQ(Wq, scale_w)).
 Groups of a size: x becomes [G, T, size] and W [G, size, N], one batched MatMul; r is [G, 1, N]; the sum comes last.
 Groups by magnitude: a product without the walls (channels whose weights stand out: x and Wq are 0 there), and one with
-only those, gathered, each with scales of its own; the sum of both.
+only those, gathered, each with scales of its own; the sum of both. In 16 bits walls are two INT8 digits, x = (x₁ + x₂ /
+254) · t and W alike: x₁ w₁, and a second thin product of x₂ beside x₁ with w₁ beside w₂, 1 / 254 of its size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from .emit import FLOAT, INT8, INT64, Emitter
 from .graph import Index
 from .linears import Linear
 from .quantizers import Quantized, Quantizers, static_scale, walls_name
-from .spec import Groups, LinearSpec, PerGroup
+from .spec import Groups, LinearSpec, PerGroup, PerMagnitude
 from .static_ranges import StaticRanges
 from .weights import S0
 
@@ -43,8 +44,9 @@ class Product:
         node: Name of the MatMul.
         values: Name of the stored INT8 weight.
         scale: Name of the stored scale.
-        values_shape: [K, N], [G, size, N] for groups of a size, or [k, N] for k walls.
+        values_shape: [K, N], [G, size, N] for groups of a size, or [k, N] for k walls ([2k, N] for their low digits).
         scale_shape: [N], or [G, 1, N].
+        group: Which group by magnitude it is of, 0 for all channels but the walls.
     """
 
     name: str
@@ -53,22 +55,27 @@ class Product:
     scale: str
     values_shape: tuple[int, ...]
     scale_shape: tuple[int, ...]
+    group: int = 0
 
     @staticmethod
     def of(linear: Linear, groups: Groups | None) -> "list[Product]":
-        """Its only one; or that without the walls, and one for each group of walls."""
+        """Its only one; or that without the walls, and one or two for each group of walls."""
         k, n = linear.k, linear.n
         if isinstance(groups, PerGroup):
             count = -(-k // groups.size)
             return [_product(linear.name, linear.node, (count, groups.size, n), (count, 1, n))]
-        first = _product(linear.name, linear.node, (k, n), (n,))
-        walls = groups.walls if groups else ()
-        named = ((f"{linear.name}/{walls_name(number)}", len(channels)) for number, channels in enumerate(walls))
-        return [first, *(_product(name, f"{name}/MatMul", (size, n), (n,)) for name, size in named)]
+        products = [_product(linear.name, linear.node, (k, n), (n,))]
+        if isinstance(groups, PerMagnitude):
+            for number, channels in enumerate(groups.walls):
+                for digit in range(groups.wall_bits // 8):
+                    name = f"{linear.name}/{walls_name(number, digit)}"
+                    shape = ((digit + 1) * len(channels), n)
+                    products.append(_product(name, f"{name}/MatMul", shape, (n,), number + 1))
+        return products
 
 
-def _product(name: str, node: str, values: tuple[int, ...], scale: tuple[int, ...]) -> Product:
-    return Product(name, node, f"{name}.weight.int8", f"{name}.weight.scale", values, scale)
+def _product(name: str, node: str, values: tuple[int, ...], scale: tuple[int, ...], group: int = 0) -> Product:
+    return Product(name, node, f"{name}.weight.int8", f"{name}.weight.scale", values, scale, group)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ class _Lowering:
     def _sum(self, parts: Sequence[Tensor], linear: Linear) -> Tensor:
         total = parts[0]
         for number, part in enumerate(parts[1:]):
-            name = f"{linear.name}/{walls_name(number)}/Add"
+            name = f"{linear.name}/walls/Add_{number}"
             total = self._emit.node("Add", name, [total, part], shape_of(total) or ())
         return total
 

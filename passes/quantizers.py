@@ -11,7 +11,7 @@ from .emit import INT8, INT64, Emitter
 from .groups import members
 from .spec import ActivationSpec, Groups, PerGroup, PerMagnitude, StaticActivation
 from .static_ranges import StaticRanges
-from .weights import QMAX
+from .weights import LOW, QMAX
 
 TINY = float(np.finfo(np.float32).tiny) * QMAX
 """Least row maximum: 127 times the smallest normal float32, so that t is normal as well."""
@@ -57,11 +57,11 @@ class Quantizers:
         key = (x.name, static, groups)
         if key not in self._made:
             parts = self._integer_parts(x, groups)
-            if static:
-                scales = self._static_scales(x, groups)
-                made = [self._static(part, scale) for part, scale in zip(parts, scales, strict=True)]
-            else:
-                made = [self._per_token(part) for part in parts]
+            scales = self._static_scales(x, groups) if static else [None] * len(parts)
+            made: list[Quantized] = []
+            for number, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+                two_digits = number > 0 and isinstance(groups, PerMagnitude) and groups.wall_bits == 16
+                made += self._digits(part, scale, two_digits=two_digits)
             self._made[key] = made
         return self._made[key]
 
@@ -86,7 +86,28 @@ class Quantizers:
                 rest = self._without_walls(x, groups)
                 return [rest, *(self._walls(x, number, channels) for number, channels in enumerate(walls))]
 
-    def _per_token(self, part: _Part) -> Quantized:
+    def _digits(self, part: _Part, static: Sequence[float] | None, *, two_digits: bool) -> list[Quantized]:
+        """x in INT8; with two digits also what that leaves, in 254ths, beside the same first digit."""
+        if static is None:
+            base, (unit, scale) = f"{part.name}/per_token", self._per_token(part)
+        else:
+            base, unit, scale = f"{part.name}/per_tensor", self._static(part, static), None
+        high = Quantized(self._round(unit, base), scale)
+        return [high, Quantized(self._low(unit, base), scale)] if two_digits else [high]
+
+    def _low(self, unit: Tensor, base: str) -> Tensor:
+        emit, shape = self._emit, list(shape_of(unit) or ())
+        wide: list[Dim] = [*shape[:-1], 2 * int(str(shape[-1]))]
+        rounded = emit.node("Round", f"{base}/low/Round", [unit], shape)
+        bounds = [emit.constant("least", -QMAX - 1.0), emit.constant("qmax", QMAX)]
+        high = emit.node("Clip", f"{base}/low/Clip", [rounded, *bounds], shape)
+        left = emit.node("Sub", f"{base}/low/Sub", [unit, high], shape)
+        scaled = emit.node("Mul", f"{base}/low/Mul", [left, emit.constant("low", LOW)], shape)
+        both = emit.node("Concat", f"{base}/low/Concat", [scaled, unit], wide, axis=-1)
+        return self._round(both, f"{base}/low")
+
+    def _per_token(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """x / t and t."""
         emit, x, base = self._emit, part.value, f"{part.name}/per_token"
         shape = list(shape_of(x) or ())
         row = [*shape[:-1], 1]
@@ -94,8 +115,7 @@ class Quantizers:
         peak = emit.node("ReduceMax", f"{base}/ReduceMax", [magnitude, emit.integers(-1)], row, keepdims=1)
         floored = emit.node("Max", f"{base}/Max", [peak, emit.constant("tiny", TINY)], row)
         scale = emit.node("Div", f"{base}/Div", [floored, emit.constant("qmax", QMAX)], row)
-        unit = emit.node("Div", f"{base}/Div_1", [x, scale], shape)
-        return Quantized(self._round(unit, base), scale)
+        return emit.node("Div", f"{base}/Div_1", [x, scale], shape), scale
 
     def _static_scales(self, x: Tensor, groups: Groups | None) -> list[Sequence[float]]:
         """The scales of each part: one, or one for each of the groups along the new axis."""
@@ -108,12 +128,12 @@ class Quantizers:
         scales = [static_scale(limit) for limit in limits]
         return [scales] if isinstance(groups, PerGroup) else [[scale] for scale in scales]
 
-    def _static(self, part: _Part, scales: Sequence[float]) -> Quantized:
+    def _static(self, part: _Part, scales: Sequence[float]) -> Tensor:
+        """x / scale."""
         base, inverse = f"{part.name}/per_tensor", 1.0 / np.array(scales)
         stored = inverse[0] if len(inverse) == 1 else inverse[:, None, None]
         constant = make_constant(f"{base}/inverse_scale", stored.astype(np.float32))
-        unit = self._emit.node("Mul", f"{base}/Mul", [part.value, constant], shape_of(part.value) or ())
-        return Quantized(self._round(unit, base), None)
+        return self._emit.node("Mul", f"{base}/Mul", [part.value, constant], shape_of(part.value) or ())
 
     def _round(self, unit: Tensor, base: str) -> Tensor:
         emit, shape = self._emit, shape_of(unit) or ()
@@ -162,9 +182,9 @@ class Quantizers:
         return self._parts[x.name, name]
 
 
-def walls_name(number: int) -> str:
+def walls_name(number: int, digit: int = 0) -> str:
     """How the parts of a group of walls are named."""
-    return f"walls_{number}" if number else "walls"
+    return f"walls{f'_{number}' if number else ''}{'_low' if digit else ''}"
 
 
 def static_scale(limit: float) -> float:

@@ -97,7 +97,7 @@ def _message(error: ValidationError) -> str:
         return f"{where}: Expected the key {missing[0]!r}, got {'only ' if got else 'none'}{', '.join(got)}."
     if error.validator == "enum":
         hint = did_you_mean(got, rule) if isinstance(got, str) else ""
-        return f"{where}: Expected {' or '.join(rule)}, got {_shown(got)}.{hint}"
+        return f"{where}: Expected {' or '.join(map(str, rule))}, got {_shown(got)}.{hint}"
     expected = {
         "type": lambda: " or ".join(_TYPES[name] for name in ([rule] if isinstance(rule, str) else rule)),
         "minimum": lambda: f"{rule} or more",

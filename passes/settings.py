@@ -112,16 +112,17 @@ def _weights(plain: Plain, where: str) -> WeightSpec:
         where,
         "Expected 'group_size' with granularity per_group, and only there.",
     )
+    superfluous = sorted(plain.keys() & {"groups", "wall_bits"})
     _require(
-        kind == "per_magnitude" or "groups" not in plain,
+        kind == "per_magnitude" or not superfluous,
         where,
-        "Expected 'groups' with granularity per_magnitude only.",
+        f"Expected {' and '.join(map(repr, superfluous))} with granularity per_magnitude only.",
     )
     match kind:
         case "per_group":
             granularity = PerGroup(plain["group_size"])
         case "per_magnitude":
-            granularity = PerMagnitude(plain.get("groups", PerMagnitude().groups))
+            granularity = PerMagnitude(**{key: plain[key] for key in superfluous})
         case _:
             granularity = PerChannel()
     return WeightSpec(granularity, IntegerType(plain.get("dtype", IntegerType.INT8)))
@@ -131,8 +132,8 @@ def _plain_weights(spec: WeightSpec) -> Plain:
     match spec.granularity:
         case PerGroup(size):
             granularity: Plain = {"granularity": "per_group", "group_size": size}
-        case PerMagnitude(groups):
-            granularity = {"granularity": "per_magnitude", "groups": groups}
+        case PerMagnitude(groups, wall_bits):
+            granularity = {"granularity": "per_magnitude", "groups": groups, "wall_bits": wall_bits}
         case PerChannel():
             granularity = {"granularity": "per_channel"}
     return {"dtype": str(spec.dtype), **granularity}

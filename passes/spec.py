@@ -93,13 +93,17 @@ class PerMagnitude:
 
     Attributes:
         groups: At most so many: 2 puts all walls into one group, 3 parts the higher from the lower ones.
+        wall_bits: 16: walls and what they multiply are two INT8 digits each. They are few and carry most of the sum,
+            so that 8 bits of them can be coarser than all that the other channels contribute.
         walls: The channels of each group of walls, in order; none until they were looked for in the weight.
     """
 
     groups: int = 2
+    wall_bits: int = 16
     walls: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        _require(self.wall_bits in (8, 16), f"per_magnitude: Expected 8 or 16 as wall_bits, got {self.wall_bits}.")
         _require(self.groups > 1, f"per_magnitude: Expected 2 or more groups, got {self.groups}.")
         _require(
             len(self.walls) < self.groups,

@@ -90,13 +90,13 @@ def group_walls(
                 common[channel] = max(peak, common.get(channel, 0.0))
     result = dict(specs)
     for linear in linears:
-        if linear.name in asked:
-            groups = asked[linear.name]
-            parted = part(walls[linear.x, groups.groups], groups.groups - 1)
-            weights = specs[linear.name].weights
-            assert weights is not None
-            granularity = replace(groups, walls=parted)
-            result[linear.name] = replace(specs[linear.name], weights=replace(weights, granularity=granularity))
+        spec, groups = specs[linear.name], asked.get(linear.name)
+        if groups is None or not (parted := part(walls[linear.x, groups.groups], groups.groups - 1)):
+            continue
+        assert spec.weights is not None
+        bits = groups.wall_bits if spec.activations else 8  # float activations are not in digits
+        weights = replace(spec.weights, granularity=replace(groups, walls=parted, wall_bits=bits))
+        result[linear.name] = replace(spec, weights=weights)
     return result
 
 

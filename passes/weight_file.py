@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .qdq import Product, rescale
 from .spec import ComputeType, LinearSpec, PerGroup, PerMagnitude, StaticActivation
 from .static_ranges import StaticRanges
 from .weight_reader import WeightReader
-from .weights import QuantizedWeight, joined, quantize_weight, row_chunks, weight_error
+from .weights import QuantizedWeight, in_two_digits, joined, quantize_weight, row_chunks, weight_error
 
 Float = NDArray[np.float32]
 
@@ -207,17 +208,23 @@ class _Tensors:
         quantized: list[list[QuantizedWeight]] = []
         first = 0
         for block in folded_blocks(self.sources.reader, linear, self.sources.edits):
-            parts = without_walls(block, spec.groups.walls) if isinstance(spec.groups, PerMagnitude) else [block]
             make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
-            quantized.append([make(part) for part in parts])
+            if isinstance(spec.groups, PerMagnitude):
+                rest, *walls = without_walls(block, spec.groups.walls)
+                pairs = [(part, make(part)) for part in walls]
+                two = spec.groups.wall_bits == 16
+                digits = (in_two_digits(*pair) if two else pair[1:] for pair in pairs)
+                quantized.append([make(rest), *chain.from_iterable(digits)])
+            else:
+                quantized.append([make(block)])
             first += len(block)
         return [joined(blocks) for blocks in zip(*quantized, strict=True)]
 
     def _write_quantized(self, linear: Linear, quantized: Sequence[QuantizedWeight]) -> QuantizedLinear:
         spec = self.sources.specs[linear.name]
         products = Product.of(linear, spec.groups)
-        ranges = self._ranges(linear, spec, len(products))
-        for product, part, limits in zip(products, quantized, ranges, strict=True):
+        for product, part in zip(products, quantized, strict=True):
+            limits = self._limits(linear, spec, product)
             self.writer.write(product.values, np.moveaxis(part.values, 0, -1))
             scale = rescale(part.scale, limits) if spec.has_rescale else part.scale
             stored = scale.T.reshape(product.scale_shape)
@@ -235,12 +242,12 @@ class _Tensors:
             wall_nodes=tuple(product.node for product in products[1:]),
         )
 
-    def _ranges(self, linear: Linear, spec: LinearSpec, products: int) -> Sequence[Sequence[float] | None]:
-        """The static ranges of what each product reads: one, or one per group of a size."""
+    def _limits(self, linear: Linear, spec: LinearSpec, product: Product) -> Sequence[float] | None:
+        """The static ranges of what a product reads: one, or one per group of a size."""
         if not isinstance(spec.activations, StaticActivation):
-            return [None] * products
+            return None
         limits = self.sources.ranges[linear.x, spec.groups]
-        return [limits] if products == 1 else [[limit] for limit in limits]
+        return limits if isinstance(spec.groups, PerGroup) else [limits[product.group]]
 
     def _folded(self, linear: Linear) -> None:
         weight = self.sources.folded(linear)

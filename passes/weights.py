@@ -13,6 +13,9 @@ from .precision_policy import float_limits
 QMAX = 127
 """Weights use −127 … 127, so that −q is representable too."""
 
+LOW = 2 * QMAX
+"""Steps of a second INT8 digit in one step of the first: what rounding leaves is within half a step."""
+
 SCALE_FLOOR = 2.0**-100
 """Scale of a row of zeros: any positive normal number serves."""
 
@@ -86,6 +89,26 @@ def quantize_weight(
     if group is not None:
         values, scale = values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1)
     return QuantizedWeight(values, scale, lost, total)
+
+
+def in_two_digits(part: Float, high: QuantizedWeight) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """W [N, K] in two INT8 digits, W = (w₁ + w₂ / 254) · scale, for a product with x = (x₁ + x₂ / 254) · t.
+
+    Args:
+        part: W.
+        high: W in one digit, w₁.
+
+    Returns:
+        w₁ for the product with x₁; and w₁ beside w₂, int8 [N, 2K], for the product with x₂ beside x₁, whose scale is
+        as much smaller. What is left out is x₂ w₂ / 254².
+    """
+    ratio = part / high.scale[:, None] - high.values
+    low = np.rint(ratio * LOW)
+    ratio -= low / LOW
+    lost = float(high.scale.astype(np.float64) ** 2 @ np.einsum("nk,nk->n", ratio, ratio, dtype=np.float64))
+    both = np.concatenate([high.values, low.astype(np.int8)], axis=1)
+    scale = high.scale / np.float32(LOW)
+    return QuantizedWeight(high.values, high.scale, lost, high.power), QuantizedWeight(both, scale, 0.0, 0.0)
 
 
 def joined(blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:
@@ -162,6 +185,10 @@ def fake_quantize_rows(rows: Float, group: int | None = None, out: Float | None 
     return result
 
 
-def fake_quantize_with(x: Float, scale: Float) -> Float:
-    """INT8 and back with constant scales [K], one for the whole tensor if they are all the same."""
-    return np.clip(np.rint(x / scale), -128, 127) * scale
+def fake_quantize_with(x: Float, scale: Float, digits: int = 1) -> Float:
+    """INT8 and back with constant scales that fit x, in one digit, or in two that follow each other."""
+    ratio = x / scale
+    rounded = np.clip(np.rint(ratio), -128, 127)
+    if digits > 1:
+        rounded += np.clip(np.rint((ratio - rounded) * LOW), -128, 127) / np.float32(LOW)
+    return rounded * scale

@@ -18,9 +18,9 @@ WALLS = [5, 40]
 STATIC = {"granularity": "per_tensor", "range": "minmax"}
 
 
-def mixed(groups: int = 2, **settings: Any) -> Any:
-    rule = {"match": "@walls", "weights": {"granularity": "per_magnitude", "groups": groups}}
-    return recipe(rule, **settings)
+def mixed(groups: int = 2, wall_bits: int = 16, **settings: Any) -> Any:
+    weights = {"granularity": "per_magnitude", "groups": groups, "wall_bits": wall_bits}
+    return recipe({"match": "@walls", "weights": weights}, **settings)
 
 
 def linears(
@@ -41,8 +41,26 @@ def parts(*walls: list[int]) -> list[Array]:
     return [np.delete(np.arange(K), np.concatenate(walls)), *map(np.array, walls)]
 
 
-def expected(x: Array, w: Array, groups: list[Array]) -> Array:
-    return sum((w8a8(x[..., part], w[:, part]) for part in groups), np.zeros(()))
+def digits(values: Array, scale: Array) -> tuple[Array, Array]:
+    """Two INT8 digits of values / scale, in the graph's float32 arithmetic: the second in 254ths."""
+    ratio = (values / scale).astype(np.float32)
+    high = np.clip(np.rint(ratio), -128, 127)
+    low = np.clip(np.rint((ratio - high) * np.float32(254)), -128, 127)
+    return high.astype(np.float64), low.astype(np.float64)
+
+
+def in_16_bits(x: Array, w: Array, t: Array | None = None) -> Array:
+    """x Wᵀ with two digits of both, but for the product of the low ones; t is a constant scale of x."""
+    t = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127) if t is None else t
+    step = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
+    (x1, x2), (w1, w2) = digits(x, t), digits(w, step)
+    return (x1 @ w1.T + (x2 @ w1.T + x1 @ w2.T) / 254) * t.astype(np.float64) * step.T.astype(np.float64)
+
+
+def expected(x: Array, w: Array, groups: list[Array], wall_bits: int = 16) -> Array:
+    rest, *walls = groups
+    product = in_16_bits if wall_bits == 16 else w8a8
+    return w8a8(x[..., rest], w[:, rest]) + sum(product(x[..., part], w[:, part]) for part in walls)
 
 
 def run(made: Quantized, x: Array, **options: Any) -> list[Array]:
@@ -50,13 +68,27 @@ def run(made: Quantized, x: Array, **options: Any) -> list[Array]:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_per_token(tmp_path: Path, flat: bool) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_per_token(tmp_path: Path, flat: bool, bits: int) -> None:
     b, x = linears("ab", flat=flat)
-    made = quantize(b, tmp_path, mixed())
+    made = quantize(b, tmp_path, mixed(wall_bits=bits))
     for name, got in zip("ab", run(made, x), strict=True):
-        exact = expected(x, b.initializers[f"{name}.weight"], parts(WALLS)) + b.initializers[f"{name}.bias"]
+        exact = expected(x, b.initializers[f"{name}.weight"], parts(WALLS), bits) + b.initializers[f"{name}.bias"]
         assert got.shape == exact.shape
         assert relative_error(exact, got) <= 1e-6
+
+
+def test_walls_in_16_bits_do_not_drown_the_others(tmp_path: Path) -> None:
+    """Walls that cancel out: 8 bits of each leave an error that is larger than what is left of the sum."""
+    b, x = linears()
+    b.initializers["a.weight"][:, 40] = -b.initializers["a.weight"][:, 5] * (1 + 1e-3)
+    x[..., 40] = x[..., 5]
+    exact = x.astype(np.float64) @ b.initializers["a.weight"].T.astype(np.float64) + b.initializers["a.bias"]
+    errors = [
+        relative_error(exact, run(quantize(b, tmp_path / str(bits), mixed(wall_bits=bits)), x)[0]) for bits in (8, 16)
+    ]
+    assert errors[0] > 0.1
+    assert errors[1] < 0.02
 
 
 def test_walls_of_different_height_are_parted_into_groups(tmp_path: Path) -> None:
@@ -65,18 +97,20 @@ def test_walls_of_different_height_are_parted_into_groups(tmp_path: Path) -> Non
     exact = expected(x, b.initializers["a.weight"], parts([40], [5])) + b.initializers["a.bias"]
     assert relative_error(exact, run(made, x)[0]) <= 1e-6
     assert made.result.linears[0].walls == ((40,), (5,))
-    assert made.result.linears[0].wall_nodes == ("a/walls/MatMul", "a/walls_1/MatMul")
+    nodes = [f"a/{name}/MatMul" for name in ("walls", "walls_low", "walls_1", "walls_1_low")]
+    assert list(made.result.linears[0].wall_nodes) == nodes
 
 
 def test_static_scales_are_one_for_each_group(tmp_path: Path) -> None:
     b, x = linears()
     made = quantize(b, tmp_path, mixed(activations=STATIC), Seen({"x": x.reshape(-1, K)}))
-    exact = b.initializers["a.bias"].astype(np.float64)
-    for part in parts(WALLS):
-        scale = np.abs(x[..., part]).max() / np.float32(127)
-        w = b.initializers["a.weight"][:, part]
-        steps = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
-        exact = exact + (np.rint(x[..., part] / scale) * float(scale)) @ (np.rint(w / steps) * steps.astype(float)).T
+    rest, walls = parts(WALLS)
+    x, w = x.copy(), b.initializers["a.weight"]
+    scales = [np.abs(x[..., part]).max() / np.float32(127) for part in (rest, walls)]
+    steps = np.abs(w[:, rest]).max(axis=1, keepdims=True) / np.float32(127)
+    rounded = np.rint(w[:, rest] / steps) * steps.astype(float)
+    exact = (np.rint(x[..., rest] / scales[0]) * float(scales[0])) @ rounded.T + b.initializers["a.bias"]
+    exact += in_16_bits(x[..., walls], w[:, walls], scales[1])
     assert relative_error(exact, run(made, x)[0]) <= 1e-6
 
 
@@ -102,7 +136,7 @@ def test_linears_that_read_one_tensor_share_its_groups(tmp_path: Path) -> None:
     made = quantize(b, tmp_path, mixed())
     assert [linear.walls for linear in made.result.linears] == [((5, 40),)] * 3
     graph = load(made.folder / "model.onnx")
-    assert [node.op for node in graph.nodes].count("QuantizeLinear") == 2
+    assert [node.op for node in graph.nodes].count("QuantizeLinear") == 3
     assert [node.op for node in graph.nodes].count("Gather") == 1
     names = [node.name for node in graph.nodes]
     assert len(set(names)) == len(names)
@@ -110,12 +144,13 @@ def test_linears_that_read_one_tensor_share_its_groups(tmp_path: Path) -> None:
     assert relative_error(exact, run(made, x)[1]) <= 1e-6
 
 
-def test_both_products_are_linears_for_the_audit(tmp_path: Path) -> None:
+def test_all_products_are_linears_for_the_audit(tmp_path: Path) -> None:
     made = quantize(linears()[0], tmp_path, mixed())
     found = summarize(made.folder / "model.onnx").linears
     assert [(linear.node, linear.macs, linear.quantized) for linear in found] == [
         ("a/MatMul", K * N, True),
         ("a/walls/MatMul", len(WALLS) * N, True),
+        ("a/walls_low/MatMul", 2 * len(WALLS) * N, True),
     ]
     assert (made.result.linears[0].node, *made.result.linears[0].wall_nodes) == tuple(item.node for item in found)
 
@@ -146,8 +181,10 @@ def test_sums_of_products_stay_in_float32(tmp_path: Path) -> None:
     x[..., 40] = x[..., 5]
     made = quantize(b, tmp_path, mixed(compute_dtype="float16"))
     graph = load(made.folder / "model.float16.onnx")
-    (add,) = [node for node in graph.nodes if node.name == "a/walls/Add"]
-    assert {dtype_of(tensor) for tensor in (*add.inputs, *add.outputs)} == {np.dtype(np.float32)}
+    adds = [node for node in graph.nodes if node.name.startswith("a/walls/Add")]
+    assert len(adds) == 2
+    tensors = [tensor for node in adds for tensor in (*node.inputs, *node.outputs)]
+    assert {dtype_of(tensor) for tensor in tensors} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize(("share", "grouped"), [(None, "abc"), (0.67, "bc"), (0.3, "")])

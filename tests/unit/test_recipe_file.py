@@ -35,6 +35,9 @@ WRONG = {
     "weights: {granularity: per_channel, group_size: 64}": "weights: Expected 'group_size' with granularity per_group,",
     "weights: {granularity: per_group, group_size: 0}": "weights.group_size: Expected 1 or more, got 0.",
     "weights: {granularity: per_channel, groups: 3}": "weights: Expected 'groups' with granularity per_magnitude only.",
+    "weights: {granularity: per_group, group_size: 8, wall_bits: 8, groups: 2}": "weights: Expected 'groups' and"
+    " 'wall_bits' with granularity per_magnitude only.",
+    "weights: {granularity: per_magnitude, wall_bits: 12}": "weights.wall_bits: Expected 8 or 16, got 12.",
     "weights: {granularity: per_magnitude, groups: 1}": "weights.groups: Expected 2 or more, got 1.",
     "weights: {granularity: per_magnitude, group_size: 64}": "weights: Expected 'group_size' with granularity",
     "max_share: 3": "max_share: Expected at most 1, got 3.",

@@ -40,7 +40,7 @@ def test_a_linear_is_float_unless_told_otherwise() -> None:
         LinearSpec(WeightSpec(), StaticActivation(RangeMethod.MINMAX)),
         LinearSpec(WeightSpec(PerGroup(64)), DynamicActivation()),
         LinearSpec(WeightSpec(PerGroup(72))),
-        LinearSpec(WeightSpec(PerMagnitude(3, ((7,), (1, 4)))), DynamicActivation()),
+        LinearSpec(WeightSpec(PerMagnitude(3, 16, ((7,), (1, 4)))), DynamicActivation()),
         LinearSpec(WeightSpec(PerGroup(128)), StaticActivation(RangeMethod.PERCENTILE, 99.9)),
         LinearSpec(smoothing=SmoothSpec((0.5,))),
     ],
@@ -50,7 +50,7 @@ def test_legal_combinations_are_hashable_values(spec: LinearSpec) -> None:
 
 
 def test_channels_are_in_groups_once_walls_were_found() -> None:
-    walls = PerMagnitude(2, ((7,),))
+    walls = PerMagnitude(2, 16, ((7,),))
     found = [LinearSpec(WeightSpec(spec)).groups for spec in (PerChannel(), PerMagnitude(), walls, PerGroup(8))]
     assert found == [None, None, walls, PerGroup(8)]
     assert LinearSpec().groups is None
@@ -76,7 +76,8 @@ def test_smoothing_covers_every_kind_of_site_unless_told_otherwise() -> None:
         (lambda: PerChannel(-1), "per_channel: Expected an axis of 0 or more, got -1."),
         (lambda: PerGroup(0), "per_group: Expected a group_size of 1 or more, got 0."),
         (lambda: PerMagnitude(1), "per_magnitude: Expected 2 or more groups, got 1."),
-        (lambda: PerMagnitude(2, ((1,), (2,))), "per_magnitude: Expected at most 1 groups of walls, got 2."),
+        (lambda: PerMagnitude(wall_bits=4), "per_magnitude: Expected 8 or 16 as wall_bits, got 4."),
+        (lambda: PerMagnitude(2, 16, ((1,), (2,))), "per_magnitude: Expected at most 1 groups of walls, got 2."),
         (
             lambda: WeightSpec(PerChannel(1)),
             "weights: Expected scales per channel of axis 0, the output channel, got axis 1.",

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bismooth.passes.groups import count, fake_quantize, members, per_column
+from bismooth.passes.groups import count, fake_quantize, fake_quantize_static, members
 from bismooth.passes.linears import Linear
 from bismooth.passes.spec import Groups, LinearSpec, PerGroup, PerMagnitude, WeightSpec
 from bismooth.passes.wall_groups import Broken, find_broken, group_walls, part
-from bismooth.passes.weights import fake_quantize_rows
+from bismooth.passes.weights import fake_quantize_rows, fake_quantize_with
 
 K = 40
-TWO, THREE = PerMagnitude(2, ((3, 7),)), PerMagnitude(3, ((7,), (3, 5)))
+TWO, THREE = PerMagnitude(2, 8, ((3, 7),)), PerMagnitude(3, 8, ((7,), (3, 5)))
 
 
 def linear(name: str, x: str = "x") -> Linear:
@@ -36,14 +36,31 @@ def test_groups_hold_each_channel_once_and_are_rounded_apart(groups: Groups) -> 
     room = rows.copy()
     assert fake_quantize(room, groups, out=room) is room
     np.testing.assert_array_equal(room, got)
-    values = per_column(list(range(len(parts))), groups, K)
-    assert [set(values[channels].tolist()) for channels in parts] == [{number} for number in range(len(parts))]
+    scales = np.linspace(0.5, 2, len(parts)).tolist()
+    constant = fake_quantize_static(rows, scales, groups)
+    for channels, scale in zip(parts, scales, strict=True):
+        np.testing.assert_array_equal(
+            constant[:, channels], fake_quantize_with(rows[:, channels], np.array([scale], np.float32))
+        )
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_walls_in_two_digits_have_16_bits(static: bool) -> None:
+    rows = np.random.default_rng(0).standard_normal((6, K), np.float32)
+    groups = PerMagnitude(2, 16, ((3, 7),))
+    peaks = np.abs(rows[:, [3, 7]]).max(axis=1)
+    got = fake_quantize_static(rows, [1.0, 0.1], groups) if static else fake_quantize(rows, groups)
+    steps = np.full((6, 1), 0.1) if static else peaks[:, None] / 127
+    error = np.abs(got - rows)[:, [3, 7]] / (steps / 254)
+    assert 0.3 < error.max() < 0.51
 
 
 def test_without_groups_all_channels_share_a_scale() -> None:
     rows = np.random.default_rng(0).standard_normal((6, K), np.float32)
     np.testing.assert_array_equal(fake_quantize(rows, None), fake_quantize_rows(rows))
-    assert per_column([3], None, 2).tolist() == [3, 3]
+    np.testing.assert_array_equal(
+        fake_quantize_static(rows, [0.5], None), fake_quantize_with(rows, np.array([0.5], np.float32))
+    )
     assert count(None, K) == 1
 
 
@@ -67,8 +84,9 @@ def test_walls_are_parted_where_they_lie_furthest_apart(
 def test_linears_that_read_one_tensor_have_the_walls_of_all_of_them() -> None:
     linears = [linear("q"), linear("k"), linear("v"), linear("o", "other")]
     specs = dict.fromkeys("qko", spec(PerMagnitude())) | {"v": LinearSpec(WeightSpec())}
+    walls = PerMagnitude(2, 8, ((3, 7),))  # of weights alone
     broken = [Broken("q", 0.5, {7: 9.0}), Broken("k", 0.4, {3: 9.0}), Broken("v", 0.3, {5: 9.0})]
-    assert group_walls(specs, linears, broken) == specs | {"q": spec(TWO), "k": spec(TWO)}
+    assert group_walls(specs, linears, broken) == specs | {"q": spec(walls), "k": spec(walls)}
 
 
 def test_broken_linears_are_named_the_worst_first() -> None:

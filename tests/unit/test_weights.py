@@ -141,7 +141,7 @@ def test_tokens_are_rounded_with_one_scale_per_row_or_group() -> None:
 
 def test_a_constant_scale_clips() -> None:
     x = np.array([0.24, 0.26, 100.0, -100.0], np.float32)
-    assert fake_quantize_with(x, np.full(4, 0.5, np.float32)).tolist() == [0, 0.5, 63.5, -64]
+    assert fake_quantize_with(x, np.array([0.5], np.float32)).tolist() == [0, 0.5, 63.5, -64]
     assert fake_quantize_with(x, np.array([1, 0.5, 1, 1], np.float32)).tolist() == [0, 0.5, 100, -100]
 
 
