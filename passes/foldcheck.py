@@ -2,20 +2,22 @@
 
 Each site is cut out of the graph (``segment``), folded on its own and run in ONNX Runtime's CPU provider, so a mistake
 of the data-flow analysis shows as an error and not as a worse model. It runs in float32, and then rounded to 16 bits
-wherever the deployed graph rounds (``rounding``): there a factor may push a channel out of the type's range. Memory:
-the constants of two sites at a time. Sites of the same structure share one session: constants are fed, not stored.
+wherever the deployed graph rounds (``rounding``): there a factor may push a channel out of the type's range. Sites of
+the same structure share one session: constants are fed, not stored. Of large weights it sees what a fold does not touch
+as a sample: rows of the linears that read the site, and columns of the one that makes it.
 
 NOTE: a tensor may carry the factors of two sites, and one channel of thousands hardly shows in a result. Stored 16-bit
 tensors are therefore also judged by themselves, channel by channel, when they are written (``fold_underflow``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from ..passes._gs import (
@@ -32,8 +34,10 @@ from ..passes._gs import (
 )
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index
+from ..passes.linears import Linear, find_linears
 from ..passes.parallel import ordered_map
 from ..passes.precision_policy import float_limits
+from ..passes.refine import sample
 from ..passes.rounding import Rounding
 from ..passes.segment import Sizes, cut
 from ..passes.sites import Site
@@ -45,6 +49,9 @@ TOLERANCE = 1e-5
 
 WORSE = 2.0
 """How many times the error of the unfolded operations a fold may have in 16 bits."""
+
+SAMPLED = 512
+"""Outputs of a reading linear, and inputs of the producing one, that are computed with. The site's channels all are."""
 
 FEW_ROUNDINGS = 4
 """An error of so many roundings is no concern either: unfolded weights may be exact in 16 bits, folded ones are not."""
@@ -102,7 +109,8 @@ def check_folds(
     Raises:
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
-    checker = _Checker(graph, Index.of(graph), Sizes.of(graph), factors, rounding, _Sessions())
+    linears = {linear.name: linear for linear in find_linears(graph)}
+    checker = _Checker(graph, Index.of(graph), Sizes.of(graph), linears, factors, rounding, _Sessions())
     errors = FoldErrors()
     smoothed = [site for site in sites if site.name in factors]
     for site, (exact, compute) in zip(smoothed, ordered_map(checker.check, smoothed), strict=True):
@@ -115,10 +123,22 @@ def check_folds(
 
 
 @dataclass(frozen=True, eq=False)
+class _Sample:
+    """Some places along an axis."""
+
+    axis: int
+    places: NDArray[np.intp]
+
+    def of(self, values: Array) -> Array:
+        return values if values.shape[self.axis] == len(self.places) else values.take(self.places, self.axis)
+
+
+@dataclass(frozen=True, eq=False)
 class _Checker:
     graph: Graph
     index: Index
     sizes: Sizes
+    linears: dict[str, Linear]
     factors: Factors
     rounding: Rounding | None
     sessions: "_Sessions"
@@ -128,7 +148,8 @@ class _Checker:
         segment = cut(self.graph, self.index, site, self.sizes).graph
         folded = segment.copy()
         fold_graph(folded, weight_edits([site], self.factors))
-        expected, *results = self._run(site, [segment, folded, *self._rounded(segment, folded)])
+        samples = self._samples(site, segment)
+        expected, *results = self._run(site, samples, [segment, folded, *self._rounded(segment, folded)])
         errors = [_relative_error(expected, result) for result in results]
         if self.rounding is None:
             return errors[0], None
@@ -144,10 +165,30 @@ class _Checker:
             self.rounding.apply(copy)
         return copies
 
-    def _run(self, site: Site, graphs: Sequence[Graph]) -> list[list[Array]]:
+    def _samples(self, site: Site, segment: Graph) -> dict[str, _Sample]:
+        """What to take of the constants and inputs of a segment, by name."""
+        samples: dict[str, _Sample] = {}
+        for consumer in site.consumers:
+            linear = self.linears[consumer.linear]
+            rows = sample(linear.n, SAMPLED)
+            samples[linear.weight] = _Sample(0 if linear.layout == "NK" else 1, rows)
+            if linear.bias is not None:
+                samples[linear.bias.initializer] = _Sample(0, rows)
+        if site.producer.linear is not None:
+            linear = self.linears[site.producer.linear]
+            readers = [node for node in segment.nodes if any(tensor.name == linear.x for tensor in node.inputs)]
+            given = any(tensor.name == linear.x for tensor in segment.inputs)
+            samples.pop(linear.weight, None)
+            if given and len(readers) == 1:
+                columns = sample(linear.k, SAMPLED)
+                samples[linear.x] = _Sample(-1, columns)
+                samples[linear.weight] = _Sample(1 if linear.layout == "NK" else 0, columns)
+        return samples
+
+    def _run(self, site: Site, samples: Mapping[str, _Sample], graphs: Sequence[Graph]) -> list[list[Array]]:
         constants: dict[str, Array] = {}
         try:
-            return [self.sessions.run(_program(graph, self.sizes, constants)) for graph in graphs]
+            return [self.sessions.run(_program(graph, self.sizes, constants, samples)) for graph in graphs]
         except Exception as error:
             raise BismoothError(
                 f"{site.name}: the fold cannot be checked. Expected ONNX Runtime to run the operations from "
@@ -181,16 +222,23 @@ class _Program:
     feeds: dict[str, Array]
 
 
-def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array]) -> _Program:
+def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array], samples: Mapping[str, _Sample]) -> _Program:
     """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
     random, names = np.random.default_rng(0), _Names()
-    feeds = {names.of(tensor): _data(tensor, sizes, random) for tensor in graph.inputs}
+
+    def sampled(name: str, values: Array) -> Array:
+        return samples[name].of(values) if name in samples else values
+
+    feeds: dict[str, Array] = {}
+    for tensor in graph.inputs:
+        values = sampled(tensor.name, _data(tensor, sizes, random))
+        feeds[names.of(tensor)] = values
     for place, node in enumerate(graph.nodes):
         node.name = f"n{place}"
         for slot, tensor in enumerate(node.inputs):
             if is_constant(tensor) and _is_float(tensor):
                 if tensor.name not in constants:
-                    constants[tensor.name] = read(tensor)
+                    constants[tensor.name] = sampled(tensor.name, read(tensor))
                 node.inputs[slot] = make_variable("fed", dtype_of(tensor), None)
                 feeds[names.of(node.inputs[slot])] = constants[tensor.name]
                 graph.inputs.append(node.inputs[slot])

@@ -115,7 +115,7 @@ class Planner:
         )
 
     def _is_rescale(self, node: Node) -> bool:
-        """A product of INT8 sums with scales, or the sum of such products over groups."""
+        """A product of INT8 sums with scales, or a sum of such products: over groups, and of two linears."""
         facts = self._facts
         if not any(tensor.name in facts.accumulated for tensor in node.inputs):
             return False

@@ -19,9 +19,10 @@ Weights pass through memory a few at a time, while factors are searched those be
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import floor
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +45,7 @@ from .smoothing import Activations, Choice, choose_factors
 from .spec import ComputeType, LinearSpec, SiteKind
 from .static_ranges import Ranges, StaticRanges, static_ranges
 from .unsigned import UseUnsignedActivations
-from .wall_groups import Broken, find_broken, group_walls
+from .wall_groups import Broken, find_broken, fitting, group_walls
 from .weight_file import QuantizedLinear, WeightFile, WeightSources, folded_blocks, write_weights
 from .weight_reader import WeightReader
 
@@ -152,7 +153,8 @@ def _plan(
 ) -> tuple[dict[str, LinearSpec], dict[str, Factor], list[Choice], list[Broken]]:
     """How each linear is computed, the smoothing factors, and the linears that break with one scale per output channel.
 
-    The latter are looked for in the smoothed weights. Sites before linears that get groups are then smoothed for these.
+    The latter are looked for in the smoothed weights. Sites of linears that are then computed otherwise are smoothed
+    again.
     """
     specs = _specs(recipe, linears, graph, sites)
     choose = partial(
@@ -167,17 +169,33 @@ def _plan(
     edits = weight_edits(sites, factors)
     quantized = [linear for linear in linears if specs[linear.name].quantized]
     count = Counter(progress, "look for walls", len(quantized))
-    broken = find_broken(quantized, lambda linear: folded_blocks(reader, linear, edits), count)
-    most = len(linears) if recipe.max_share is None else int(recipe.max_share * len(linears))
-    specs = _specs(recipe, linears, graph, sites, walls=[item.name for item in broken[:most]])
-    specs = group_walls(specs, linears, broken)
-    if calibration is not None:
-        grouped = [site for site in sites if any(specs[item.linear].groups for item in site.consumers)]
-        again, better = choose(grouped, specs=specs)
-        factors = {name: factor for name, factor in factors.items() if name not in {s.name for s in grouped}} | again
-        chosen = {choice.site: choice for choice in better}
-        choices = [chosen.get(choice.site, choice) for choice in choices]
-    return specs, factors, choices, broken
+    broken = find_broken(quantized, partial(folded_blocks, reader, edits=edits), count)
+    final = _with_walls(recipe, specs, broken, lambda names: _specs(recipe, linears, graph, sites, walls=names))
+    final = group_walls(final, linears, broken)
+    changed = [site for site in sites if any(final[item.linear] != specs[item.linear] for item in site.consumers)]
+    count = Counter(progress, "smooth again", len(changed))
+    again, better = choose(changed, specs=final, on_site=count, earlier=factors)
+    names = {site.name for site in changed}
+    kept = {name: factor for name, factor in factors.items() if name not in names}
+    chosen = {choice.site: choice for choice in better}
+    return final, kept | again, [chosen.get(choice.site, choice) for choice in choices], broken
+
+
+def _with_walls(
+    recipe: Recipe,
+    specs: Mapping[str, LinearSpec],
+    broken: Sequence[Broken],
+    resolve: Callable[[Collection[str]], dict[str, LinearSpec]],
+) -> dict[str, LinearSpec]:
+    """The specifications with the rules for broken linears: for as many as the recipe allows, the worst first.
+
+    Those that other rules keep as they are do not count.
+    """
+    concerned = resolve([item.name for item in broken])
+    names = [item.name for item in broken if concerned[item.name] != specs[item.name]]
+    if recipe.max_share is None:
+        return concerned
+    return resolve(names[: floor(recipe.max_share * len(specs) + 1e-9)])
 
 
 def _specs(
@@ -189,7 +207,7 @@ def _specs(
         GATED_PRODUCT: {consumer.linear for site in gated for consumer in site.consumers},
         WALLS: walls,
     }
-    specs = recipe.resolve([linear.name for linear in linears], selected)
+    specs = fitting(recipe.resolve([linear.name for linear in linears], selected), linears)
     if recipe.settings.weights is not None and not any(spec.quantized for spec in specs.values()):
         raise BismoothError(
             f"recipe {recipe.name}: there is nothing to quantize. Expected linear layers (MatMul or Gemm with a "

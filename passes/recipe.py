@@ -37,7 +37,7 @@ SELECTORS = (HEAD, GATED_PRODUCT, WALLS)
 Selected = Mapping[str, Collection[str]]
 """By selector, the names of the linears that it fits; none where a selector is missing."""
 
-_COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "max_share", "layers", "gates"}
+_COMPLETE = {"extends", "compute_dtype", "weights", "activations", "smoothing", "layers", "gates"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Recipe:
         parent = _parent(own, where)
         settings = parent.settings.overridden(Settings.from_dict(own, parent.settings, where))
         rules = (_rule(entry, settings, f"{where}: layers[{i}]") for i, entry in enumerate(own.get("layers", ())))
-        return Recipe(
+        recipe = Recipe(
             name=name,
             description=own.get("description", ""),
             compute_dtype=ComputeType(own.get("compute_dtype", parent.compute_dtype)),
@@ -103,6 +103,9 @@ class Recipe:
             layers=(*parent.layers, *rules),
             gates=parent.gates.replaced(own.get("gates", {})),
         )
+        if own.get("max_share") is not None and not recipe.selects_walls:
+            raise BismoothError(f"{where}: max_share: Expected a rule for {WALLS} in 'layers', got none.")
+        return recipe
 
     def to_dict(self) -> Document:
         """The same recipe as plain data that extends nothing: ``from_dict`` gives an equal recipe."""

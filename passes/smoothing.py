@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .flow import Absorption
-from .fold import Factor
+from .fold import Factor, Factors
 from .linears import Linear
 from .output_error import Consumer, OutputError, relative
 from .parallel import ordered_map
@@ -83,6 +83,7 @@ def choose_factors(
     blocks: Callable[[Linear], Iterable[Float]],
     activations: Activations | None,
     on_site: Callable[[str], None] = lambda _: None,
+    earlier: Factors | None = None,
 ) -> tuple[dict[str, Factor], list[Choice]]:
     """A factor for each site that the recipe smooths and that gains by it.
 
@@ -93,13 +94,16 @@ def choose_factors(
         blocks: Reads a linear's weight W [N, K], some rows at a time, as float32 [.., K].
         activations: Statistics, or None to smooth by the weights alone.
         on_site: Called with the name of each site that is done.
+        earlier: Factors that were chosen for other specifications: candidates too.
 
     Raises:
         BismoothError: the quantized linears behind a site disagree on smoothing, or a weight holds NaN or infinity.
     """
     factors: dict[str, Factor] = {}
     choices: list[Choice] = []
-    choose = partial(_choose, linears=linears, specs=specs, blocks=blocks, activations=activations)
+    choose = partial(
+        _choose, linears=linears, specs=specs, blocks=blocks, activations=activations, earlier=earlier or {}
+    )
     for site, (factor, choice) in zip(sites, ordered_map(choose, sites), strict=True):
         choices.append(choice)
         if factor is not None:
@@ -114,6 +118,7 @@ def _choose(
     specs: Mapping[str, LinearSpec],
     blocks: Callable[[Linear], Iterable[Float]],
     activations: Activations | None,
+    earlier: Factors,
 ) -> tuple[Factor | None, Choice]:
     quantized = [item for item in site.consumers if specs[item.linear].quantized]
     smoothing = _agreed(site, {item.linear: specs[item.linear].smoothing for item in quantized})
@@ -130,7 +135,7 @@ def _choose(
         _consumer([linears[item.linear] for item in items], items[0].labels, spec, blocks, activations)
         for (_, _, spec), items in alike.items()
     ]
-    return _search(site, consumers, smoothing)
+    return _search(site, consumers, smoothing, earlier.get(site.name))
 
 
 def _agreed(site: Site, wanted: Mapping[str, SmoothSpec | None]) -> SmoothSpec | None:
@@ -192,8 +197,10 @@ def _read(linear: Linear, blocks: Callable[[Linear], Iterable[Float]]) -> Iterat
         first += len(block)
 
 
-def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) -> tuple[Factor | None, Choice]:
-    """The best of: no smoothing, each α of the grid, and the best α refined; by measured output error."""
+def _search(
+    site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec, earlier: Factor | None
+) -> tuple[Factor | None, Choice]:
+    """The best of: no smoothing, each α of the grid, the best α refined, and ``earlier``; by measured output error."""
     peaks_x = _channel_max([(c.absmax, c.labels) for c in consumers], site.size)
     peaks_w = _channel_max([(c.column_peaks, c.labels) for c in consumers], site.size)
     measure = OutputError(consumers)
@@ -208,6 +215,8 @@ def _search(site: Site, consumers: Sequence[Consumer], smoothing: SmoothSpec) ->
         refined = within_bounds(refine(factor, operands, site.free, smoothing.refine_steps), site.free)
         if (refined_error := measure.of(refined)) < error:
             factor, error, reason = refined, refined_error, "least output error, refined"
+    if earlier is not None and not fixed and (kept := measure.of(earlier)) < error:
+        factor, error, reason, alpha = earlier, kept, "least output error, that of one scale per channel", None
     if error >= unsmoothed and not fixed:
         reason = "no smoothing has the least output error"
         return None, Choice(site.name, site.kind, None, relative(unsmoothed), relative(unsmoothed), 0, reason)

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.errors import BismoothError
 from .diagnosis import scaled_error
 from .linears import Linear
 from .parallel import ordered_map
-from .refine import sample
-from .spec import LinearSpec, PerMagnitude
-from .walls import AT_RISK, SAMPLED_ROWS, walls_of_rows
+from .spec import LinearSpec, PerChannel, PerGroup, PerMagnitude
+from .walls import AT_RISK, walls_of_rows
+from .weight_scan import scan
 
 Float = NDArray[np.float32]
 
@@ -38,17 +40,22 @@ class Broken:
     walls: dict[int, float]
 
 
+Blocks: TypeAlias = Callable[[Linear, int], Iterable[Float]]
+"""Reads the weight of a linear as it is to be quantized, so many elements in whole rows at a time: float32 [.., K]."""
+
+
 def find_broken(
-    linears: Sequence[Linear],
-    blocks: Callable[[Linear], Iterable[Float]],
-    on_linear: Callable[[str], None] = lambda _: None,
+    linears: Sequence[Linear], blocks: Blocks, on_linear: Callable[[str], None] = lambda _: None
 ) -> list[Broken]:
     """The linears that break, as ``diagnose`` finds them, the largest error first.
 
     Args:
         linears: Those to look at.
-        blocks: Reads the weight as it is to be quantized, some rows at a time: float32 [.., K].
+        blocks: Reads their weights.
         on_linear: Called with the name of each linear that is done.
+
+    Raises:
+        BismoothError: a weight holds NaN or infinity.
     """
     found: list[Broken] = []
     for linear, broken in zip(linears, ordered_map(partial(_broken, blocks=blocks), linears), strict=True):
@@ -57,19 +64,23 @@ def find_broken(
     return sorted(found, key=lambda item: -item.error)
 
 
-def _broken(linear: Linear, blocks: Callable[[Linear], Iterable[Float]]) -> Broken | None:
-    chosen, start = sample(linear.n, SAMPLED_ROWS), 0
-    rows, peaks = np.empty((len(chosen), linear.k), np.float32), np.zeros(linear.k, np.float32)
-    for block in blocks(linear):
-        inside = slice(*np.searchsorted(chosen, (start, start + len(block))))
-        rows[inside] = block[chosen[inside] - start]
-        np.maximum(peaks, np.maximum(block.max(axis=0), -block.min(axis=0)), out=peaks)
-        start += len(block)
-    channels, _ = walls_of_rows(rows, peaks)
+def _broken(linear: Linear, blocks: Blocks) -> Broken | None:
+    seen = scan(replace(linear, layout="NK"), partial(blocks, linear))
+    channels, _ = walls_of_rows(seen.rows, seen.peaks)
     if not channels.size:
         return None
-    error = scaled_error(rows, channels.tolist(), np.ones(linear.k, np.float32))
-    return Broken(linear.name, error, dict(zip(channels.tolist(), peaks[channels].tolist(), strict=True)))
+    error = scaled_error(seen.rows, channels.tolist(), np.ones(linear.k, np.float32))
+    return Broken(linear.name, error, dict(zip(channels.tolist(), seen.peaks[channels].tolist(), strict=True)))
+
+
+def fitting(specs: Mapping[str, LinearSpec], linears: Sequence[Linear]) -> dict[str, LinearSpec]:
+    """The specifications with one scale per row where a group would hold all input channels."""
+    result = dict(specs)
+    for linear in linears:
+        spec = specs[linear.name]
+        if spec.weights and isinstance(spec.groups, PerGroup) and spec.groups.size >= linear.k:
+            result[linear.name] = replace(spec, weights=replace(spec.weights, granularity=PerChannel()))
+    return result
 
 
 def group_walls(
@@ -78,26 +89,42 @@ def group_walls(
     """The specifications with the walls that were found, where groups are formed by magnitude.
 
     Linears that read one tensor share its groups, and so its quantizers: a channel that stands out in one of them is a
-    wall in all.
+    wall in all. Without quantized activations a wall has one digit, as all weights.
+
+    Raises:
+        BismoothError: linears that read one tensor ask for different groups.
     """
-    walls: dict[tuple[str, int], dict[int, float]] = {}
-    found = {item.name: item.walls for item in broken}
-    asked = {linear.name: spec for linear in linears if (spec := _by_magnitude(specs[linear.name])) is not None}
+    peaks = {item.name: item.walls for item in broken}
+    asked: dict[str, list[tuple[Linear, PerMagnitude]]] = {}
     for linear in linears:
-        if linear.name in asked:
-            common = walls.setdefault((linear.x, asked[linear.name].groups), {})
-            for channel, peak in found.get(linear.name, {}).items():
-                common[channel] = max(peak, common.get(channel, 0.0))
+        if (groups := _by_magnitude(specs[linear.name])) is not None:
+            asked.setdefault(linear.x, []).append((linear, groups))
     result = dict(specs)
-    for linear in linears:
-        spec, groups = specs[linear.name], asked.get(linear.name)
-        if groups is None or not (parted := part(walls[linear.x, groups.groups], groups.groups - 1)):
+    for value, readers in asked.items():
+        first, groups = readers[0]
+        walls: dict[int, float] = {}
+        for linear, other in readers:
+            if other != groups:
+                raise BismoothError(
+                    f"{linear.name}: reads the same tensor as {first.name}, with other groups. Expected the same for "
+                    f"{value}, got {_words(other)} and {_words(groups)}. Give both the same 'weights'."
+                )
+            for channel, peak in peaks.get(linear.name, {}).items():
+                walls[channel] = max(peak, walls.get(channel, 0.0))
+        if not 0 < len(walls) < first.k:
             continue
-        assert spec.weights is not None
-        bits = groups.wall_bits if spec.activations else 8  # float activations are not in digits
-        weights = replace(spec.weights, granularity=replace(groups, walls=parted, wall_bits=bits))
-        result[linear.name] = replace(spec, weights=weights)
+        parted = part(walls, groups.groups - 1)
+        for linear, _ in readers:
+            spec = specs[linear.name]
+            bits = groups.wall_bits if spec.activations else 8
+            assert spec.weights is not None
+            weights = replace(spec.weights, granularity=replace(groups, walls=parted, wall_bits=bits))
+            result[linear.name] = replace(spec, weights=weights)
     return result
+
+
+def _words(groups: PerMagnitude) -> str:
+    return f"groups: {groups.groups}, wall_bits: {groups.wall_bits}"
 
 
 def part(walls: Mapping[int, float], most: int) -> tuple[tuple[int, ...], ...]:

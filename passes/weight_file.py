@@ -87,10 +87,12 @@ class WeightSources:
         return weight if edit is None else apply_edit(weight, edit, "NK")
 
 
-def folded_blocks(reader: WeightReader, linear: Linear, edits: Mapping[str, Edit]) -> Iterator[Float]:
+def folded_blocks(
+    reader: WeightReader, linear: Linear, elements: int | None = None, *, edits: Mapping[str, Edit]
+) -> Iterator[Float]:
     """W of a linear with the smoothing factors folded in, some rows at a time: float32 [.., K]."""
     edit, start = edits.get(linear.weight), 0
-    for block in reader.blocks(linear):
+    for block in reader.blocks(linear, elements):
         stop = start + len(block)
         yield block if edit is None else apply_edit(block, edit.of_rows(slice(start, stop)), "NK")
         start = stop
@@ -207,7 +209,7 @@ class _Tensors:
         group = spec.groups.size if isinstance(spec.groups, PerGroup) else None
         quantized: list[list[QuantizedWeight]] = []
         first = 0
-        for block in folded_blocks(self.sources.reader, linear, self.sources.edits):
+        for block in folded_blocks(self.sources.reader, linear, edits=self.sources.edits):
             make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
             if isinstance(spec.groups, PerMagnitude):
                 rest, *walls = without_walls(block, spec.groups.walls)

@@ -11,6 +11,9 @@ from .graph import Index
 from .linears import Linear
 from .weights import row_chunks
 
+BLOCK = 1 << 22
+"""Elements of a weight that are read together: 16 MB in float32."""
+
 
 class WeightReader:
     """The initializers of a graph, by name. Nothing that was read is kept."""
@@ -23,8 +26,12 @@ class WeightReader:
         values = self.raw(linear.weight).astype(np.float32, copy=False)
         return np.ascontiguousarray(values.T) if linear.layout == "KN" else values
 
-    def blocks(self, linear: Linear, elements: int = 1 << 22) -> Iterator[NDArray[np.float32]]:
-        """The same, some rows of W at a time: [.., K]. A weight that is stored as [K, N] is in memory as a whole."""
+    def blocks(self, linear: Linear, elements: int | None = None) -> Iterator[NDArray[np.float32]]:
+        """The same, some rows of W at a time, :data:`BLOCK` or so many elements: [.., K].
+
+        A weight that is stored as [K, N] is in memory as a whole.
+        """
+        elements = elements or BLOCK
         if linear.layout == "KN":
             whole = self.raw(linear.weight)
             for part in row_chunks((linear.n, linear.k), elements):

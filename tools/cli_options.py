@@ -49,9 +49,7 @@ Alpha = Annotated[
 ]
 MaxShare = Annotated[
     float | None,
-    typer.Option(
-        min=0, max=1, metavar="S", help="Give at most this share of the linears groups, where the recipe does."
-    ),
+    typer.Option(min=0, max=1, metavar="S", help="Largest share of the linears that '@walls' may select."),
 ]
 Data = Annotated[list[str], typer.Option("--data", metavar="FILE...", help=f"{TEXT}.")]
 DataOrNone = Annotated[

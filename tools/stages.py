@@ -163,6 +163,8 @@ def load_recipe(
     """
     recipe = Recipe.load(source)
     if max_share is not None:
+        if not 0 <= max_share <= 1:
+            raise BismoothError(f"--max-share {max_share:g}: Expected a share from 0 to 1.")
         if not recipe.selects_walls:
             raise BismoothError(
                 f"--max-share {max_share:g}: has no effect: the recipe {recipe.name} has no rule for {WALLS}. Leave it "

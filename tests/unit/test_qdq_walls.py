@@ -51,7 +51,8 @@ def digits(values: Array, scale: Array) -> tuple[Array, Array]:
 
 def in_16_bits(x: Array, w: Array, t: Array | None = None) -> Array:
     """x Wᵀ with two digits of both, but for the product of the low ones; t is a constant scale of x."""
-    t = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127) if t is None else t
+    t = t if t is not None else np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    assert t is not None
     step = np.abs(w).max(axis=1, keepdims=True) / np.float32(127)
     (x1, x2), (w1, w2) = digits(x, t), digits(w, step)
     return (x1 @ w1.T + (x2 @ w1.T + x1 @ w2.T) / 254) * t.astype(np.float64) * step.T.astype(np.float64)

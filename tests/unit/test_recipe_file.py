@@ -41,6 +41,7 @@ WRONG = {
     "weights: {granularity: per_magnitude, groups: 1}": "weights.groups: Expected 2 or more, got 1.",
     "weights: {granularity: per_magnitude, group_size: 64}": "weights: Expected 'group_size' with granularity",
     "max_share: 3": "max_share: Expected at most 1, got 3.",
+    "max_share: 0.1": "max_share: Expected a rule for @walls in 'layers', got none.",
     "weights: {granularity: per_group, group_size: 1.5}": "weights.group_size: Expected a whole number, got 1.5.",
     "activations: {granularity: per_token, range: mse}": "activations: Expected no 'range' or 'percentile' with"
     " granularity per_token.",
@@ -64,7 +65,7 @@ WRONG = {
     " paths, or one of @head, @gated_product, @walls.",
     "extends: w8a9": "extends: Expected a built-in recipe, got 'w8a9'. Did you mean 'w8a8'?",
     "extends: null\ncompute_dtype: float16": "Expected every key with 'extends: null', got no activations, gates,"
-    " layers, max_share, smoothing, weights.",
+    " layers, smoothing, weights.",
     "description: " + 80 * "x" + "\ngates: " + 80 * "x": f'gates: Expected a mapping, got "{56 * "x"}....',
     "weights: {": "The recipe cannot be read as YAML: while parsing",
     "gates: {kl: .nan}": "The recipe cannot be read as YAML: .nan is not a finite number",

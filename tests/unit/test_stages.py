@@ -43,6 +43,11 @@ def test_a_share_without_effect(artifact: Path, tmp_path: Path) -> None:
         stages.quantize(artifact, "w8a8", tmp_path / "out", max_share=0.05)
 
 
+def test_a_share_that_is_none() -> None:
+    with pytest.raises(BismoothError, match=r"--max-share 5: Expected a share from 0 to 1\."):
+        stages.load_recipe("w8a8-mixed", max_share=5)
+
+
 def test_a_share_replaces_that_of_the_recipe() -> None:
     assert stages.load_recipe("w8a8-mixed").max_share is None
     assert stages.load_recipe("w8a8-mixed", max_share=0.05).max_share == 0.05

@@ -1,14 +1,18 @@
 """Groups by magnitude: which channels share one."""
 
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from bismooth.export.errors import BismoothError
 from bismooth.passes.groups import count, fake_quantize, fake_quantize_static, members
 from bismooth.passes.linears import Linear
-from bismooth.passes.spec import Groups, LinearSpec, PerGroup, PerMagnitude, WeightSpec
-from bismooth.passes.wall_groups import Broken, find_broken, group_walls, part
+from bismooth.passes.spec import Groups, LinearSpec, PerChannel, PerGroup, PerMagnitude, WeightSpec
+from bismooth.passes.wall_groups import Broken, find_broken, fitting, group_walls, part
 from bismooth.passes.weights import fake_quantize_rows, fake_quantize_with
 
 K = 40
@@ -89,15 +93,46 @@ def test_linears_that_read_one_tensor_have_the_walls_of_all_of_them() -> None:
     assert group_walls(specs, linears, broken) == specs | {"q": spec(walls), "k": spec(walls)}
 
 
+def read(weights: Mapping[str, NDArray[np.float32]], item: Linear, elements: int) -> Iterator[NDArray[np.float32]]:
+    """Some rows at a time."""
+    rows = max(1, elements // item.k)
+    return (weights[item.name][start : start + rows] for start in range(0, item.n, rows))
+
+
+def test_linears_that_read_one_tensor_agree_on_its_groups() -> None:
+    linears = [linear("q"), linear("k")]
+    specs = {"q": spec(PerMagnitude(2)), "k": spec(PerMagnitude(3, 8))}
+    message = (
+        r"^k: reads the same tensor as q, with other groups\. Expected the same for x, got groups: 3, wall_bits: 8 and"
+    )
+    with pytest.raises(BismoothError, match=message):
+        group_walls(specs, linears, [])
+
+
+def test_walls_are_not_all_channels() -> None:
+    broken = [Broken("q", 0.5, dict.fromkeys(range(K), 1.0))]
+    assert group_walls({"q": spec(PerMagnitude())}, [linear("q")], broken) == {"q": spec(PerMagnitude())}
+
+
+@pytest.mark.parametrize(("size", "expected"), [(K - 1, PerGroup(K - 1)), (K, PerChannel()), (1000, PerChannel())])
+def test_a_group_of_all_channels_is_none(size: int, expected: PerGroup | PerChannel) -> None:
+    assert fitting({"q": spec(PerGroup(size))}, [linear("q")]) == {"q": spec(expected)}
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    weight = np.ones((64, K), np.float32)
+    weight[50, 3] = np.inf
+    with pytest.raises(BismoothError, match=r"^q\.w: the weight holds NaN or infinity in row 50\."):
+        find_broken([linear("q")], partial(read, {"q": weight}))
+
+
 def test_broken_linears_are_named_the_worst_first() -> None:
     random = np.random.default_rng(0)
     weights = {name: random.standard_normal((64, K), np.float32) for name in "abc"}
     weights["a"][:, 9] *= 30
     weights["c"][:, 4] *= 300
     done: list[str] = []
-    found = find_broken(
-        [linear(name) for name in "abc"], lambda item: np.array_split(weights[item.name], 3), done.append
-    )
+    found = find_broken([linear(name) for name in "abc"], partial(read, weights), done.append)
     assert [(item.name, list(item.walls)) for item in found] == [("c", [4]), ("a", [9])]
     assert found[0].walls[4] == np.abs(weights["c"][:, 4]).max()
     assert found[0].error > found[1].error > 0.02
