@@ -62,6 +62,19 @@ def test_after_a_division_the_range_is_that_of_the_divided_values(tmp_path: Path
     assert limit == pytest.approx(threshold(Histogram.of(rows / divisor), activation), rel=0.02)
 
 
+@pytest.mark.parametrize("activation", METHODS, ids=[str(method.method) for method in METHODS])
+@pytest.mark.parametrize("divided", [False, True])
+def test_the_range_of_some_channels_is_that_of_their_values(
+    tmp_path: Path, activation: StaticActivation, divided: bool
+) -> None:
+    statistics, value, rows = _calibrated(tmp_path)
+    channels = np.argsort(np.abs(rows).max(axis=0))[: rows.shape[1] // 2]  # not the largest ones
+    divisor = np.linspace(0.2, 5, rows.shape[1], dtype=np.float32) if divided else None
+    limit = StatisticsCalibration(statistics).limit(value, activation, divisor, channels)
+    expected = (rows if divisor is None else rows / divisor)[:, channels]
+    assert limit == pytest.approx(threshold(Histogram.of(expected), activation), rel=0.02)
+
+
 def test_percentile_clips_and_minmax_does_not(tmp_path: Path) -> None:
     statistics, value, rows = _calibrated(tmp_path)
     calibration = StatisticsCalibration(statistics)

@@ -188,15 +188,27 @@ def test_sums_of_products_stay_in_float32(tmp_path: Path) -> None:
     assert {dtype_of(tensor) for tensor in tensors} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize(("share", "grouped"), [(None, "abc"), (0.67, "bc"), (0.3, "")])
-def test_a_share_caps_the_linears_that_are_grouped_to_the_worst(tmp_path: Path, share: float, grouped: str) -> None:
-    b = Builder()
-    for name, factor in (("a", 30), ("b", 100), ("c", 300)):
-        b.outputs.append(b.linear(b.tokens(f"x{name}", K), name, N, K))
-        b.initializers[f"{name}.weight"][:, 5] *= factor
-    made = quantize(b, tmp_path, mixed(max_share=share))
+@pytest.mark.parametrize(("share", "grouped"), [(None, "abc"), (0.4, "bc"), (0.2, "c"), (0.1, "")])
+def test_a_share_of_all_linears_caps_those_that_are_grouped(tmp_path: Path, share: float, grouped: str) -> None:
+    """Three of five are broken; the worst come first."""
+    made = quantize(five_linears(), tmp_path, mixed(max_share=share))
     assert "".join(linear.name for linear in made.result.linears if linear.walls) == grouped
     assert made.result.broken == ("c", "b", "a")
+
+
+def test_linears_that_a_later_rule_takes_back_are_not_in_the_share(tmp_path: Path) -> None:
+    weights = {"granularity": "per_magnitude"}
+    rules = ({"match": "@walls", "weights": weights}, {"match": "c", "weights": {"granularity": "per_channel"}})
+    made = quantize(five_linears(), tmp_path, recipe(*rules, max_share=0.2))
+    assert [linear.name for linear in made.result.linears if linear.walls] == ["b"]
+
+
+def five_linears() -> Builder:
+    b = Builder()
+    for name, factor in (("a", 30), ("b", 100), ("c", 300), ("d", 1), ("e", 1)):
+        b.outputs.append(b.linear(b.tokens(f"x{name}", K), name, N, K))
+        b.initializers[f"{name}.weight"][:, 5] *= factor
+    return b
 
 
 def test_healthy_linears_and_float_ones_are_left_as_they_are(tmp_path: Path) -> None:
@@ -246,3 +258,17 @@ def test_what_smoothing_cannot_repair_gets_groups_and_is_smoothed_for_them(tmp_p
     (alone,) = quantize(b, tmp_path / "smoothed", recipe(**settings), seen).result.choices
     assert made.result.linears[0].walls == ((5, 40),)
     assert choice.error is not None and alone.error is not None and choice.error < alone.error / 3
+
+
+def test_a_site_is_smoothed_again_for_whatever_a_rule_for_walls_changes(tmp_path: Path) -> None:
+    """norm → a with walls, b without: a in float leaves the factor to b, as if the rule named a."""
+    b, seen = norm_and_linear(tmp_path, 20, 0)
+    (h,) = seen.values
+    b.outputs.append(b.linear(h, "b", N, K))
+    factors: list[Any] = []
+    for number, match in enumerate(("@walls", "fc")):
+        chosen = recipe({"match": match, "weights": None}, smoothing=SMOOTH, activations=STATIC)
+        made = quantize(b, tmp_path / str(number), chosen, seen)
+        assert made.result.float_linears == ("fc",)
+        factors.append(made.result.choices)
+    assert factors[0] == factors[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from bismooth.export.errors import BismoothError
 from bismooth.passes.graph import load
-from bismooth.passes.linears import find_linears
+from bismooth.passes.linears import Linear, find_linears
 from bismooth.passes.output_error import Consumer, OutputError, relative, token_weights
 from bismooth.passes.refine import expected_error
 from bismooth.passes.sites import Site, find_sites
@@ -52,7 +53,12 @@ def _norm_and_linears(walls: Mapping[int, float], names: str = "a") -> Builder:
 
 
 def _choose(
-    b: Builder, folder: Path, specs: Mapping[str, LinearSpec], *, data: bool = True
+    b: Builder,
+    folder: Path,
+    specs: Mapping[str, LinearSpec],
+    *,
+    data: bool = True,
+    earlier: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Choice], dict[str, Site]]:
     x = np.random.default_rng(5).standard_normal((4, 16, b.inputs[0].type.tensor_type.shape.dim[-1].dim_value))
     folder.mkdir(exist_ok=True)
@@ -63,11 +69,26 @@ def _choose(
     seen = watch(b, folder / "seen", {"x": x.astype(np.float32)}, *sorted(values)) if data else None
     weights = {linear.name: b.initializers[linear.weight] for linear in linears.values()}
     done: list[str] = []
-    factors, choices = choose_factors(
-        sites, linears, specs, lambda linear: np.array_split(weights[linear.name], 3), seen, done.append
-    )
+    blocks = partial(_blocks, weights)
+    factors, choices = choose_factors(sites, linears, specs, blocks, seen, done.append, earlier)
     assert done == [site.name for site in sites] == [choice.site for choice in choices]
     return factors, {choice.site: choice for choice in choices}, {site.name: site for site in sites}
+
+
+def _blocks(weights: Mapping[str, Array], linear: Linear) -> list[Array]:
+    return np.array_split(weights[linear.name], 3)
+
+
+def test_a_factor_that_was_chosen_before_is_a_candidate(tmp_path: Path) -> None:
+    b, coarse = _norm_and_linears({3: 40.0}), {"a": _spec(SmoothSpec((0.0, 0.1)))}
+    fine, before, _ = _choose(b, tmp_path / "fine", {"a": _spec()})
+    kept, after, _ = _choose(b, tmp_path / "coarse", coarse, earlier=fine)
+    np.testing.assert_array_equal(kept["norm"], fine["norm"])
+    choice = after["norm"]
+    assert (choice.alpha, choice.reason) == (None, "least output error, that of one scale per channel")
+    assert choice.error == before["norm"].error
+    _, other, _ = _choose(b, tmp_path / "worse", coarse, earlier={"norm": np.ones(K)})
+    assert other["norm"].reason == "least output error on the grid"
 
 
 @pytest.mark.parametrize("f", [40.0, 200.0])
