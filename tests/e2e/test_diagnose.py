@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from bismooth.engines.onnxruntime import Session
+from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import SafetensorsWriter, read_header, read_tensor
-from bismooth.passes.spec import ComputeType
+from bismooth.passes.gates import Hop
+from bismooth.passes.spec import ComputeType, StandinKind
 from bismooth.tools import stages
 from bismooth.tools.cli import main
 from bismooth.tools.diagnose import diagnose
+from bismooth.tools.meant import meant_int8
 from bismooth.tools.standin import standin
 from tests.gguf_models import llama, write_gguf
 from tests.quantized import make, save
@@ -269,3 +272,23 @@ def test_a_model_that_only_its_folder_has_room_for(tiny: Tiny, tmp_path: Path, m
     monkeypatch.setattr("os.access", refuse)
     with pytest.raises(BismoothError, match=r"another file system than /dev/shm, .* Run 'bismooth export"):
         diagnose(tiny.source)
+
+
+@pytest.mark.parametrize("kind", list(StandinKind))
+def test_the_recipe_for_walls_gives_integer_products_for_all_of_them(
+    tiny: Tiny, tmp_path: Path, kind: StandinKind
+) -> None:
+    made = standin(tiny.source, tmp_path / "bad", kind=kind, factor=64, channels=3, blocks=(0,))
+    planted = {linear for item in made.planted for linear in item.linears}
+    artifact = stages.export(tmp_path / "bad", tmp_path / "art").artifact
+    quantized = stages.quantize(artifact, "w8a8-mixed", tmp_path / "mixed")
+    walls = {linear.name: linear.walls for linear in quantized.result.linears if linear.walls}
+    assert planted <= walls.keys()
+    nodes = meant_int8(Artifact.load(tmp_path / "mixed", "quantized"))
+    assert {f"{name}/{part}/MatMul" for name in planted for part in ("walls", "walls_low")} < nodes
+    built = stages.build(tmp_path / "mixed", "onnxruntime").result.audit
+    assert {linear.node for linear in built.linears if linear.meant_int8} == nodes
+    assert (built.meant_share(), built.fallbacks) == (1, ())
+    report = stages.verify(tmp_path / "mixed", [str(tiny.text)], windows=2, length=24, hops=[Hop.REFERENCE, Hop.INT8])
+    figures = {hop.hop: hop.metrics for hop in report.hops}
+    assert figures[Hop.INT8]["int8_kl_vs_reference"] < 1e-6
