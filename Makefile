@@ -44,8 +44,10 @@ format: $(READY) ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Measure the numbers in README.md
+bench: $(READY) ## Measure the numbers in README.md and docs/llama3-70b.md
 	$(BIN)/python -m bismooth.tools.bench
+	$(BIN)/python -m bismooth.tools.bench_walls --kinds scale --factors 100 300 --output build/bench-scale
+	$(BIN)/python -m bismooth.tools.bench_walls --kinds rotate --factors 30 100 --output build/bench-rotate
 
 wheel: $(READY) ## Build the wheel into dist/
 	rm -rf build/lib build/bdist.*
