@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import frexp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +79,12 @@ def scan(linear: Linear, read: Callable[[int], Iterable[Array]]) -> WeightScan:
         if not outputs_first:
             peaks[start:stop] = magnitudes.max(axis=1)
         if unit:
-            magnitudes /= np.float32(unit)  # so that no power of it leaves float32
+            scale = 2.0 ** -max(frexp(unit)[1], -126)
+            magnitudes *= np.float32(scale)  # so that no power of it leaves float32
             flat = magnitudes.reshape(-1)
-            second += float(flat @ flat) * unit**2
+            second += float(flat @ flat) / scale**2
             np.square(flat, out=flat)
-            fourth += float(flat @ flat) * unit**4
+            fourth += float(flat @ flat) / scale**4
         start = stop
     cells = _maxima(np.ascontiguousarray(bands.T), -(-width // CELLS)).T
     return WeightScan(
