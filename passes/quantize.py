@@ -67,7 +67,8 @@ class QuantizeResult:
         graphs: role → file name.
         linears: The quantized linears.
         float_linears: Names of those left in float.
-        broken: Names of those that one scale per output channel breaks, if the recipe asks; the worst first.
+        broken: Names of those that one scale per output channel breaks, the worst first; None if the recipe does not
+            ask.
         choices: Per fold site, how it was smoothed.
         rejected: Norms and linears that are no fold site, with the reason.
         fold_errors: Per smoothed site the relative error of the fold in float32.
@@ -78,7 +79,7 @@ class QuantizeResult:
     graphs: dict[str, str]
     linears: tuple[QuantizedLinear, ...]
     float_linears: tuple[str, ...]
-    broken: tuple[str, ...]
+    broken: tuple[str, ...] | None
     choices: tuple[Choice, ...]
     rejected: tuple[Rejected, ...]
     fold_errors: dict[str, float]
@@ -133,7 +134,7 @@ def quantize_graph(
         graphs=graphs | saved,
         linears=quantized,
         float_linears=tuple(linear.name for linear in linears if not specs[linear.name].quantized),
-        broken=tuple(item.name for item in broken),
+        broken=None if broken is None else tuple(item.name for item in broken),
         choices=tuple(choices),
         rejected=tuple(rejected),
         fold_errors=errors.exact,
@@ -150,8 +151,8 @@ def _plan(
     reader: WeightReader,
     calibration: Calibration | None,
     progress: Progress,
-) -> tuple[dict[str, LinearSpec], dict[str, Factor], list[Choice], list[Broken]]:
-    """How each linear is computed, the smoothing factors, and the linears that break with one scale per output channel.
+) -> tuple[dict[str, LinearSpec], dict[str, Factor], list[Choice], list[Broken] | None]:
+    """How each linear is computed, the smoothing factors, and the linears that one scale per output channel breaks.
 
     The latter are looked for in the smoothed weights. Sites of linears that are then computed otherwise are smoothed
     again.
@@ -163,9 +164,10 @@ def _plan(
         blocks=reader.blocks,
         activations=calibration,
     )
-    factors, choices = choose(sites, specs=specs, on_site=Counter(progress, "smooth", len(sites)))
+    shown = progress if recipe.smooths else silent
+    factors, choices = choose(sites, specs=specs, on_site=Counter(shown, "smooth", len(sites)))
     if not recipe.asks_for_walls:
-        return specs, factors, choices, []
+        return specs, factors, choices, None
     edits = weight_edits(sites, factors)
     quantized = [linear for linear in linears if specs[linear.name].quantized]
     count = Counter(progress, "look for walls", len(quantized))
@@ -173,7 +175,7 @@ def _plan(
     final = _with_walls(recipe, specs, broken, lambda names: _specs(recipe, linears, graph, sites, walls=names))
     final = group_walls(final, linears, broken)
     changed = [site for site in sites if any(final[item.linear] != specs[item.linear] for item in site.consumers)]
-    count = Counter(progress, "smooth again", len(changed))
+    count = Counter(shown, "smooth again", len(changed))
     again, better = choose(changed, specs=final, on_site=count, earlier=factors)
     names = {site.name for site in changed}
     kept = {name: factor for name, factor in factors.items() if name not in names}

@@ -77,6 +77,8 @@ def compare(
         check_replaceable(Path(output), "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
     if html is not None:
         check_page(Path(html))
+        if output is not None and Path(html).resolve() == Path(output).resolve():
+            raise BismoothError(f"--html {html}: is the file that -o writes. Expected another one.")
     paths = [Path(artifact) for artifact in artifacts]
     _check_paths(paths)
     loaded = [Artifact.load(path, "float", "quantized") for path in paths]

@@ -29,7 +29,7 @@ def comparison_page(result: CompareResult) -> Page:
     facts = {"windows": str(result.windows), "tokens each": str(result.length)}
     if result.reference_perplexity is not None:
         facts["reference perplexity"] = f"{result.reference_perplexity:.4g}"
-    title = f"Artifacts against {result.reference}"
+    title = f"Artifacts against the float graph of {result.reference}"
     sections = [_figures(result), _differences(result), _artifacts(result), _engines(result)]
     good = all(item.figures for item in result.artifacts)
     return Page(title, _verdict(result), good, facts, [section for section in sections if section is not None])

@@ -137,7 +137,7 @@ class CompareResult:
             for item in self.artifacts
         ]
         return {
-            "reference": str(self.reference),
+            "reference": f"float graph of {self.reference}",
             "text": f"{self.windows} windows of {self.length} tokens{interval}",
             **({} if self.reference_perplexity is None else {"reference_perplexity": self.reference_perplexity}),
             **({"notes": "\n".join(self.notes)} if self.notes else {}),

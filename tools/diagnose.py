@@ -42,6 +42,8 @@ class Remedy:
         before: The same under per-channel INT8, root mean square.
         cost: What it costs at run time, in words.
         command: How to apply it.
+        outputs: Relative error of their outputs with it and under per-channel INT8, root mean square; None without
+            statistics.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Remedy:
     before: float
     cost: str
     command: str
+    outputs: tuple[float, float] | None = None
 
     @property
     def linears(self) -> int:
@@ -68,8 +71,9 @@ class Remedy:
         return {
             "remedy": self.name,
             "linears": self.linears,
-            "error": self.error,
-            "error_without": self.before,
+            "weight_error": self.error,
+            "weight_error_without": self.before,
+            **(dict(zip(("output_error", "output_error_without"), self.outputs, strict=True)) if self.outputs else {}),
             "cost": self.cost,
         }
 
@@ -204,7 +208,8 @@ def diagnose(
         sites = find_sites(graph, linears)[0] if flagged else []
         foldable = [item for item in flagged if any(_folds(site, item) for site in sites)]
         repaired = _without_data(flagged, sites, known, reader)
-    remedies = tuple(_remedies(_Commands(source, trust_remote_code), flagged, foldable, repaired))
+    offered = tuple(_remedies(_Commands(source, trust_remote_code), flagged, foldable, repaired))
+    remedies = tuple(sorted(offered, key=lambda remedy: remedy.outputs or (0.0, 0.0)))  # the best first, if known
     result = DiagnoseResult(str(source), diagnoses, remedies, sum(seen.nbytes for seen in found.values()), seconds)
     if html is not None:
         pictures = {name: seen.picture for name, seen in found.items() if seen.picture is not None}
@@ -283,7 +288,7 @@ class _Commands:
             quantize = f"bismooth quantize {model} --recipe {recipe} -o OUT"
             return f"bismooth calibrate {model} --data FILE && {quantize}" if with_data else f"{quantize} --data none"
         trust = " --trust-remote-code" if self.trust_remote_code else ""
-        data = "FILE" if with_data else "none"
+        data = "FILE" if with_data else "none --verify-data FILE"
         return f"bismooth compile {model} --recipe {recipe} --engine onnxruntime -o OUT{trust} --data {data}"
 
 
@@ -291,17 +296,30 @@ def _remedies(
     commands: _Commands, flagged: Sequence[Diagnosis], foldable: Sequence[Diagnosis], repaired: Mapping[str, float]
 ) -> Iterator[Remedy]:
     free = "none: the factors are folded into the operations before"
+    seen = all(item.output_errors for item in flagged)
+    if not seen:
+        free += "; where walls meet large activations it does not help, which --statistics shows"
     if foldable:
         errors = {item.name: item.rest_errors["bismoothed"] for item in foldable}
-        yield Remedy("bismooth", errors, _before(foldable), free, commands("w8a8", with_data=True))
-    if repaired:
+        command = commands("w8a8", with_data=True)
+        yield Remedy("bismooth", errors, _before(foldable), free, command, _outputs(foldable, "bismoothed"))
+    if repaired and not seen:
         items = [item for item in flagged if item.name in repaired]
         command = commands("w8a8", with_data=False)
         yield Remedy("bismooth without data", repaired, _before(items), free, command)
     if flagged:
         errors = {item.name: item.rest_errors["per_magnitude"] for item in flagged}
         cost = "a thin INT8 product for each input of them, and a few small kernels"
-        yield Remedy("mixed", errors, _before(flagged), cost, commands("w8a8-mixed", with_data=False))
+        command = commands("w8a8-mixed", with_data=False)
+        yield Remedy("mixed", errors, _before(flagged), cost, command, _outputs(flagged, "per_magnitude"))
+
+
+def _outputs(items: Sequence[Diagnosis], scheme: str) -> tuple[float, float] | None:
+    """Output errors of linears by a scheme and per channel, root mean square; None without statistics."""
+    found = [item.output_errors for item in items if item.output_errors]
+    if len(found) < len(items):
+        return None
+    return _mean(errors[scheme] for errors in found), _mean(errors["per_channel"] for errors in found)
 
 
 def _before(items: Sequence[Diagnosis]) -> float:

@@ -15,7 +15,7 @@ from ..passes.weight_scan import WeightScan
 from .page import Command, Figure, Page, Panel, Section, Table, View, rounded
 
 if TYPE_CHECKING:
-    from .diagnose import DiagnoseResult
+    from .diagnose import DiagnoseResult, Remedy
 
 _SURFACES = 6
 _COMPARED = 30
@@ -337,13 +337,21 @@ def _table(result: DiagnoseResult) -> Section:
     return Section(title, text, [Table(columns, rows)])
 
 
+def _outputs(remedy: Remedy) -> str:
+    if remedy.outputs is None:
+        return ""
+    after, before = map(_percent, remedy.outputs)
+    return f", that of their outputs from {before} to {after}"
+
+
 def _remedies(result: DiagnoseResult) -> Section | None:
     if not result.remedies:
         return None
     commands = [
         Command(
-            f"{remedy.name}: repairs {remedy.linears} linears; their error falls from {_percent(remedy.before)} to "
-            f"{_percent(remedy.error)} (root mean square). Costs at run time {remedy.cost}.",
+            f"{remedy.name}: for {remedy.linears} linears. The error of their weights falls from "
+            f"{_percent(remedy.before)} to {_percent(remedy.error)}{_outputs(remedy)} (root mean square). Cost at run "
+            f"time: {remedy.cost}.",
             remedy.command,
         )
         for remedy in result.remedies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from ..export.folder import recover
 from ..export.safetensors_file import read_header
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
-from .meant import other_version, quantize_stage, statistics_record
+from .meant import groups_of, other_version, quantize_stage, statistics_record
 from .shipped import engine_folders
 from .verify import read_audit
 
@@ -158,15 +159,23 @@ def _quantized(stage: Mapping[str, Any]) -> dict[str, Any]:
 def _quantized_brief(stage: Mapping[str, Any]) -> dict[str, Any]:
     linears, sites = cast(Rows, stage["quantized"]), cast(Rows, stage["sites"])
     by_error = sorted(linears, key=lambda linear: -linear["weight_error"])
+    walls = [
+        {"linear": row["name"], "channels": ", ".join(map(str, chain.from_iterable(row["walls"])))}
+        for row in linears
+        if row.get("walls")
+    ]
     return {
         "recipe": stage["recipe"]["name"],
         "quantized_linears": len(linears),
         "float_linears": stage["float"],
-        "linears_with_groups": sum(bool(linear.get("group") or linear.get("walls")) for linear in linears),
+        **groups_of(linears, stage.get("broken")),
         "largest_fold_error": max(stage["fold_errors"].values(), default=0.0),
         "sites_by_kind": _by_kind(sites),
         "worst_sites": [_site_row(site) for site in sorted(sites, key=_site_error)[:SHOWN]],
-        "worst_weights": [{"linear": row["name"], "error": row["weight_error"]} for row in by_error[:SHOWN]],
+        "worst_weights": [
+            {"linear": row["name"], "error_walls_included": row["weight_error"]} for row in by_error[:SHOWN]
+        ],
+        **({"walls": walls} if walls else {}),
         "not_smoothed": [
             {"count": count, "reason": reason}
             for reason, count in Counter(item["reason"] for item in stage["rejected"]).most_common(SHOWN)

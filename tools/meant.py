@@ -44,6 +44,21 @@ def other_version(artifact: Artifact, missing: Sequence[str]) -> BismoothError:
     )
 
 
+def groups_of(linears: Sequence[Mapping[str, Any]], broken: Sequence[str] | None) -> dict[str, Any]:
+    """How many quantized linears have groups; if it was looked for, how many break, and those of them that have none.
+
+    Args:
+        linears: The stage's entries of them.
+        broken: Names of those that one scale per output channel breaks; None if the recipe did not ask.
+    """
+    grouped = {linear["name"]: bool(linear.get("group") or linear.get("walls")) for linear in linears}
+    counts: dict[str, Any] = {"linears_with_groups": sum(grouped.values())}
+    if broken is None:
+        return counts
+    left = [name for name in broken if not grouped.get(name, True)]
+    return {"broken_linears": len(broken), **counts, "left_broken": left}
+
+
 def meant_int8(artifact: Artifact) -> frozenset[str]:
     """ONNX nodes of the linears whose weight and activation are quantized: those are to run as INT8 products."""
     linears = [linear for linear in quantize_stage(artifact).get("quantized", ()) if linear["int8"]]

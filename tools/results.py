@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .meant import quantize_stage
+from .meant import groups_of, quantize_stage
 
 if TYPE_CHECKING:
     from ..engines.base import BuildResult
@@ -87,7 +87,7 @@ class QuantizeStageResult:
             "recipe": self.recipe,
             "quantized_linears": len(result.linears),
             "float_linears": list(result.float_linears),
-            "linears_with_groups": sum(bool(linear.group or linear.walls) for linear in result.linears),
+            **groups_of([asdict(linear) for linear in result.linears], result.broken),
             "sites_folded": sum(choice.channels > 0 for choice in result.choices),
             "sites_found": len(result.choices),
             "largest_fold_error": max(result.fold_errors.values(), default=0.0),

@@ -130,7 +130,7 @@ def quantize(
             "statistics": used,
             "quantized": [asdict(linear) for linear in result.linears],
             "float": list(result.float_linears),
-            "broken": list(result.broken),
+            "broken": result.broken and list(result.broken),
             "sites": [asdict(choice) for choice in result.choices],
             "rejected": [asdict(item) for item in result.rejected],
             "fold_errors": result.fold_errors,

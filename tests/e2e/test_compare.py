@@ -132,7 +132,7 @@ def test_the_report(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert second["differences"]["kl"]["excludes_0"] is True
     assert report["notes"] == ["Confidence intervals of 3 windows are rough. Ask for 8 or more --windows."]
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert f"<title>Artifacts against {artifact}</title>" in page
+    assert f"<title>Artifacts against the float graph of {artifact}</title>" in page
     assert "Differences from the first" in page
     assert main([*map(str, words), "-q"]) == 0, "reports are replaced"
     shown = capsys.readouterr().out
@@ -244,6 +244,10 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path, error: Callable[...
     assert "exists and is not a report of 'bismooth compare', so it is not replaced." in message
     message = error(made.w8a8, *data, "--html", tmp_path / "notes.json")
     assert "exists and is not a page of bismooth, so it is not replaced." in message
+    same = tmp_path / "same"
+    message = error(made.w8a8, *data, "-o", same, "--html", same)
+    assert "is the file that -o writes. Expected another one." in message
+    assert not same.exists()
     assert (tmp_path / "notes.json").read_text() == "{}"
     with pytest.raises(bismooth.BismoothError, match=r"compare: Expected one or more artifacts, got none\."):
         bismooth.compare([], made.data)

@@ -191,6 +191,10 @@ def test_output_errors(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
         errors = item.output_errors or {}
         assert set(errors) == {"per_channel", "per_group_64", "per_magnitude", "bismoothed"}
         assert errors["bismoothed"] < errors["per_channel"] * (0.25 if item.flagged else 1.2), item.name
+    assert [remedy.name for remedy in found.remedies if remedy.outputs] == [remedy.name for remedy in found.remedies]
+    after = [remedy.outputs[0] for remedy in found.remedies if remedy.outputs]
+    assert after == sorted(after), "the best comes first"
+    assert {remedy.name for remedy in found.remedies} == {"bismooth", "mixed"}, "there is data"
     again = diagnose(tmp_path / "bad", statistics=statistics)
     assert again.linears == found.linears, "another export of the same model"
     assert main(["diagnose", str(artifact), "--statistics", str(statistics), "-q"]) == 1
@@ -289,6 +293,13 @@ def test_the_recipe_for_walls_gives_integer_products_for_all_of_them(
     built = stages.build(tmp_path / "mixed", "onnxruntime").result.audit
     assert {linear.node for linear in built.linears if linear.meant_int8} == nodes
     assert (built.meant_share(), built.fallbacks) == (1, ())
+    some = stages.quantize(artifact, "w8a8-mixed", tmp_path / "some", max_share=0.05)
+    (grouped,) = [linear.name for linear in some.result.linears if linear.walls]
+    shown = some.to_json()
+    assert shown["broken_linears"] == len(walls) == 1 + len(shown["left_broken"])
+    brief = stages.inspect(tmp_path / "some").brief()
+    assert brief["left_broken"] == shown["left_broken"]
+    assert [row["linear"] for row in brief["walls"]] == [grouped]
     report = stages.verify(tmp_path / "mixed", [str(tiny.text)], windows=2, length=24, hops=[Hop.REFERENCE, Hop.INT8])
     figures = {hop.hop: hop.metrics for hop in report.hops}
     assert figures[Hop.INT8]["int8_kl_vs_reference"] < 1e-6
