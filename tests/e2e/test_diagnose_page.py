@@ -54,7 +54,7 @@ def test_a_page_holds_the_result(made: Made) -> None:
     text, panels = made.path.read_text("utf-8"), made.panels
     assert f'<p class="verdict">{made.result.verdict}</p>' in text
     for remedy in made.result.remedies:
-        assert f"{remedy.name}: repairs {remedy.linears} linears" in text
+        assert f"{remedy.name}: for {remedy.linears} linears." in text
     names = [item.name for item in made.result.linears]
     assert sorted(view["name"] for view in panels["maxima"]["views"]) == sorted(names)
     flagged = {item.name for item in made.result.flagged}
