@@ -70,6 +70,7 @@ LIMITS = (
     Limit("scale", None, "w8a8-mixed", "w8a8-per-channel", at_most=1.3),
     Limit("rotate", None, "w8a8-mixed", "w8a8-per-channel", at_most=1.5),
     Limit("rotate", None, "w8a8-mixed", "w8a8", of="rotate", at_most=0.5),
+    Limit("rotate", None, "w8a8-mixed", "float where walls are", of="rotate", at_most=1.05),
 )
 
 
@@ -125,13 +126,15 @@ class WallsBench:
         return WallsResult(tuple(accuracy), limits, tuple(engines), tuple(steps), tuple(linears))
 
     def _grouped(self) -> dict[str, tuple[str, ...]]:
-        """Recipes as files, with contiguous groups of each size for the linears with walls."""
+        """Recipes as files: contiguous groups of each size for the linears with walls, and these in float."""
+        weights = {f"groups of {size}": f"{{granularity: per_group, group_size: {size}}}" for size in GROUPS}
+        weights["float where walls are"] = "null"
         made: dict[str, tuple[str, ...]] = {}
-        for size in GROUPS:
-            path = self._output / f"groups-{size}.yaml"
-            rule = f'{{match: "@walls", weights: {{granularity: per_group, group_size: {size}}}}}'
+        for number, (name, words) in enumerate(weights.items()):
+            path = self._output / f"walls-{number}.yaml"
+            rule = f'{{match: "@walls", weights: {words}}}'
             path.write_text(f"extends: w8a8-per-channel\nlayers:\n  - {rule}\n", "utf-8")
-            made[f"groups of {size}"] = (str(path),)
+            made[name] = (str(path),)
         return made
 
     def _recipes(
