@@ -22,13 +22,6 @@ def members(groups: Groups, k: int) -> list[Channels]:
     return [np.delete(np.arange(k), np.concatenate(walls)), *walls]
 
 
-def count(groups: Groups | None, k: int) -> int:
-    """How many groups K channels have."""
-    if groups is None:
-        return 1
-    return -(-k // groups.size) if isinstance(groups, PerGroup) else 1 + len(groups.walls)
-
-
 def without_walls(rows: Float, walls: Sequence[Sequence[int]]) -> list[Float]:
     """The rows with zeros in the place of the walls, float32 [R, K], and each group of walls, [R, k]."""
     rest = rows.copy()

@@ -51,7 +51,8 @@ class Runner:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        text = process.stdout.read()
+        with process.stdout as pipe:
+            text = pipe.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         missed_gate = process.returncode == 1 and text

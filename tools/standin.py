@@ -159,7 +159,7 @@ def _block_prefixes(source: str, artifact: Artifact, blocks: Sequence[int]) -> t
     known = artifact.manifest.blocks
     count = len(known.kinds) if known else 0
     if outside := [block for block in blocks if not 0 <= block < count]:
-        raise BismoothError(f"--blocks {outside[0]}: {source} has {count} blocks. Expected numbers from 0.")
+        raise BismoothError(f"--blocks {outside[0]}: {source} has {count} blocks. Expected numbers below that.")
     return tuple(f"{known.prefix}.{block}." for block in blocks) if known else ()
 
 

@@ -140,8 +140,9 @@ def _gram(weights: WeightReader, linears: Sequence[Linear], gamma: Float) -> Flo
     """Wᵀ W over linears behind a norm, its gamma folded in."""
     total = np.zeros((gamma.size, gamma.size), np.float32)
     for linear in linears:
-        weight = weights.weight(linear) * gamma
-        total += weight.T @ weight
+        for block in weights.blocks(linear):
+            folded = block * gamma
+            total += folded.T @ folded
     return total
 
 
