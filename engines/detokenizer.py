@@ -56,7 +56,7 @@ class Detokenizer:
 
 
 class StopText:
-    """Passes text on up to the first of some stop strings, and holds back what may be the beginning of one.
+    """Passes text on up to the first stop string that is complete, and holds back what may be the beginning of one.
 
     Raises:
         BismoothError: a stop string is empty.
@@ -74,10 +74,10 @@ class StopText:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        matches = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if matches:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(matches)[1]]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
