@@ -64,6 +64,13 @@ def test_special_and_unknown_tokens_have_no_text() -> None:
     assert stream(tokenizer, tokens) == ["", "", "the", ""]
 
 
+def test_a_run_of_byte_tokens_goes_on_behind_a_special_token() -> None:
+    tokenizer = toy.byte_fallback()
+    names = ["<0xC3>", "<0xA9>", toy.END, "<0xFF>", "a"]
+    tokens = [tokenizer.token_to_id(name) for name in names]
+    assert "".join(stream(tokenizer, tokens)) == tokenizer.decode(tokens) == 3 * "\ufffd" + "a"
+
+
 def passed(stops: tuple[str, ...], pieces: Sequence[str]) -> tuple[list[str], bool]:
     text = StopText(stops)
     return [*(text.push(piece) for piece in pieces), text.finish()], text.found
