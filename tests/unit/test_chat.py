@@ -89,7 +89,9 @@ def test_the_text_is_that_of_transformers(
 ) -> None:
     transformers: Any = pytest.importorskip("transformers")
     tokens = {"bos_token": "<s>", "eos_token": toy.END, "pad_token": "<pad>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=toy.byte_level(), chat_template=template, **tokens)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=toy.byte_level(), chat_template=template, **tokens
+    )
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     assert save(tmp_path, template, **tokens).render(messages, add_generation_prompt=prompt) == expected
     tokenizer.save_pretrained(tmp_path)  # in the layout of this version

@@ -143,7 +143,10 @@ def test_samples_are_those_of_the_seed() -> None:
     [
         ([], "generate: Expected one or more prompts, got none."),
         ([[1], []], "generate: prompt 1 has no tokens. Expected some text"),
-        ([[1, 11]], "generate: prompt 0 has the token 11, but the model knows 11. Expected the tokenizer of the model."),
+        (
+            [[1, 11]],
+            "generate: prompt 0 has the token 11, but the model knows 11. Expected the tokenizer of the model.",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], message: str) -> None:
