@@ -11,7 +11,7 @@ from ..engines.generation import Generation
 from ..engines.sampling import GREEDY, Sampling
 from ..export.errors import BismoothError
 from . import console
-from .generate import Write, note_end, run, system_message
+from .generate import Write, note_end, stream_text, system_message
 from .text_model import TextModel, open_text_model
 
 RESET = "/reset"
@@ -54,7 +54,7 @@ class Conversation:
         self._cached = []  # for all that is known, should the decoder fail
         sampling = replace(self._sampling, seed=self._sampling.seed + len(messages))
         generation = Generation(decoder, [ids[kept:]], sampling, stop=self._model.stop, limit=self._limit)
-        (answer,) = run(generation, self._model.tokenizer, self._stop, write)
+        (answer,) = stream_text(generation, self._model.tokenizer, self._stop, write)
         self._cached = [*ids, *generation.rows[0].tokens][: decoder.length]
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return generation

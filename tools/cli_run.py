@@ -88,10 +88,17 @@ def _converse(engine: Path, **options: Any) -> None:
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() a history and keys to edit with
     try:
-        converse(engine, lambda: input("> " if sys.stdin.isatty() else ""), console.write, **options)
+        converse(engine, _read_line, console.write, **options)
     except KeyboardInterrupt:
         console.write("\n")
         raise Interrupted from None
+
+
+def _read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error) from error
 
 
 def _check_interactive(prompts: list[str], chat: bool | None, as_json: bool) -> None:
@@ -123,4 +130,8 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise BismoothError(f"--prompt {STDIN}: stdin is not UTF-8: {error}. Convert it to UTF-8.") from error
+        raise _not_utf8(error) from error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> BismoothError:
+    return BismoothError(f"stdin: is not UTF-8: {error}. Convert it to UTF-8.")

@@ -114,7 +114,7 @@ def generate(
         ids = [_encode(model, prompt, chat, system) for prompt in prompts]
         generation = Generation(model.decoder, ids, sampling, stop=model.stop, limit=max_new_tokens)
         stream = write if write is not None and len(prompts) == 1 else None
-        texts = run(generation, model.tokenizer, stop, stream)
+        texts = stream_text(generation, model.tokenizer, stop, stream)
     continuations = tuple(
         Continuation(prompt, text, len(tokens), len(row.tokens), row.ended)
         for prompt, text, tokens, row in zip(prompts, texts, ids, generation.rows, strict=True)
@@ -125,7 +125,7 @@ def generate(
     return GenerateResult(path, continuations, Rates.of(generation))
 
 
-def run(generation: Generation, tokenizer: Tokenizer, stop: Sequence[str], write: Write | None) -> list[str]:
+def stream_text(generation: Generation, tokenizer: Tokenizer, stop: Sequence[str], write: Write | None) -> list[str]:
     """The text of each row. That of the only one goes to ``write`` as it is made; without ``write`` progress is shown.
 
     Ctrl-C ends the generation.
@@ -156,6 +156,7 @@ def _shown(generation: Generation, *, streams: bool) -> Iterator[Mapping[int, in
         yield from steps
         return
     with console.progress() as progress:
+        progress("generate", 0, generation.limit)
         for number, made in enumerate(steps, 1):
             yield made
             progress("generate", number, generation.limit)

@@ -45,11 +45,18 @@ class TextModel:
                 f"{self.path}: has no chat template. Expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json. Put it there, or generate with --no-chat."
             )
-        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids
+        return self._tokens(self.template.render(messages), add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text to continue, with those that the tokenizer puts around texts."""
-        return self.tokenizer.encode(text).ids
+        return self._tokens(text, add_special_tokens=True)
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")  # bytes of the command line that are no UTF-8 become lone surrogates
+        except UnicodeEncodeError as error:
+            raise BismoothError(f"generate: a text is not UTF-8: {error}. Convert it to UTF-8.") from error
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 @contextmanager
@@ -59,12 +66,12 @@ def open_text_model(path: Path, threads: int | None = None) -> Generator[TextMod
     Raises:
         BismoothError: as :func:`open_decoder`; or tokenizer, chat template or configuration cannot be read.
     """
-    _engine_folder(path)
+    folder = _engine_folder(path)
     tokenizer = load_tokenizer(path)
     template, stop = ChatTemplate.load(path), stop_tokens(path, tokenizer)
     with console.progress() as progress:
         progress("load the engine", 0, 1)
-        decoder = open_decoder(path, threads)
+        decoder = _open(folder, threads)
         progress("load the engine", 1, 1)
     with decoder:
         yield TextModel(path, decoder, tokenizer, template, stop)
@@ -79,16 +86,19 @@ def open_decoder(path: Path, threads: int | None = None) -> Decoder:
     Raises:
         BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded.
     """
-    folder = _engine_folder(path)
+    return _open(_engine_folder(path), threads)
+
+
+def _open(folder: Artifact, threads: int | None) -> Decoder:
     engine = engine_of(folder)
     if engine not in DECODERS:
         raise BismoothError(
-            f"{path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
+            f"{folder.path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
             f"Run 'bismooth build ART --engine {next(iter(DECODERS))}'."
         )
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    return decoder(path / engine_file(engine), threads=threads)
+    return decoder(folder.path / engine_file(engine), threads=threads)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bismooth.engines.generation import Ended, Generation, pad_left
-from bismooth.engines.sampling import Sampling
+from bismooth.engines.sampling import GREEDY, Sampling
 from bismooth.export.errors import BismoothError
 from tests.numpy_decoder import NumpyDecoder, ScriptedDecoder
-
-GREEDY = Sampling()
 
 
 def reference(prompt: list[int], count: int, vocab_size: int = 11) -> list[int]:
