@@ -148,7 +148,7 @@ def _environment() -> Any:
     except ImportError as error:
         raise BismoothError(
             f"jinja2: cannot be imported ({error}), and chat templates need it. "
-            'Run: pip install "bismooth[runtime]", or generate with --no-chat.'
+            "Run: pip install 'jinja2>=3.1.6', or generate with --no-chat."
         ) from error
 
     class Generation(extensions.Extension):

@@ -154,7 +154,7 @@ def test_a_template_that_fails_is_named(template: str, reason: str, tmp_path: Pa
 def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = save(tmp_path, CHATML)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    message = r'jinja2: cannot be imported \(.*\), and chat templates need it\. Run: pip install "bismooth\[runtime\]"'
+    message = r"jinja2: cannot be imported \(.*\), and chat templates need it\. Run: pip install 'jinja2>=3\.1\.6', or"
     with pytest.raises(BismoothError, match=message):
         chat.render(TURNS)
 
