@@ -195,7 +195,7 @@ def progress(*, transient: bool = False) -> Generator[Report]:
         transient: bars vanish at the end, and there are no lines.
     """
     console = _Console(stderr=True)
-    if not _SHOW_PROGRESS.get() or (transient and not console.is_terminal):
+    if not _SHOW_PROGRESS.get() or (transient and not console.is_interactive):
         yield lambda _step, _done, _total: None
     elif not console.is_terminal:
         yield _lines(console)

@@ -148,8 +148,8 @@ def test_generate_passes_its_options_on(stages: Stages) -> None:
         "stop": ("\n", "END"),
         "threads": 2,
     }
-    words = "--max-new-tokens 9 --temperature 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --seed 3 --threads 2".split()
-    words += ["--system", "be brief", "--stop", "\n", "END"]
+    line = "--max-new-tokens 9 --temperature 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --seed 3 --threads 2"
+    words = [*line.split(), "--system", "be brief", "--stop", "\n", "END"]
     assert cli.main(["generate", "ENGINE", "--prompt", "one", "two", "--chat", *words]) == 0
     assert (stages.name, stages.positional) == ("generate", (Path("ENGINE"), ["one", "two"]))
     assert stages.named == options | {"chat": True, "write": console.write}

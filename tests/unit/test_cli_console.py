@@ -148,6 +148,7 @@ def test_transient_progress_is_erased_from_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
     copy_context().run(transient_progress)
     shown = capsys.readouterr().err
     assert "read" in shown

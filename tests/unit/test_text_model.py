@@ -42,20 +42,20 @@ def test_special_tokens_are_added_to_texts_but_not_to_chats(tmp_path: Path, monk
         assert model.encode_chat([{"role": "user", "content": "red"}]) == [5, 1, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, set()),
-        ({"config.json": {"eos_token_id": 2}}, {2}),
-        ({"config.json": {"eos_token_id": None, "text_config": {"eos_token_id": [2, 3]}}}, {2, 3}),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [1, 3]}}, {1, 3}),
-        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"top_p": 0.9}}, {2}),
-        ({"tokenizer_config.json": {"eos_token": toy.END}}, {4}),
-        ({"tokenizer_config.json": {"eos_token": {"content": toy.END}}, "config.json": {"eos_token_id": 0}}, {0}),
-        ({"tokenizer_config.json": {"eos_token": "</s>"}}, set()),
-        ({"config.json": {"text_config": None}}, set()),
-    ],
-)
+STOPS: list[tuple[dict[str, Any], set[int]]] = [
+    ({}, set()),
+    ({"config.json": {"eos_token_id": 2}}, {2}),
+    ({"config.json": {"eos_token_id": None, "text_config": {"eos_token_id": [2, 3]}}}, {2, 3}),
+    ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [1, 3]}}, {1, 3}),
+    ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"top_p": 0.9}}, {2}),
+    ({"tokenizer_config.json": {"eos_token": toy.END}}, {4}),
+    ({"tokenizer_config.json": {"eos_token": {"content": toy.END}}, "config.json": {"eos_token_id": 0}}, {0}),
+    ({"tokenizer_config.json": {"eos_token": "</s>"}}, set()),
+    ({"config.json": {"text_config": None}}, set()),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), STOPS)
 def test_stop_tokens_are_those_of_the_model(files: dict[str, Any], expected: set[int], tmp_path: Path) -> None:
     path = words_engine(tmp_path / "engine", files=files)
     assert stop_tokens(path, toy.words()) == expected
