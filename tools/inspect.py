@@ -16,10 +16,10 @@ from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
 from ..export.safetensors_file import read_header
+from .engine_folder import engine_folders
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
-from .shipped import engine_folders
 from .verify import read_audit
 
 VERDICT = "verify.json"

@@ -253,10 +253,10 @@ def build(
         GateError: linears that were meant to be INT8 fell back to float.
     """
     from ..engines.base import BuildRequest, Profile
+    from .engine_folder import engine_file
     from .engines import (
         check_options,
         deployment_graph,
-        engine_file,
         engine_name,
         find_builder,
         find_profile,

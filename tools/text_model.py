@@ -17,8 +17,7 @@ from ..engines.decoder import Decoder
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from . import console
-from .engines import engine_file
-from .shipped import engine_folders, engine_of
+from .engine_folder import engine_file, engine_folders, engine_of
 
 DECODERS: Mapping[str, tuple[str, str]] = {"onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder")}
 """Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file and ``threads``."""

@@ -12,7 +12,8 @@ import pytest
 from bismooth.engines.base import BuildRequest, Phase, audit_path
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.export.errors import BismoothError, GateError
-from bismooth.tools.engines import engine_file, find_builder
+from bismooth.tools.engine_folder import engine_file
+from bismooth.tools.engines import find_builder
 from tests.graphs import Builder
 from tests.quantized import make, save
 
