@@ -11,6 +11,9 @@ from ..export.errors import BismoothError
 from .audit import Audit
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Of each input by name: minimum, optimum and maximum shape."""
+
 _RECORD_TYPES = {"runtime": str, "version": str, "bytes": int, "sha256": str, "source": dict}
 
 
@@ -76,6 +79,8 @@ class BuildRequest:
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
+        capacity: positions of a row that the caches of an engine hold; ``None``: as many as the longest sequence. A graph
+            without caches has no use for it.
     """
 
     onnx: Path
@@ -87,6 +92,38 @@ class BuildRequest:
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
+    capacity: int | None = None
+
+
+@dataclass(frozen=True)
+class Caches:
+    """How an engine keeps the keys and values of earlier positions: in place, in buffers that its caller binds.
+
+    The engine has two optimization profiles, one for prompts and one for single tokens. In a run, the new keys and values
+    of each row are written where the input ``write_indices`` [batch] says, and nothing else is moved. Logits are those of
+    the new positions that the input ``logits_at`` [kept] lists.
+
+    Attributes:
+        capacity: positions that a row has room for; also the length of ``attention_mask``.
+        aliases: input → output, each [batch, heads, capacity, head size], bound to one buffer. It must not hold NaN.
+        decode: shapes of the second profile, where they differ from the first's, which are the record's.
+    """
+
+    capacity: int
+    aliases: Mapping[str, str]
+    decode: Shapes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "capacity": self.capacity,
+            "aliases": dict(self.aliases),
+            "decode": shapes_to_json(self.decode),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Caches:
+        """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
+        return Caches(**{**data, "decode": shapes_from_json(data["decode"])})
 
 
 @dataclass(frozen=True)
@@ -96,34 +133,38 @@ class EngineRecord:
     Attributes:
         shapes: input name → minimum, optimum and maximum shape; empty if any sizes do.
         sha256: of the engine file.
+        caches: of an engine that decodes on a GPU.
     """
 
     runtime: str
     version: str
     capabilities: tuple[int, ...]
-    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+    shapes: Shapes
     bytes: int
     sha256: str
     source: Mapping[str, Any]
+    caches: Caches | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "runtime": self.runtime,
             "version": self.version,
             "capabilities": list(self.capabilities),
-            "shapes": {name: [list(shape) for shape in shapes] for name, shapes in self.shapes.items()},
+            "shapes": shapes_to_json(self.shapes),
             "bytes": self.bytes,
             "sha256": self.sha256,
             "source": dict(self.source),
+            **({"caches": self.caches.to_json()} if self.caches else {}),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> EngineRecord:
         """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
         fields = dict(data)
-        triples: Mapping[str, list[list[int]]] = fields["shapes"]
         fields["capabilities"] = tuple(fields["capabilities"])
-        fields["shapes"] = {name: _triple(shapes) for name, shapes in triples.items()}
+        fields["shapes"] = shapes_from_json(fields["shapes"])
+        if "caches" in fields:
+            fields["caches"] = Caches.from_json(fields["caches"])
         record = EngineRecord(**fields)
         for key, kind in _RECORD_TYPES.items():
             if type(value := getattr(record, key)) is not kind:
@@ -176,6 +217,15 @@ class EngineBuilder(Protocol):
             GateError: a linear that was meant to be INT8 is not, and ``request.allow_float`` is false.
         """
         ...
+
+
+def shapes_to_json(shapes: Shapes) -> dict[str, list[list[int]]]:
+    return {name: [list(shape) for shape in triple] for name, triple in shapes.items()}
+
+
+def shapes_from_json(data: Mapping[str, list[list[int]]]) -> Shapes:
+    """Inverse of :func:`shapes_to_json`; raises ``TypeError`` or ``ValueError`` on anything else."""
+    return {name: _triple(shapes) for name, shapes in data.items()}
 
 
 def _triple(shapes: list[list[int]]) -> tuple[Shape, Shape, Shape]:
