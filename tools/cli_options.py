@@ -96,6 +96,14 @@ Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the token r
 Opset = Annotated[
     int, typer.Option(metavar="N", help="ONNX opset; 20 decomposes norms and attention, for TensorRT 10.")
 ]
+KvCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--kv-cache/--no-kv-cache",
+        help="Whether the graph keeps keys and values between runs, to generate text. By default, if the model can.",
+        show_default=False,
+    ),
+]
 ComputeOption = Annotated[
     ComputeType,
     typer.Option("--dtype", metavar="TYPE", help=f"Float type of the deployed graph: {', '.join(ComputeType)}."),

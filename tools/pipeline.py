@@ -56,6 +56,7 @@ def compile(
     alpha: float | None = None,
     max_share: float | None = None,
     opset: int = 23,
+    kv_cache: bool | None = None,
     capabilities: Sequence[int] = (),
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
@@ -84,7 +85,11 @@ def compile(
     sizes = gather_sizes(batch, sequence, dims)
     chosen = stages.load_recipe(recipe, alpha, max_share, data_free=not data)
     options = export_options(
-        chosen.compute_dtype, opset, trust_remote_code=trust_remote_code, copy_weights=copy_weights
+        chosen.compute_dtype,
+        opset,
+        kv_cache=kv_cache,
+        trust_remote_code=trust_remote_code,
+        copy_weights=copy_weights,
     )
     plans = _engine_plans(engines, capabilities, sizes)
     _check_inputs(chosen, [*data, *verify_data], thresholds or {}, data_free=not data)
@@ -99,6 +104,7 @@ def compile(
             folder,
             dtype=chosen.compute_dtype,
             opset=opset,
+            kv_cache=kv_cache,
             trust_remote_code=trust_remote_code,
             copy_weights=copy_weights,
             force=force,
