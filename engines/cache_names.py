@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..export.cache_names import is_past
+
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
-PAST = "past_key_values."
 LOGITS = "logits"
 
 WRITE_INDICES = "write_indices"
@@ -20,4 +21,4 @@ KEPT = "kept"
 
 def has_caches(inputs: Iterable[str]) -> bool:
     """Whether a graph with these inputs takes the keys and values of earlier positions."""
-    return any(name.startswith(PAST) for name in inputs)
+    return any(map(is_past, inputs))

@@ -21,10 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ..export.cache_names import is_past, is_present
 from ..export.errors import BismoothError
-from .cache_names import ATTENTION_MASK as _MASK
-from .cache_names import INPUT_IDS as _IDS
-from .cache_names import PAST, WRITE_INDICES
+from .cache_names import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
 from .subgraph import cut
 
 _BATCH = "batch"
@@ -56,10 +55,13 @@ class _Rewrite:
     capacity: int
     label: str
     aliases: dict[str, str] = field(default_factory=dict[str, str])
+    type: int | None = None
+    """Element type that the caches get; by default they keep theirs."""
 
     def run(self) -> dict[str, str]:
         graph = self.model.graph
         outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in graph.output]
+        self._uncast()
         self._scatter()
         windows = {mask: _window(self.model, mask, self.capacity, self.label) for mask in self._masks()}
         nodes = [node for mask, window in windows.items() for node in self._mask(mask, window)]
@@ -75,11 +77,32 @@ class _Rewrite:
         self._check()
         return self.aliases
 
+    def _uncast(self) -> None:
+        """Drop the Casts of a graph in 16 bits whose pasts and presents are float32: they are 16 bits then."""
+        inputs = {value.name for value in self.model.graph.input if is_past(value.name)}
+        outputs = {value.name for value in self.model.graph.output if is_present(value.name)}
+        renamed: dict[str, str] = {}
+        kept: list[onnx.NodeProto] = []
+        for node in self.model.graph.node:
+            if node.op_type == "Cast" and node.input[0] in inputs:
+                renamed[node.output[0]] = node.input[0]
+                self.type = node.attribute[0].i
+            elif node.op_type == "Cast" and node.output[0] in outputs:
+                renamed[node.input[0]] = node.output[0]
+            else:
+                kept.append(node)
+        for node in kept:
+            for values in (node.input, node.output):
+                for index, value in enumerate(values):
+                    values[index] = renamed.get(value, value)
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(kept)
+
     def _scatter(self) -> None:
         """Replace each Concat of a past with what is new."""
         results = {value.name for value in self.model.graph.output}
         for node in self.model.graph.node:
-            if node.op_type == "Concat" and node.input[0].startswith(PAST) and node.output[0] in results:
+            if node.op_type == "Concat" and is_past(node.input[0]) and node.output[0] in results:
                 axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
                 if axis not in (2, -2) or len(node.input) != 2:
                     raise self._unknown(f"'{node.name}' does not append positions to '{node.input[0]}'")
@@ -116,10 +139,10 @@ class _Rewrite:
 
         keys = constant("keys", np.arange(self.capacity).reshape(1, 1, 1, -1))
         zero, one, column = constant("zero", 0), constant("one", 1), constant("column", [0, 1, 3])
-        length = op("Squeeze", op("Shape", _IDS, start=1, end=2))
+        length = op("Squeeze", op("Shape", INPUT_IDS, start=1, end=2))
         steps = op("Unsqueeze", op("Range", zero, length, one), column)
         queries = op("Add", op("Unsqueeze", WRITE_INDICES, constant("rows", [1, 2, 3])), steps)
-        real = op("Cast", op("Unsqueeze", _MASK, constant("heads", [1, 2])), to=TensorProto.BOOL)
+        real = op("Cast", op("Unsqueeze", ATTENTION_MASK, constant("heads", [1, 2])), to=TensorProto.BOOL)
         seen = op("And", op("LessOrEqual", keys, queries), real)
         if window is not None:
             seen = op("And", seen, op("Greater", keys, op("Sub", queries, constant("window", window))))
@@ -136,7 +159,9 @@ class _Rewrite:
             dims = value.type.tensor_type.shape.dim
             if value.name in self.aliases or value.name in self.aliases.values():
                 dims[2].dim_value = self.capacity
-            if value.name == _MASK:
+                if self.type is not None:
+                    value.type.tensor_type.elem_type = self.type
+            if value.name == ATTENTION_MASK:
                 dims[1].dim_value = self.capacity
         graph.input.append(helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, [_BATCH]))
         for entry in self.model.opset_import:
@@ -146,20 +171,26 @@ class _Rewrite:
     def _check(self) -> None:
         """Nothing else may depend on how long the past and the mask were."""
         graph = self.model.graph
-        past = {value.name for value in graph.input if value.name.startswith(PAST)}
+        past = {value.name for value in graph.input if is_past(value.name)}
         if past != self.aliases.keys() or not past:
             lost = min(past - self.aliases.keys(), default="no input")
             raise self._unknown(f"'{lost}' is not a past whose Concat with new positions is an output")
-        own = {value for node in graph.node for value in node.output if value.startswith(_renamed(""))}
+        lengths = {ATTENTION_MASK: 1} | dict.fromkeys(past, 2)
         for node in graph.node:
-            reads = past.intersection(node.input) and node.op_type != "TensorScatter"
-            if reads or (_MASK in node.input and not own.intersection(node.output)):
+            new = node.op_type == "TensorScatter" or node.name.startswith(_renamed(""))
+            if not new and any(name in lengths and not _omits(node, lengths[name]) for name in node.input):
                 raise self._unknown(f"'{node.name}' uses the length of the past in a way of its own")
 
     def _unknown(self, problem: str) -> BismoothError:
         return BismoothError(
             f"{self.label}: {problem}. Expected the caches of 'bismooth export', which can be updated in place. {_REMEDY}"
         )
+
+
+def _omits(node: onnx.NodeProto, axis: int) -> bool:
+    """Whether the node reads sizes of its input other than that of ``axis``, and nothing else."""
+    bounds = {attribute.name: attribute.i for attribute in node.attribute}
+    return node.op_type == "Shape" and not bounds.get("start", 0) <= axis < bounds.get("end", axis + 1)
 
 
 def _window(model: onnx.ModelProto, mask: str, capacity: int, label: str) -> int | None:
@@ -205,7 +236,7 @@ class _MaskProgram:
         if any(node.op_type in ("MatMul", "Gemm", "TensorScatter") for node in part.graph.node):
             raise BismoothError(
                 f"{label}: the attention mask '{mask}' depends on what is computed. Expected one that follows from "
-                f"'{_MASK}' and lengths. {_REMEDY}"
+                f"'{ATTENTION_MASK}' and lengths. {_REMEDY}"
             )
         del part.graph.input[:]
         part.graph.input.extend(self._inputs)
@@ -220,7 +251,7 @@ class _MaskProgram:
 
     @staticmethod
     def _feed(value: onnx.ValueInfoProto, sizes: dict[str, int], real: NDArray[np.int64]) -> NDArray[np.generic]:
-        if value.name == _MASK:
+        if value.name == ATTENTION_MASK:
             return real
         tensor = value.type.tensor_type
         shape = [sizes.get(size.dim_param, size.dim_value) for size in tensor.shape.dim]
