@@ -184,7 +184,9 @@ def audit_log(log: str, linears: Sequence[Linear], meant_int8: Iterable[str] = (
     Raises:
         BismoothError: the log cannot be read, no kernel names a linear, or ``meant_int8`` names something else.
     """
-    return audit_kernels(read_kernels(log), linears, meant_int8, [int(size) for size in _ACTIVATION_MEMORY.findall(log)])
+    return audit_kernels(
+        read_kernels(log), linears, meant_int8, [int(size) for size in _ACTIVATION_MEMORY.findall(log)]
+    )
 
 
 def audit_kernels(
@@ -211,7 +213,9 @@ def audit_kernels(
         Figures(**_count(kernels, found), activation_bytes=size)
         for kernels, found, size in zip(profiles, products, memory, strict=True)
     )
-    audited = [[_audit_linear(linear, found, by_node, linear.node in meant) for linear in linears] for found in products]
+    audited = [
+        [_audit_linear(linear, found, by_node, linear.node in meant) for linear in linears] for found in products
+    ]
     worst = tuple(min(runs, key=lambda run: run.int8) for runs in zip(*audited, strict=True))
     return Audit(**vars(first), linears=worst, others=tuple(others))
 

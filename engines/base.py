@@ -79,8 +79,8 @@ class BuildRequest:
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
-        capacity: positions of a row that the caches of an engine hold; ``None``: as many as the longest sequence. A graph
-            without caches has no use for it.
+        capacity: positions of a row that the caches of an engine hold; ``None``: as many as the longest sequence. Of no
+            use to a graph without caches.
     """
 
     onnx: Path
@@ -99,9 +99,9 @@ class BuildRequest:
 class Caches:
     """How an engine keeps the keys and values of earlier positions: in place, in buffers that its caller binds.
 
-    The engine has two optimization profiles, one for prompts and one for single tokens. In a run, the new keys and values
-    of each row are written where the input ``write_indices`` [batch] says, and nothing else is moved. Logits are those of
-    the new positions that the input ``logits_at`` [kept] lists.
+    The engine has two optimization profiles, one for prompts and one for single tokens. In a run, the new keys and
+    values of each row are written where the input ``write_indices`` [batch] says, and nothing else is moved. Logits are
+    those of the new positions that the input ``logits_at`` [kept] lists.
 
     Attributes:
         capacity: positions that a row has room for; also the length of ``attention_mask``.
@@ -123,7 +123,9 @@ class Caches:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Caches:
         """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
-        return Caches(**{**data, "decode": shapes_from_json(data["decode"])})
+        if type(capacity := data["capacity"]) is not int:
+            raise TypeError(f"capacity is {capacity!r}")
+        return Caches(capacity, dict(data["aliases"]), shapes_from_json(data["decode"]))
 
 
 @dataclass(frozen=True)

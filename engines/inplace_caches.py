@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -111,6 +112,9 @@ class _Rewrite:
                     "TensorScatter", [*node.input, WRITE_INDICES], list(node.output), name=node.name, axis=-2
                 )
                 node.CopyFrom(scatter)
+        past = {value.name for value in self.model.graph.input if is_past(value.name)}
+        if lost := sorted(past - self.aliases.keys()):
+            raise self._unknown(f"'{lost[0]}' is not a past whose Concat with new positions is an output")
 
     def _masks(self) -> list[str]:
         caches = set(self.aliases.values())
@@ -120,6 +124,8 @@ class _Rewrite:
                 if not caches.issuperset(node.input[1:3]) or len(node.input) < 4 or not node.input[3]:
                     raise self._unknown(f"'{node.name}' does not attend to a cache through a mask")
                 masks[node.input[3]] = None
+        if not masks:
+            raise self._unknown("it has no Attention node, as graphs of opset 23 have")
         return list(masks)
 
     def _mask(self, mask: str, window: int | None) -> list[onnx.NodeProto]:
@@ -132,7 +138,7 @@ class _Rewrite:
             self.model.graph.initializer.append(tensor)
             return tensor.name
 
-        def op(operator: str, *inputs: str, output: str = "", **attributes: int) -> str:
+        def op(operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
             output = output or f"{prefix}/{operator}_{len(nodes)}"
             nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
             return output
@@ -171,11 +177,7 @@ class _Rewrite:
     def _check(self) -> None:
         """Nothing else may depend on how long the past and the mask were."""
         graph = self.model.graph
-        past = {value.name for value in graph.input if is_past(value.name)}
-        if past != self.aliases.keys() or not past:
-            lost = min(past - self.aliases.keys(), default="no input")
-            raise self._unknown(f"'{lost}' is not a past whose Concat with new positions is an output")
-        lengths = {ATTENTION_MASK: 1} | dict.fromkeys(past, 2)
+        lengths = {ATTENTION_MASK: 1} | dict.fromkeys(self.aliases, 2)
         for node in graph.node:
             new = node.op_type == "TensorScatter" or node.name.startswith(_renamed(""))
             if not new and any(name in lengths and not _omits(node, lengths[name]) for name in node.input):
@@ -183,7 +185,7 @@ class _Rewrite:
 
     def _unknown(self, problem: str) -> BismoothError:
         return BismoothError(
-            f"{self.label}: {problem}. Expected the caches of 'bismooth export', which can be updated in place. {_REMEDY}"
+            f"{self.label}: {problem}. Expected the caches of 'bismooth export', to update them in place. {_REMEDY}"
         )
 
 
@@ -215,9 +217,9 @@ def _window(model: onnx.ModelProto, mask: str, capacity: int, label: str) -> int
 
 def _causal(past: int, real: NDArray[np.int64], window: int | None) -> NDArray[np.bool_]:
     """The mask [batch, 1, new, all] of ``real`` [batch, all], in which every position also sees itself."""
-    keys = np.arange(real.shape[1])
+    keys: NDArray[np.int64] = np.arange(real.shape[1], dtype=np.int64)
     queries = keys[past:, None]
-    seen = (keys <= queries) & real[:, None, None, :].astype(np.bool_)
+    seen: NDArray[np.bool_] = (keys <= queries) & real[:, None, None, :].astype(np.bool_)
     if window is not None:
         seen &= keys > queries - window
     return seen | (keys == queries)
@@ -240,14 +242,14 @@ class _MaskProgram:
             )
         del part.graph.input[:]
         part.graph.input.extend(self._inputs)
-        self._evaluator = ReferenceEvaluator(part)
+        self._evaluator: Any = ReferenceEvaluator(part)
 
     def __call__(self, past: int, real: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask [batch, 1, new, all] for ``real`` [batch, all], of which the first ``past`` lie in the caches."""
         sizes = {"batch": len(real), "past": past, "total": real.shape[1], "sequence": real.shape[1] - past}
         feeds = {value.name: self._feed(value, sizes, real) for value in self._inputs}
-        results = self._evaluator.run(None, feeds)
-        return np.broadcast_to(np.asarray(results[0]), (len(real), 1, sizes["sequence"], sizes["total"]))
+        (mask,) = self._evaluator.run(None, feeds)
+        return np.broadcast_to(mask, (len(real), 1, sizes["sequence"], sizes["total"]))
 
     @staticmethod
     def _feed(value: onnx.ValueInfoProto, sizes: dict[str, int], real: NDArray[np.int64]) -> NDArray[np.generic]:

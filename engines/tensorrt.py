@@ -62,9 +62,7 @@ class TensorRTBuilder:
             profiles=(_spans(request.profile),),
         )
 
-    def _record(
-        self, request: BuildRequest, report: PlanReport, plan: Path, lowered: _Lowered | None
-    ) -> EngineRecord:
+    def _record(self, request: BuildRequest, report: PlanReport, plan: Path, lowered: _Lowered | None) -> EngineRecord:
         return EngineRecord(
             runtime=self.runtime.name,
             version=report.version,
@@ -101,7 +99,7 @@ class _Lowered:
         keep_logits(self._model)
 
     def applied(self, request: PlanRequest, folder: Path) -> PlanRequest:
-        """The request for the rewritten graph, which is written to ``folder``, with a second profile for single tokens."""
+        """The request for the rewritten graph, written to ``folder``, with a second profile for single tokens."""
         graph = folder / "graph.onnx"
         graph.write_bytes(self._model.SerializeToString())
         (spans,) = request.profiles

@@ -134,11 +134,8 @@ def _create_builder(trt: Any, runtime: Runtime, log: Any) -> Any:
 def _parse(trt: Any, runtime: Runtime, network: Any, log: Any, request: PlanRequest) -> Any:
     """Read the ONNX file; weights are mapped, not copied. The returned parser owns them."""
     parser, onnx = trt.OnnxParser(network, log), request.onnx
-    if request.graph:
-        parsed = parser.parse(Path(request.graph).read_bytes(), onnx)
-    else:
-        parsed = parser.parse_from_file(onnx)
-    if not parsed:
+    lowered = Path(request.graph).read_bytes() if request.graph else None
+    if not (parser.parse_from_file(onnx) if lowered is None else parser.parse(lowered, onnx)):
         errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
         causes = _reasons([error for error in log.errors if not error.startswith(_REPETITION)])
         reasons = "; ".join([*errors, *([causes] if causes else [])])

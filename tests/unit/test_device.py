@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bismooth.engines import tensorrt_session
+from bismooth.engines import tensorrt_open
 from bismooth.engines.base import BuildRequest, BuildResult, EngineBuilder, PhaseCallback, Profile, Span
 from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.null import NullBuilder
@@ -97,7 +97,7 @@ def set_host(monkeypatch: pytest.MonkeyPatch) -> SetHost:
         cuda = FakeCuda(capability)
         arguments: dict[str, Any] = {"version": VERSION, "kinds": {"input_ids": "INT64", "logits": "HALF"}} | options
         host = Host(cuda, {name: FakeTensorRT(cuda, **arguments) for name in runtimes})
-        for module in (device, tensorrt_session):
+        for module in (device, tensorrt_open):
             monkeypatch.setattr(module, "load_cuda", lambda: CudaRuntime(cuda))
             monkeypatch.setattr(module, "load_module", host.load)
         monkeypatch.setattr(device, "cuda_available", lambda: None)
