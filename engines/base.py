@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ..export.errors import BismoothError
 from .audit import Audit
+from .cache_names import CACHE_LENGTHS
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -35,14 +36,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Profile:
-    """The sizes an engine accepts, by symbolic name of the dimension: ``batch``, ``sequence`` and any ``others``."""
+    """The sizes an engine accepts, by symbolic name of the dimension: ``batch``, ``sequence`` and any ``others``.
+
+    Attributes:
+        capacity: of a graph with caches, positions that a row has room for.
+    """
 
     batch: Span = Span(1, 1, 4)
     sequence: Span = Span(1, 128, 512)
     others: Mapping[str, Span] = field(default_factory=dict[str, Span])
+    capacity: int | None = None
 
     def spans(self) -> dict[str, Span]:
-        return {"batch": self.batch, "sequence": self.sequence, **self.others}
+        """Sizes of every dimension; where there are caches, they and the mask are as long as the capacity."""
+        fixed = Span(self.capacity, self.capacity, self.capacity) if self.capacity else None
+        lengths = dict.fromkeys(CACHE_LENGTHS, fixed) if fixed else {}
+        return {"batch": self.batch, "sequence": self.sequence, **lengths, **self.others}
 
     def shapes(self, tensor: str, dimensions: tuple[int | str | None, ...]) -> tuple[Shape, Shape, Shape]:
         """Minimum, optimum and maximum shape of the input ``tensor``, whose dimensions are sizes or symbolic names.
@@ -79,8 +88,6 @@ class BuildRequest:
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
-        capacity: positions of a row that the caches of an engine hold; ``None``: as many as the longest sequence. Of no
-            use to a graph without caches.
     """
 
     onnx: Path
@@ -92,7 +99,6 @@ class BuildRequest:
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
-    capacity: int | None = None
 
 
 @dataclass(frozen=True)

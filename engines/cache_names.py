@@ -8,6 +8,8 @@ from ..export.cache_names import is_past
 
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 LOGITS = "logits"
+CACHE_LENGTHS = ("past", "total")
+"""The dimensions of graphs that count the positions before a run, and those after it."""
 
 WRITE_INDICES = "write_indices"
 """Engines alone: where the first new position of each row goes, [batch]."""

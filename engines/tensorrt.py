@@ -79,7 +79,7 @@ class _Lowered:
     """A graph with caches, rewritten to keep them in place.
 
     Raises:
-        BismoothError: the graph cannot be rewritten so, or the longest sequence exceeds the caches' capacity.
+        BismoothError: the graph cannot be rewritten so, or the caches do not hold the longest sequence.
     """
 
     def __init__(self, request: BuildRequest) -> None:
@@ -87,12 +87,11 @@ class _Lowered:
         from .kept_logits import keep_logits
         from .subgraph import load_graph
 
-        longest = request.profile.sequence.maximum
-        self._capacity = longest if request.capacity is None else request.capacity
+        longest, self._capacity = request.profile.sequence.maximum, request.profile.capacity or 0
         if longest > self._capacity:
             raise BismoothError(
-                f"{request.onnx}: sequences of {longest} positions do not fit into caches of {self._capacity}. "
-                f"Expected a capacity of at least {longest}, or shorter sequences."
+                f"{request.onnx}: caches of {self._capacity} positions do not hold sequences of {longest}. "
+                f"Expected a profile with a capacity of at least {longest}, or with shorter sequences."
             )
         self._model = load_graph(request.onnx)
         self._aliases = update_in_place(self._model, self._capacity, str(request.onnx))

@@ -203,17 +203,17 @@ class TensorRTDecoder:
 
     def _run(self, ids: NDArray[np.int64], positions: NDArray[np.int64], start: int) -> None:
         """Start a step with token ids [B, S], the first of which get the place ``start`` in the caches."""
-        rows, length = ids.shape
+        rows, length = len(ids), ids.shape[1]
         profile = _TOKENS if length == 1 else _PROMPTS
         context = self._contexts[profile]
-        if self._shapes[profile] != ids.shape:
+        if self._shapes[profile] != (rows, length):
             self._shapes[profile] = (0, 0)
             for name, tensor in self._inputs().items():
                 context.set_shape(name, self._shape(tensor, rows, length))
             self._shapes[profile] = rows, length
         self._upload(INPUT_IDS, ids)
         self._upload(POSITION_IDS, positions)
-        self._upload(WRITE_INDICES, np.full(rows, start, dtype=np.int64))
+        self._upload(WRITE_INDICES, np.full(len(ids), start, np.int64))
         self._upload(LOGITS_AT, np.array([length - 1], np.int64))
         context.execute(self._stream)
 

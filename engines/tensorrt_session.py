@@ -44,7 +44,7 @@ class EngineSession:
         opened = open_engine(engine, device)
         self.label, self.record, self.device = opened.label, opened.record, opened.device
         self._cuda, self._caches = opened.cuda, opened.record.caches
-        self._aliases = self._caches.aliases if self._caches else {}
+        self._aliases: Mapping[str, str] = self._caches.aliases if self._caches else {}
         self._resources = ExitStack()
         self._feeds: dict[str, NDArray[Any]] = {}
         try:

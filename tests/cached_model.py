@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
+Ids = NDArray[np.int64]
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, SIZE, LAYERS = 13, 64, 4, 2, 16, 2
 _HALF, _FLOAT, _INT64 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT64
@@ -26,14 +28,15 @@ def weights(positions: int = 64) -> dict[str, NDArray[np.float32]]:
     return {name: (rng.standard_normal(shape) / 4).astype(np.float32) for name, shape in shapes.items()}
 
 
-def expected_logits(ids: Array, mask: Array | None = None, window: int | None = None) -> NDArray[np.float64]:
+def expected_logits(ids: Ids, mask: Ids | None = None, window: int | None = None) -> NDArray[np.float64]:
     """Logits [B, S, V] of token ids [B, S], of which ``mask`` says which are no padding."""
-    real = np.ones(ids.shape, np.bool_) if mask is None else mask.astype(np.bool_)
+    real: Ids = np.ones_like(ids) if mask is None else mask
     w = {name: values.astype(np.float64) for name, values in weights().items()}
-    x = w["tokens"][ids] + w["positions"][np.maximum(np.cumsum(real, 1) - 1, 0)]
-    index = np.arange(ids.shape[1])
-    seen = (index <= index[:, None]) & real[:, None, None, :] & (index > index[:, None] - (window or len(index)))
-    seen |= np.eye(len(index), dtype=np.bool_)
+    x: NDArray[np.float64] = w["tokens"][ids] + w["positions"][np.maximum(np.cumsum(real, 1) - 1, 0)]
+    keys: Ids = np.arange(ids.shape[1], dtype=np.int64)
+    queries = keys[:, None]
+    seen = (keys <= queries) & (keys > queries - (window or len(keys))) & (real[:, None, None, :] == 1)
+    seen |= keys == queries
     for layer in range(LAYERS):
         q, k, v = (_heads(x @ w[f"layers.{layer}.{name}"]) for name in "qkv")
         k, v = (np.repeat(part, HEADS // KV_HEADS, 1) for part in (k, v))
@@ -67,7 +70,7 @@ class _Maker:
         self.constants: dict[str, Array] = {}
         self.taken: set[str] = set()
 
-    def op(self, operator: str, *inputs: str, at: str = "", output: str = "", **attributes: object) -> str:
+    def op(self, operator: str, *inputs: str, at: str = "", output: str = "", **attributes: Any) -> str:
         name = f"{at}/{operator}" if at else f"graph/{operator}"
         while name in self.taken:
             name += "_"
@@ -78,8 +81,8 @@ class _Maker:
     def ints(self, *values: int) -> str:
         return self.constant(f"ints{values}", np.array(values))
 
-    def constant(self, name: str, values: Array) -> str:
-        self.constants[name] = values
+    def constant(self, name: str, values: Array | np.generic) -> str:
+        self.constants[name] = np.asarray(values)
         return name
 
     def model(self) -> onnx.ModelProto:
@@ -99,7 +102,7 @@ class _Maker:
         inputs += self.values(past, "past")
         outputs = [helper.make_tensor_value_info("logits", _FLOAT, ["batch", "sequence", VOCAB])]
         outputs += self.values(present, "total")
-        tensors = [numpy_helper.from_array(np.asarray(values), name) for name, values in self.constants.items()]
+        tensors = [numpy_helper.from_array(values, name) for name, values in self.constants.items()]
         graph = helper.make_graph(self.nodes, "cached", inputs, outputs, tensors)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
@@ -146,7 +149,9 @@ class _Maker:
 def empty_past(batch: int, model: onnx.ModelProto) -> Mapping[str, Array]:
     """Caches of no positions for each past of ``model``."""
     return {
-        value.name: np.zeros((batch, KV_HEADS, 0, SIZE), helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        value.name: np.zeros(
+            (batch, KV_HEADS, 0, SIZE), helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        )
         for value in model.graph.input
         if value.name.startswith("past_key_values.")
     }

@@ -1,8 +1,8 @@
 """A stand-in for running engines with caches: an engine's plan is the ONNX graph that it was built from.
 
-A context computes when the stream runs, from and to where its tensors are bound, with the shapes that it had when it was
-started. What a real engine leaves undefined fails: shapes outside of the profile, a cache whose input and output are not
-one buffer, keys that are NaN, kernels that are let go of before the context that uses them.
+A context computes when the stream runs, from and to where its tensors are bound, with the shapes that it had when it
+was started. What a real engine leaves undefined fails: shapes outside of the profile, a cache whose input and output
+are not one buffer, keys that are NaN, kernels that are let go of before the context that uses them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,9 @@ def write_decoding_engine(
 
 def _shapes(model: onnx.ModelProto, profile: Profile) -> Shapes:
     dims = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    return {name: profile.shapes(name, tuple(d.dim_param or d.dim_value for d in sizes)) for name, sizes in dims.items()}
+    return {
+        name: profile.shapes(name, tuple(d.dim_param or d.dim_value for d in sizes)) for name, sizes in dims.items()
+    }
 
 
 class Strategy(IntEnum):
@@ -87,7 +90,7 @@ class FakeDecodingTensorRT(FakeTensorRT):
 
     def Runtime(self, logger: Any) -> Any:
         self.logger = logger
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: _Engine(self, plan))
+        return SimpleNamespace(deserialize_cuda_engine=partial(_Engine, self))
 
     def refuse(self, reason: str) -> bool:
         self.logger.log(Severity.ERROR, reason)
@@ -97,14 +100,15 @@ class FakeDecodingTensorRT(FakeTensorRT):
 class _Engine:
     def __init__(self, trt: FakeDecodingTensorRT, plan: bytes) -> None:
         self.trt = trt
-        options = onnxruntime.SessionOptions()
+        runtime: Any = onnxruntime
+        options = runtime.SessionOptions()
         options.log_severity_level = 3  # it warns of every cache that it copies
-        self.session: Any = onnxruntime.InferenceSession(plan, options)
+        self.session = runtime.InferenceSession(plan, options)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
         values = (*self.session.get_inputs(), *self.session.get_outputs())
         self.types = {value.name: _TYPES[value.type] for value in values}
-        self.fixed = {value.name: value.shape for value in values}
+        self.fixed: dict[str, list[int | str]] = {value.name: value.shape for value in values}
         (profiles,) = onnx.ModelProto.FromString(plan).metadata_props
         self.profiles = [shapes_from_json(shapes) for shapes in json.loads(profiles.value)]
         self.num_io_tensors = len(self.types)
@@ -191,7 +195,7 @@ class _Context:
         if name in self._shapes:
             return self._shapes[name]
         known = {"batch": self._shapes["input_ids"][0], "kept": self._shapes["logits_at"][0]}
-        return tuple(known.get(size, size) for size in self._engine.fixed[name])
+        return tuple(known[size] if isinstance(size, str) else size for size in self._engine.fixed[name])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -214,7 +218,9 @@ class _Context:
                 assert self._addresses[name] == self._addresses[past], "a cache is two buffers"
                 assert not np.isnan(feeds[past]).any(), "a cache was not cleared"
             data = np.ascontiguousarray(result).tobytes()
-            assert len(data) <= len(self._trt.cuda.bytes_at(self._addresses[name])), "wrote past the end of device memory"
+            assert len(data) <= len(self._trt.cuda.bytes_at(self._addresses[name])), (
+                "wrote past the end of device memory"
+            )
             ctypes.memmove(self._addresses[name], data, len(data))
 
     def _read(self, name: str, shape: Shape) -> NDArray[Any]:

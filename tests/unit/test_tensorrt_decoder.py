@@ -1,11 +1,11 @@
-"""Decoding on a GPU: what comes out, against a model without caches; what is sent; what is kept, and that all is freed."""
+"""Decoding on a GPU: what comes out, against a model without caches; what is sent, kept and freed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -184,16 +184,14 @@ def test_kernels_are_kept_for_the_next_start(tmp_path: Path, install: Install) -
     ]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"\0" + data[1:]])
-def test_damaged_kernels_are_ignored_and_replaced(
-    tmp_path: Path, install: Install, damage: Callable[[bytes], bytes]
-) -> None:
+@pytest.mark.parametrize("damaged", [slice(0, -1), slice(0, 0), slice(1, None)])
+def test_damaged_kernels_are_ignored_and_replaced(tmp_path: Path, install: Install, damaged: slice) -> None:
     engine, kernels = write_decoding_engine(tmp_path), tmp_path / "model.sm89.kernels"
     install()
     with TensorRTDecoder(engine):
         pass
     whole = kernels.read_bytes()
-    kernels.write_bytes(damage(whole))
+    kernels.write_bytes(whole[damaged])
     cuda = install()
     with TensorRTDecoder(engine) as decoder:
         assert not cuda.called("deserialize kernels")
@@ -239,7 +237,9 @@ def fails(message: str, run: Callable[[], Any]) -> None:
 def test_more_positions_than_the_caches_hold(tmp_path: Path, install: Install) -> None:
     cuda = install()
     with TensorRTDecoder(write_decoding_engine(tmp_path)) as decoder:
-        fails("has room for 16 positions per row, and 17", lambda: decoder.prefill(np.zeros((1, CAPACITY + 1), np.int64)))
+        fails(
+            "has room for 16 positions per row, and 17", lambda: decoder.prefill(np.zeros((1, CAPACITY + 1), np.int64))
+        )
         logits = decoder.prefill(IDS[:1])
         fails("has room for 16 positions per row, and 17", lambda: decoder.decode(IDS[0, :1]))
         assert decoder.length == CAPACITY
@@ -256,7 +256,7 @@ def test_what_is_no_batch_for_the_engine(tmp_path: Path, install: Install) -> No
         fails(f"a batch of 1 {outside}", lambda: decoder.prefill(IDS[:1]))
         fails(f"a batch of 4 {outside}", lambda: decoder.prefill(np.zeros((4, 2), np.int64)))
         expected = "expected token ids [batch, sequence] of integers and a mask of their shape, got"
-        fails(f"{expected} float64 [2, 3] and [2, 3].", lambda: decoder.prefill(np.zeros((2, 3))))
+        fails(f"{expected} float64 [2, 3] and [2, 3].", lambda: decoder.prefill(cast(Any, np.zeros((2, 3)))))
         fails(f"{expected} int64 [2, 3] and [2, 2].", lambda: decoder.prefill(IDS[:2, :3], PADDED[:2, :2]))
         fails(f"{expected} int64 [2] and [2].", lambda: decoder.prefill(IDS[0, :2]))
         decoder.prefill(IDS[:2, :3])
