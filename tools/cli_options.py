@@ -76,6 +76,14 @@ Dims = Annotated[
     list[str],
     typer.Option("--dim", metavar="NAME=MIN:OPT:MAX...", help="Sizes of any other dynamic dimension, by its name."),
 ]
+Capacity = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Positions per row that an engine has room for, text and padding, if it keeps keys and values.",
+    ),
+]
 AllowFloat = Annotated[
     bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
 ]
