@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.cache_names import PAST, is_past
 from ..export.errors import BismoothError
 
 
@@ -24,7 +25,7 @@ class Port:
 def token_feeds(
     label: str, inputs: Sequence[Port], ids: NDArray[np.int64], others: Mapping[str, NDArray[Any]] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """A value for each of ``inputs`` from token ids [B, S] without padding, and from ``others``.
+    """A value for each of ``inputs`` from token ids [B, S] without padding, and from ``others``; caches are empty.
 
     Args:
         label: what has these inputs, for messages.
@@ -32,18 +33,25 @@ def token_feeds(
     Raises:
         BismoothError: token ids do not determine one of ``inputs``.
     """
+    empty = {port.name: np.zeros(_empty(port, len(ids)), port.dtype) for port in inputs if is_past(port.name)}
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
     known: dict[str, NDArray[Any]] = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
         "position_ids": positions,
         "token_type_ids": np.zeros_like(ids),
+        **empty,
         **(others or {}),
     }
     unknown = [port.name for port in inputs if port.name not in known or port.dtype is None]
     if unknown:
         raise BismoothError(
             f"{label}: cannot be run on text, since it has the input '{unknown[0]}'. "
-            f"Expected some of {', '.join(known)}. Export the model without a KV cache."
+            f"Expected some of {', '.join(known)}, and {PAST}.*. Export the model anew."
         )
     return {port.name: known[port.name].astype(port.dtype or np.int64) for port in inputs}
+
+
+def _empty(port: Port, batch: int) -> tuple[int, ...]:
+    """The shape of a cache [B, heads, 0, size]: dimensions that are not fixed are the batch and the length."""
+    return tuple(size if isinstance(size, int) else (0 if axis else batch) for axis, size in enumerate(port.shape))

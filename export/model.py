@@ -60,6 +60,7 @@ def export_model(
     source: str | Path,
     folder: Path,
     *,
+    kv_cache: bool | None = None,
     trust_remote_code: bool = False,
     weights: Placing = "link",
     progress: Progress = _no_progress,
@@ -72,6 +73,8 @@ def export_model(
     Args:
         source: a Hugging Face folder or hub id, a GGUF file, or an ONNX file.
         folder: an existing empty folder.
+        kv_cache: whether the graph takes keys and values of earlier tokens and gives those with the new ones, so that
+            it can generate text; by default, if the model is one that generates. An ONNX file stays as it is.
         trust_remote_code: run Python code that the model brings along.
         weights: ``link`` makes the weight files in ``folder`` hard links of the source's where the system permits it;
             ``copy`` always copies them: for tools that refuse links, and for sources that will be edited.
@@ -89,6 +92,10 @@ def export_model(
     if isinstance(resolved, OnnxSource):
         from .onnx_file import import_onnx
 
+        if kv_cache is not None:
+            raise BismoothError(
+                f"{resolved.path}: --kv-cache and --no-kv-cache have no effect on an ONNX file. Leave the option out."
+            )
         manifest = import_onnx(resolved.path, folder, copy=copy)
         for path in side_files(resolved.path.parent, [resolved.path]):
             if not (folder / path.name).exists():  # not weights of that name
@@ -103,7 +110,7 @@ def export_model(
         _place_files(resolved, folder, copy, progress)
         complete_tokenizer(resolved.folder, folder, trust_remote_code=trust_remote_code)
     origin["fingerprint"] = resolved.weights.fingerprint()
-    manifest = _write_graph(resolved, folder, trust_remote_code, progress)
+    manifest = _write_graph(resolved, folder, kv_cache, trust_remote_code, progress)
     return replace(manifest, source=origin | manifest.source)
 
 
@@ -127,13 +134,15 @@ def _copy_side_file(path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
 
 
-def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: bool, progress: Progress) -> Manifest:
+def _write_graph(
+    source: HuggingFaceSource, folder: Path, kv_cache: bool | None, trust_remote_code: bool, progress: Progress
+) -> Manifest:
     from ._ir import save_ir
     from .link import link_weights, stored_names
     from .naming import name_constants, name_nodes
 
     progress("read the configuration", 0, 1)
-    config, skeleton = _skeleton(source.folder, trust_remote_code)
+    config, skeleton = _skeleton(source.folder, kv_cache, trust_remote_code)
     progress("read the configuration", 1, 1)
     model = _trace(config, skeleton, trust_remote_code, progress)
     progress("link the weights", 0, 1)
@@ -153,7 +162,7 @@ def _write_graph(source: HuggingFaceSource, folder: Path, trust_remote_code: boo
     )
 
 
-def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[Any, Skeleton]:
+def _skeleton(folder: Path, kv_cache: bool | None, trust_remote_code: bool) -> tuple[Any, Skeleton]:
     """The configuration of transformers, and the model that it describes."""
     import transformers
 
@@ -161,7 +170,7 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[Any, Skeleton]:
 
     try:
         config = cast(Any, transformers).AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return config, build_skeleton(config, trust_remote_code=trust_remote_code)
+        return config, build_skeleton(config, kv_cache=kv_cache, trust_remote_code=trust_remote_code)
     except BismoothError:
         raise
     except Exception as error:  # configuration classes validate with exceptions of their own
@@ -178,7 +187,7 @@ def _trace(config: Any, skeleton: Skeleton, trust_remote_code: bool, progress: P
     if skeleton.blocks is not None and skeleton.short_config is not None:
         step = f"trace {len(skeleton.short_blocks)} of {len(skeleton.blocks.kinds)} blocks"
         progress(step, 0, 1)
-        model = trace_transformer(cls, skeleton.short_config, skeleton.short_buffers)
+        model = trace_transformer(cls, skeleton.short_config, skeleton.short_buffers, kv_cache=skeleton.kv_cache)
         simplify(model)
         progress(step, 1, 1)
         try:
@@ -189,7 +198,7 @@ def _trace(config: Any, skeleton: Skeleton, trust_remote_code: bool, progress: P
     else:
         step = "trace the whole model"
     progress(step, 0, 1)
-    model = trace_transformer(cls, config, skeleton.buffers)
+    model = trace_transformer(cls, config, skeleton.buffers, kv_cache=skeleton.kv_cache)
     simplify(model)
     progress(step, 1, 1)
     return model

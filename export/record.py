@@ -31,7 +31,9 @@ class Record:
     around: Operations
 
 
-def record_blocks(cls: Any, config: Any, prefix: str, buffers: Mapping[str, torch.Tensor]) -> Record:
+def record_blocks(
+    cls: Any, config: Any, prefix: str, buffers: Mapping[str, torch.Tensor], *, kv_cache: bool = False
+) -> Record:
     """Run the model of ``config`` on tensors without storage; its blocks are ``prefix.0``, ``prefix.1``, …
 
     Args:
@@ -39,20 +41,25 @@ def record_blocks(cls: Any, config: Any, prefix: str, buffers: Mapping[str, torc
         config: its configuration.
         prefix: module path of the list of blocks.
         buffers: values of the tensors that are made by the model's code; those of a block belong to its record.
+        kv_cache: whether the blocks append to a cache; what it holds for a block is the block's own, like parameters.
 
     Raises:
         BismoothError: the model cannot be run.
     """
-    with fake_transformer(cls, config) as (model, inputs):
+    with fake_transformer(cls, config, kv_cache=kv_cache) as fake:
+        model = fake.model
         blocks = list(cast(torch.nn.ModuleList, model.get_submodule(prefix)))
         recorder = _Recorder(prefix, len(blocks))
-        for name, tensor in [*model.named_parameters(), *own_tensors(model).items(), *inputs.items()]:
+        for name, tensor in [*model.named_parameters(), *own_tensors(model).items(), *fake.inputs.items()]:
             recorder.know(tensor, ("name", name))
+        if fake.cache is not None:
+            for name, tensor in zip(fake.cache.names(prefix), fake.cache.tensors, strict=True):
+                recorder.know(tensor, ("name", name))
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(recorder.entering(number), with_kwargs=True)
             block.register_forward_hook(recorder.leaving)
         with recorder:
-            model(**inputs)
+            model(**fake.arguments)
     own = [_contents(buffers, f"{prefix}.{number}.") for number in range(len(blocks))]
     parts = [(*operations, *contents) for operations, contents in zip(recorder.blocks, own, strict=True)]
     return Record(tuple(parts), tuple(recorder.around))

@@ -26,6 +26,7 @@ class Skeleton:
 
     Attributes:
         model: the whole model.
+        kv_cache: whether its graph is to have a cache of keys and values.
         blocks: its repeated region, if it has one.
         short_config: configuration of a model with two blocks of each kind (or one, where there is but one), or
             ``None`` if there is nothing to gain.
@@ -33,6 +34,7 @@ class Skeleton:
     """
 
     model: torch.nn.Module
+    kv_cache: bool
     blocks: Blocks | None
     short_config: Any | None
     short_blocks: tuple[int, ...]
@@ -99,8 +101,16 @@ def parameters_without_storage() -> Generator[None]:
         module_class.register_parameter = register
 
 
-def build_skeleton(config: Any, *, shorten: bool = True, trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(
+    config: Any, *, kv_cache: bool | None = None, shorten: bool = True, trust_remote_code: bool = False
+) -> Skeleton:
     """Build the model of ``config`` without weights and find its repeated region.
+
+    Args:
+        config: of transformers.
+        kv_cache: whether the graph is to have a cache; by default, if the model can generate text.
+        shorten: look for a shorter model that stands for it.
+        trust_remote_code: run Python code that the model brings along.
 
     Raises:
         BismoothError: transformers does not know the model, or its code cannot be run on tensors without storage.
@@ -109,24 +119,25 @@ def build_skeleton(config: Any, *, shorten: bool = True, trust_remote_code: bool
     with parameters_without_storage():
         model = cls(copy.deepcopy(config)).eval()
         model.tie_weights()
+    cached = model.can_generate() if kv_cache is None else kv_cache
     buffers = own_tensors(model)
     prefix = _find_blocks(model, config)
     if prefix is None:
-        return Skeleton(model, None, None, ())
-    record = record_blocks(cls, config, prefix, buffers)
+        return Skeleton(model, cached, None, None, ())
+    record = record_blocks(cls, config, prefix, buffers, kv_cache=cached)
     kinds = _kinds(record.blocks)
     blocks = Blocks(prefix, kinds)
     chosen = tuple(sorted(i for kind in set(kinds) for i in [i for i, k in enumerate(kinds) if k == kind][:2]))
     if not shorten or len(chosen) == len(kinds):
-        return Skeleton(model, blocks, None, ())
+        return Skeleton(model, cached, blocks, None, ())
     try:
         with cannot_trace(cls.__name__):
             short = _shorten(config, chosen, len(kinds))
-        trial = record_blocks(cls, short, prefix, _renumbered(buffers, blocks, chosen))
+        trial = record_blocks(cls, short, prefix, _renumbered(buffers, blocks, chosen), kv_cache=cached)
     except BismoothError:  # the model's code knows no such model
-        return Skeleton(model, blocks, None, ())
+        return Skeleton(model, cached, blocks, None, ())
     alike = trial.around == record.around and trial.blocks == tuple(record.blocks[i] for i in chosen)
-    return Skeleton(model, blocks, short if alike else None, chosen if alike else ())
+    return Skeleton(model, cached, blocks, short if alike else None, chosen if alike else ())
 
 
 def _find_blocks(model: torch.nn.Module, config: Any) -> str | None:

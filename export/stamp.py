@@ -2,8 +2,8 @@
 
 A block's nodes are found by data flow: they depend on a parameter of the block. What depends on no block's parameters
 is shared (masks, rotary angles). Two traced blocks of the same kind must be equal node by node, constants included;
-then every other block of that kind is a copy with its own parameters. If they differ, the caller traces the whole
-model instead.
+then every other block of that kind is a copy with its own parameters, and with its own inputs and outputs for a cache.
+If they differ, the caller traces the whole model instead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .artifact import Blocks
+from .cache_names import PAST, PRESENT, cache_name, is_present
 from .scopes import scopes_of, set_scopes
 
 
 @dataclass
 class _Block:
-    """Nodes of one traced block, the value that enters from the block before, and the one that the next block takes."""
+    """A traced block.
+
+    Attributes:
+        number: in the short model.
+        past: the graph's inputs that are its cache, by the last part of their names.
+        entry: the value that enters from the block before.
+        exit: the value that the next block takes.
+    """
 
     number: int
+    past: dict[str, ir.Value]
     nodes: list[ir.Node] = field(default_factory=list[ir.Node])
     entry: ir.Value | None = None
     exit: ir.Value | None = None
@@ -48,7 +57,8 @@ def stamp(model: ir.Model, blocks: Blocks, traced: Sequence[int]) -> None:
             is then as it was.
     """
     graph = model.graph
-    parts = _split(graph, blocks.prefix, len(traced))
+    parts = [_Block(number, _past(graph, number)) for number in range(len(traced))]
+    _split(graph, blocks.prefix, parts)
     _connect(parts, graph)
     by_kind: dict[int, list[_Block]] = {}
     for part, source in zip(parts, traced, strict=True):
@@ -57,23 +67,34 @@ def stamp(model: ir.Model, blocks: Blocks, traced: Sequence[int]) -> None:
     first, last = parts[0], parts[-1]
     tail = _after(graph, last.nodes)
     stamped: list[ir.Node] = []
+    caches: list[tuple[dict[str, ir.Value], dict[str, ir.Value]]] = []
     stream = first.entry
     for number, kind in enumerate(blocks.kinds):
-        nodes, stream = _copy(prototypes[kind], number, blocks.prefix, stream, graph)
-        stamped += nodes
+        copy = _copy(prototypes[kind], number, blocks.prefix, stream, graph)
+        stamped += copy.nodes
+        caches.append((copy.past, copy.present))
+        stream = copy.stream
     _replace(cast(ir.Value, last.exit), cast(ir.Value, stream))
     if tail:
         graph.insert_before(tail[0], stamped)
     else:
         graph.extend(stamped)
+    _replace_caches(graph, parts, [past for past, _ in caches], traced)
+    results = [value for value in graph.outputs if not is_present(cast(str, value.name))]
+    graph.outputs[:] = [*results, *(value for _, present in caches for value in present.values())]
     for part in reversed(parts):
         graph.remove(list(reversed(part.nodes)), safe=True)
     RemoveUnusedNodesPass()(model)
 
 
-def _split(graph: ir.Graph, prefix: str, count: int) -> list[_Block]:
+def _past(graph: ir.Graph, number: int) -> dict[str, ir.Value]:
+    prefix = f"{PAST}.{number}."
+    return {name.removeprefix(prefix): v for v in graph.inputs if (name := v.name or "").startswith(prefix)}
+
+
+def _split(graph: ir.Graph, prefix: str, parts: list[_Block]) -> None:
     """Nodes by block: those inside the module ``prefix.i`` that depend on some block's parameters."""
-    parts = [_Block(number) for number in range(count)]
+    count = len(parts)
     moving = {id(value) for name, value in graph.initializers.items() if name.startswith(f"{prefix}.")}
     for node in graph:
         if not any(id(value) in moving for value in node.inputs):
@@ -84,7 +105,6 @@ def _split(graph: ir.Graph, prefix: str, count: int) -> list[_Block]:
             parts[number].nodes.append(node)
     if empty := [part.number for part in parts if not part.nodes]:
         raise NotAlikeError(f"no traced node belongs to {prefix}.{empty[0]}")
-    return parts
 
 
 def _block_number(node: ir.Node, prefix: str) -> int | None:
@@ -102,7 +122,9 @@ def _connect(parts: list[_Block], graph: ir.Graph) -> None:
         leaving: list[ir.Value] = []
         for value in (value for node in part.nodes for value in node.outputs):
             users = [owner.get(id(user)) for user, _ in value.uses()]
-            if any(user is not part for user in users) or value in graph.outputs:
+            if any(user is not part for user in users) or (
+                value in graph.outputs and not is_present(cast(str, value.name))
+            ):
                 leaving.append(value)
             if any(user is not None and user.number not in (part.number, part.number + 1) for user in users):
                 raise NotAlikeError(f"{value.name} of block {part.number} is used further on than in the next block")
@@ -133,7 +155,7 @@ def _compare(first: _Block, second: _Block, prefix: str) -> ir.Value:
             f"blocks {first.number} and {second.number} have {len(first.nodes)} and {len(second.nodes)} nodes"
         )
     prefixes = (f"{prefix}.{first.number}.", f"{prefix}.{second.number}.")
-    same: dict[int, ir.Value] = {}
+    same = {id(value): second.past.get(part) for part, value in first.past.items()}
     entry: ir.Value | None = None
     for a, b in zip(first.nodes, second.nodes, strict=True):
         if (a.domain, a.op_type, len(a.outputs)) != (b.domain, b.op_type, len(b.outputs)):
@@ -161,7 +183,7 @@ def _compare(first: _Block, second: _Block, prefix: str) -> ir.Value:
     return entry
 
 
-def _same_value(x: ir.Value, y: ir.Value, same: dict[int, ir.Value], prefixes: tuple[str, str]) -> bool:
+def _same_value(x: ir.Value, y: ir.Value, same: dict[int, ir.Value | None], prefixes: tuple[str, str]) -> bool:
     """Whether x is in its block what y is in the other: made by twins, shared, equal constants, or twin parameters."""
     if id(x) in same:
         return same[id(x)] is y
@@ -196,15 +218,25 @@ def _after(graph: ir.Graph, nodes: Iterable[ir.Node]) -> list[ir.Node]:
     return result
 
 
-def _copy(
-    block: _Block, number: int, prefix: str, stream: ir.Value | None, graph: ir.Graph
-) -> tuple[list[ir.Node], ir.Value]:
-    """A copy of ``block`` as block ``number``, fed by ``stream``; returns its nodes and the value that leaves it.
+@dataclass(frozen=True)
+class _Copy:
+    """A block of the whole model: its nodes, its cache by part, and the value that leaves it."""
+
+    nodes: list[ir.Node]
+    past: dict[str, ir.Value]
+    present: dict[str, ir.Value]
+    stream: ir.Value
+
+
+def _copy(block: _Block, number: int, prefix: str, stream: ir.Value | None, graph: ir.Graph) -> _Copy:
+    """A copy of ``block`` as block ``number``, fed by ``stream``.
 
     A first block that is the only one of its kind has no known entry, and needs none: it stays where it is.
     """
     old, new = f"{prefix}.{block.number}", f"{prefix}.{number}"
-    mapping: dict[int, ir.Value] = {}
+    past = {part: _renamed(value, cache_name(PAST, number, part)) for part, value in block.past.items()}
+    present: dict[str, ir.Value] = {}
+    mapping = {id(value): past[part] for part, value in block.past.items()}
     if block.entry is not None and stream is not None:
         mapping[id(block.entry)] = stream
     copies: list[ir.Node] = []
@@ -217,11 +249,18 @@ def _copy(
             return value
         renamed = new + name.removeprefix(old)
         if renamed not in graph.initializers:
-            graph.initializers.add(ir.Value(name=renamed, shape=value.shape, type=value.type))
+            graph.initializers.add(_renamed(value, renamed))
         return graph.initializers[renamed]
 
+    def output_of(value: ir.Value) -> ir.Value:
+        if not (value.is_graph_output() and is_present(cast(str, value.name))):
+            return _renamed(value, f"{new}/{value.name}")
+        part = cast(str, value.name).rpartition(".")[2]
+        present[part] = _renamed(value, cache_name(PRESENT, number, part))
+        return present[part]
+
     for node in block.nodes:
-        outputs = [ir.Value(name=f"{new}/{value.name}", shape=value.shape, type=value.type) for value in node.outputs]
+        outputs = [output_of(value) for value in node.outputs]
         inputs = [input_of(value) for value in node.inputs]
         attributes = list(node.attributes.values())
         copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, version=node.version)
@@ -230,7 +269,23 @@ def _copy(
         set_scopes(copy, [new + scope.removeprefix(old) if moved else scope for scope, moved in scopes])
         mapping.update({id(value): output for value, output in zip(node.outputs, outputs, strict=True)})
         copies.append(copy)
-    return copies, mapping[id(block.exit)]
+    ordered = {part: present[part] for part in past if part in present}
+    return _Copy(copies, past, ordered, mapping[id(block.exit)])
+
+
+def _renamed(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type)
+
+
+def _replace_caches(
+    graph: ir.Graph, parts: Sequence[_Block], past: Sequence[dict[str, ir.Value]], traced: Sequence[int]
+) -> None:
+    """The caches of the whole model as inputs; what blocks share and computed from a traced block's uses them."""
+    for part, source in zip(parts, traced, strict=True):
+        for name, value in part.past.items():
+            value.replace_all_uses_with(past[source][name])
+            graph.inputs.remove(value)
+    graph.inputs.extend(value for values in past for value in values.values())
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:

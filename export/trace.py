@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -14,65 +16,122 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import _trace as _export_trace
 
+from .cache import KvCache, example_cache
+from .cache_names import PAST, PRESENT, is_present
 from .errors import BismoothError
 from .scopes import SCOPES
 
 OPSET = 23
-_AXES = ("batch", "sequence")
+BATCH, SEQUENCE, PAST_LENGTH, TOTAL = "batch", "sequence", "past", "total"
+"""Names of dynamic axes; total = past + sequence."""
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "transformers", "torch.fx")
 
 
-@contextmanager
-def fake_transformer(cls: Any, config: Any) -> Generator[tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
-    """A transformers model whose tensors have no storage, in float32, and inputs for it.
+@dataclass(frozen=True)
+class FakeTransformer:
+    """A transformers model whose tensors have no storage, and what to call it with.
 
-    The inputs are ``input_ids`` and ``attention_mask``, int64 [batch, sequence]. Inside the block every new tensor is
-    fake.
+    Attributes:
+        inputs: ``input_ids`` [batch, sequence] and ``attention_mask`` [batch, total] int64; with a cache also
+            ``position_ids`` [batch, sequence], if the model takes any.
+        cache: keys and values [batch, kv_heads, past, head_dim], or None.
+    """
+
+    model: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    cache: KvCache | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that the model is called with; the call changes a cache, so each gets its own."""
+        cache = self.cache
+        return self.inputs if cache is None else self.inputs | {PAST: KvCache(cache.tensors, cache.numbers)}
+
+
+@contextmanager
+def fake_transformer(cls: Any, config: Any, *, kv_cache: bool = False) -> Generator[FakeTransformer]:
+    """A transformers model in float32 and its inputs, all without storage, as is every new tensor in the block.
 
     Raises:
-        BismoothError: the model's code, run inside the block, fails.
+        BismoothError: the model's code, run inside the block, fails, or it has no cache of keys and values.
     """
     from transformers.initialization import no_init_weights
 
     from .attention import register
 
     config = copy.deepcopy(config)
-    config.use_cache = False
+    config.use_cache = kv_cache
     config.dtype = torch.float32
     config._attn_implementation = register()
+    batch, sequence, past = 2, 8, 5 if kv_cache else 0
     with cannot_trace(cls.__name__), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with no_init_weights():
             model = cls(config).eval()
-        yield (
-            model,
-            {
-                "input_ids": torch.zeros(2, 8, dtype=torch.int64),
-                "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-            },
-        )
+        inputs = {
+            "input_ids": torch.zeros(batch, sequence, dtype=torch.int64),
+            "attention_mask": torch.ones(batch, sequence, dtype=torch.int64),
+        }
+        cache = None
+        if kv_cache:
+            cache = example_cache(model, past, inputs)
+            inputs["attention_mask"] = torch.ones(batch, past + sequence, dtype=torch.int64)
+            if "position_ids" in inspect.signature(cls.forward).parameters:
+                inputs["position_ids"] = torch.zeros(batch, sequence, dtype=torch.int64)
+        yield FakeTransformer(model, inputs, cache)
 
 
-def trace_transformer(cls: Any, config: Any, buffers: Mapping[str, torch.Tensor]) -> ir.Model:
+def trace_transformer(
+    cls: Any, config: Any, buffers: Mapping[str, torch.Tensor], *, kv_cache: bool = False
+) -> ir.Model:
     """Trace a transformers model class on fake tensors.
 
-    Inputs ``input_ids`` and ``attention_mask`` are int64 [batch, sequence]; outputs are the tensors of the model's
-    output. Parameters become graph initializers without data; ``buffers`` gives the values of those that no
-    checkpoint stores (:func:`own_tensors`).
+    Inputs are ``input_ids`` int64 [batch, sequence] and ``attention_mask`` int64 [batch, sequence]; outputs are the
+    tensors of the model's output. Parameters become graph initializers without data; ``buffers`` gives the values of
+    those that no checkpoint stores (:func:`own_tensors`).
+
+    With ``kv_cache`` the mask is [batch, total] and there are further inputs ``position_ids`` [batch, sequence], if
+    the model takes any, and ``past_key_values.{i}.key`` and ``.value`` [batch, kv_heads, past, head_dim]; further
+    outputs are ``present.{i}.key`` and ``.value`` [batch, kv_heads, total, head_dim], where total = past + sequence.
 
     Raises:
         BismoothError: the model cannot be traced.
     """
-    with fake_transformer(cls, config) as (model, inputs):
-        result = cast(Mapping[str, Any], model(**inputs))
+    with fake_transformer(cls, config, kv_cache=kv_cache) as fake:
+        result = cast(Mapping[str, Any], fake.model(**fake.arguments))
+        outputs = [name for name, value in result.items() if isinstance(value, torch.Tensor)]
+        shapes: dict[str, Any] = {name: {0: BATCH, 1: SEQUENCE} for name in fake.inputs}
+        names = list(fake.inputs)
+        if fake.cache is not None:
+            shapes["attention_mask"] = {0: BATCH, 1: TOTAL}
+            shapes[PAST] = [{0: BATCH, 2: PAST_LENGTH} for _ in fake.cache.tensors]
+            names += fake.cache.names(PAST)
+            outputs += fake.cache.names(PRESENT)
+        _name_parameters(fake.model, list(fake.arguments))
         graph = trace(
-            model,
-            kwargs=inputs,
-            dynamic_shapes={name: dict(enumerate(_AXES)) for name in inputs},
-            input_names=list(inputs),
-            output_names=[name for name, value in result.items() if isinstance(value, torch.Tensor)],
+            fake.model,
+            kwargs=fake.arguments,
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=outputs,
         )
+    for value in graph.graph.outputs:
+        if is_present(cast(str, value.name)):  # the exporter calls it "past + sequence"
+            batch, heads, _, size = cast(ir.Shape, value.shape)
+            value.shape = ir.Shape([batch, heads, TOTAL, size])
     give_values(graph, buffers)
     return graph
+
+
+def _name_parameters(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Let the model's ``forward`` show these parameters: torch gives no shapes to those that ``**kwargs`` takes."""
+    forward = cast(Any, model.forward)
+
+    def named(**arguments: Any) -> Any:
+        return forward(**arguments)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    cast(Any, named).__signature__ = inspect.Signature(parameters)
+    model.forward = named
 
 
 def trace(

@@ -107,7 +107,7 @@ class _Walk:
         if not (labels != NONE).any():
             return
         self.values[value] = _State(labels, state.crossed)
-        if value in self.index.outputs:
+        if value in self.index.outputs and value not in self.index.caches:
             self.pin(labels, "the channel is an output of the graph", value)
         for node in self.index.users(value):
             if not self.index.owns(node):

@@ -52,7 +52,10 @@ def _repeat(visit: Visit) -> list[Labels | None]:
 
 
 def _concat(visit: Visit) -> list[Labels | None]:
-    parts = [visit.full(place) for place in range(len(visit.node.inputs))]
+    places = range(len(visit.node.inputs))
+    if visit.node.outputs[0].name in visit.index.caches:  # what it appends to came out of it, scaled alike
+        places = places[1:]
+    parts = [visit.full(place) for place in places]
     axis = visit.axis(parts[0].ndim)
     if isinstance(visit.out_dims()[axis], int):
         return [np.concatenate(parts, axis=axis)]

@@ -10,6 +10,7 @@ import onnx
 import onnx.shape_inference
 from google.protobuf.message import DecodeError
 
+from ..export.cache_names import is_present, past_of
 from ..export.errors import BismoothError
 from ..export.replacing import replacing
 from ..passes import constants
@@ -74,6 +75,7 @@ class Index:
         values: Every value and initializer by name.
         outputs: Names of the graph's outputs.
         constants: Names of the values that depend on no graph input.
+        caches: Graph output → graph input: pairs of which the input takes, run after run, what the output gave.
     """
 
     nodes: dict[str, Node]
@@ -81,6 +83,7 @@ class Index:
     values: dict[str, Tensor]
     outputs: frozenset[str]
     constants: frozenset[str]
+    caches: dict[str, str]
 
     @classmethod
     def of(cls, graph: Graph) -> "Index":
@@ -97,6 +100,7 @@ class Index:
             values=values,
             outputs=frozenset(tensor.name for tensor in graph.outputs),
             constants=frozenset(known),
+            caches=find_caches(graph),
         )
 
     def producer(self, value: str) -> Node | None:
@@ -119,6 +123,19 @@ class Index:
     def array(self, value: str) -> Array | None:
         """A small constant, or a constant expression of small constants, as numpy; None if it is neither."""
         return constants.evaluate(self.values[value]) if value in self.constants else None
+
+
+def find_caches(graph: Graph) -> dict[str, str]:
+    """Outputs that are a graph's input with more positions behind it, and that input: keys and values of attention."""
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    outputs = [tensor for tensor in graph.outputs if is_present(tensor.name)]
+    pairs = {tensor.name: past_of(tensor.name) for tensor in outputs}
+    grown = {tensor.name for tensor in outputs if tensor.inputs and tensor.inputs[0].op == "Concat"}
+    return {
+        tensor.name: pairs[tensor.name]
+        for tensor in outputs
+        if tensor.name in grown and tensor.inputs[0].inputs[0] is inputs.get(pairs[tensor.name])
+    }
 
 
 def stored_place(index: Index, value: str, folder: Path) -> tuple[str, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..passes._gs import Dim, Graph, Node, Tensor, copy_node, copy_tensor, dtype_of, is_constant, make_graph, shape_of
-from ..passes.graph import Index
+from ..passes.graph import Index, find_caches
 from ..passes.sites import Site
 
 BATCH, LENGTH = 2, 7
@@ -24,12 +24,14 @@ class Sizes:
 
     @classmethod
     def of(cls, graph: Graph) -> "Sizes":
-        """Numbers for the symbolic dimensions of the graph's inputs."""
+        """Numbers for the symbolic dimensions of the graph's inputs; caches are empty."""
         names: dict[str, int] = {}
-        for tensor in graph.inputs:
+        caches = set(find_caches(graph).values())
+        for tensor in sorted(graph.inputs, key=lambda tensor: tensor.name not in caches):
             for axis, dim in enumerate(shape_of(tensor) or ()):
                 if isinstance(dim, str):
-                    names.setdefault(dim, BATCH if axis == 0 else LENGTH)
+                    length = 0 if tensor.name in caches else LENGTH
+                    names.setdefault(dim, BATCH if axis == 0 else length)
         return cls(names)
 
     def known(self, dim: Dim) -> int | None:

@@ -76,6 +76,14 @@ Dims = Annotated[
     list[str],
     typer.Option("--dim", metavar="NAME=MIN:OPT:MAX...", help="Sizes of any other dynamic dimension, by its name."),
 ]
+Capacity = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Positions per row that an engine has room for, text and padding, if it keeps keys and values.",
+    ),
+]
 AllowFloat = Annotated[
     bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
 ]
@@ -95,6 +103,14 @@ Rows = Annotated[int, typer.Option(min=1, metavar="N", help="Token rows kept per
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the token rows.")]
 Opset = Annotated[
     int, typer.Option(metavar="N", help="ONNX opset; 20 decomposes norms and attention, for TensorRT 10.")
+]
+KvCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--kv-cache/--no-kv-cache",
+        help="Whether the graph keeps keys and values between runs, to generate text. By default, if the model can.",
+        show_default=False,
+    ),
 ]
 ComputeOption = Annotated[
     ComputeType,

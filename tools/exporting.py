@@ -29,6 +29,7 @@ def export(
     *,
     dtype: ComputeType = ComputeType.FLOAT16,
     opset: int = 23,
+    kv_cache: bool | None = None,
     trust_remote_code: bool = False,
     copy_weights: bool = False,
     force: bool = False,
@@ -40,6 +41,8 @@ def export(
         output: the folder to write.
         dtype: float type of the deployed graph.
         opset: ONNX opset, 23 or 20.
+        kv_cache: whether the graph takes keys and values of earlier tokens as inputs and gives them as outputs; by
+            default, if the model generates text.
         trust_remote_code: run Python code that comes with the model.
         copy_weights: copy the weight files instead of linking them, in everything that is made of the artifact too.
         force: replace an artifact at ``output``.
@@ -47,12 +50,15 @@ def export(
     Raises:
         BismoothError: the source or the output folder cannot be used, or there is no such opset.
     """
-    options = export_options(dtype, opset, trust_remote_code=trust_remote_code, copy_weights=copy_weights)
+    options = export_options(
+        dtype, opset, kv_cache=kv_cache, trust_remote_code=trust_remote_code, copy_weights=copy_weights
+    )
     with console.progress() as progress:
         return _exported(
             lambda folder: export_model(
                 source,
                 folder,
+                kv_cache=kv_cache,
                 trust_remote_code=trust_remote_code,
                 weights="copy" if copy_weights else "link",
                 progress=progress,
@@ -107,7 +113,12 @@ def _place_for_links(source: str | Path, trust_remote_code: bool) -> Path:
 
 
 def export_options(
-    dtype: ComputeType, opset: int, *, trust_remote_code: bool = False, copy_weights: bool = False
+    dtype: ComputeType,
+    opset: int,
+    *,
+    kv_cache: bool | None = None,
+    trust_remote_code: bool = False,
+    copy_weights: bool = False,
 ) -> dict[str, Any]:
     """What decides, beside the source, how an artifact comes out: the manifest's entry of the stage.
 
@@ -120,6 +131,7 @@ def export_options(
         "stage": "export",
         "dtype": str(dtype),
         "opset": opset,
+        "kv_cache": kv_cache,
         "trust_remote_code": trust_remote_code,
         "copy_weights": copy_weights,
     }
