@@ -78,7 +78,7 @@ def assert_same_tokens(logits: NDArray[np.float32], tokens: NDArray[np.int64], r
     second, first = np.moveaxis(np.sort(reference, axis=-1)[..., -2:], -1, 0)
     clear = np.logical_and.accumulate(first - second > MARGIN, axis=0).T
     np.testing.assert_array_equal(logits.argmax(-1).T[clear], tokens[clear])
-    return np.count_nonzero(clear)
+    return int(np.count_nonzero(clear))
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bert"])
