@@ -153,7 +153,7 @@ def spread(args: Iterable[str], several: set[str]) -> Iterator[str]:
     option: str | None = None
     values = 0
     for arg in args:
-        if arg.startswith("-"):
+        if arg.startswith("-") and arg != "-":  # which stands for stdin
             option, values = (arg, 0) if arg in several else (None, 0)
         elif option is not None:
             values += 1
