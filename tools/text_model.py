@@ -20,8 +20,12 @@ from . import console
 from .engines import engine_file
 from .shipped import engine_folders, engine_of
 
-DECODERS: Mapping[str, tuple[str, str]] = {"onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder")}
-"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file and ``threads``."""
+DECODERS: Mapping[str, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder"),
+    "tensorrt-rtx": ("tensorrt_decoder", "TensorRTDecoder"),
+    "tensorrt": ("tensorrt_decoder", "TensorRTDecoder"),
+}
+"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file; on a CPU also ``threads``."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def open_decoder(path: Path, threads: int | None = None) -> Decoder:
         threads: threads per operator, of engines that run on the CPU; one per core by default.
 
     Raises:
-        BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded.
+        BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded; or threads for
+            one that runs on a GPU.
     """
     return _open(_engine_folder(path), threads)
 
@@ -96,9 +101,14 @@ def _open(folder: Artifact, threads: int | None) -> Decoder:
             f"{folder.path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
             f"Run 'bismooth build ART --engine {next(iter(DECODERS))}'."
         )
+    on_cpu = engine == "onnxruntime"
+    if threads is not None and not on_cpu:
+        raise BismoothError(
+            f"--threads {threads}: has no effect on engine {engine}, which runs on a GPU. Leave it out."
+        )
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    return decoder(folder.path / engine_file(engine), threads=threads)
+    return decoder(folder.path / engine_file(engine), **({"threads": threads} if on_cpu else {}))
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
