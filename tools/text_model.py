@@ -90,7 +90,8 @@ def open_decoder(path: Path, threads: int | None = None) -> Decoder:
         threads: threads per operator, of engines that run on the CPU; one per core by default.
 
     Raises:
-        BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded.
+        BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded; or threads for
+            one that runs on a GPU.
     """
     return _open(_engine_folder(path), threads)
 

@@ -10,8 +10,9 @@ import pytest
 
 from bismooth.export.errors import BismoothError
 from bismooth.tools.text_model import open_decoder, open_text_model, stop_tokens
-from tests import artifacts
+from tests import artifacts, fake_decoding
 from tests import toy_tokenizers as toy
+from tests.cached_model import VOCAB
 from tests.chat_engine import make_engine, run_on, words_engine
 from tests.numpy_decoder import NumpyDecoder
 
@@ -67,6 +68,17 @@ def test_stop_tokens_that_are_no_numbers(value: object, tmp_path: Path) -> None:
     message = f"generation_config.json: eos_token_id is {value!r}. Expected a number, or a list of numbers."
     with pytest.raises(BismoothError, match=re.escape(message)):
         stop_tokens(path, toy.words())
+
+
+@pytest.mark.parametrize("engine", ["tensorrt-rtx", "tensorrt"])
+def test_an_engine_for_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_decoding.install(monkeypatch)
+    path = words_engine(tmp_path / "engine", engine=engine)
+    fake_decoding.write_decoding_engine(path, runtime=engine)
+    with open_decoder(path) as decoder:
+        assert (decoder.capacity, decoder.vocab_size) == (fake_decoding.CAPACITY, VOCAB)
+    with pytest.raises(BismoothError, match=f"--threads 2: has no effect on engine {engine}, which runs on a GPU"):
+        open_decoder(path, 2)
 
 
 def test_an_engine_that_cannot_decode(tmp_path: Path) -> None:
