@@ -22,7 +22,7 @@ from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
-from .onnxruntime import MODES, PROVIDERS, import_onnxruntime, reason_of
+from .onnxruntime import PROVIDERS, entries_of, import_onnxruntime, reason_of
 from .publish import publish
 
 _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
@@ -84,7 +84,7 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     entries = {
         "session.optimized_model_external_initializers_file_name": "optimized.bin",
         "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        **MODES["int8"],
+        **entries_of(runtime, "int8"),
     }
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
