@@ -43,7 +43,7 @@ class ChatTemplate:
             BismoothError: a file cannot be read, or none of several templates is called default.
         """
         config = read_json(folder / _CONFIG)
-        special = {name: text for name, value in config.items() if (text := _token(name, value)) is not None}
+        special = special_tokens(folder)
         if (path := folder / _FILE).is_file():
             return ChatTemplate(_read(path), special, str(path))
         label = str(folder / _CONFIG)
@@ -77,6 +77,16 @@ class ChatTemplate:
                 f"{self.label}: the chat template cannot be rendered: {str(error) or type(error).__name__}. "
                 "Expected messages as the template wants them. Mend the template, or generate with --no-chat."
             ) from error
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens of ``tokenizer_config.json`` by name: ``bos_token``, ``eos_token``, …
+
+    Raises:
+        BismoothError: the file cannot be read.
+    """
+    config = read_json(folder / _CONFIG)
+    return {name: text for name, value in config.items() if (text := _token(name, value)) is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,7 +148,7 @@ def _environment() -> Any:
     except ImportError as error:
         raise BismoothError(
             f"jinja2: cannot be imported ({error}), and chat templates need it. "
-            'Run: pip install "bismooth[runtime]", or generate with --no-chat.'
+            "Run: pip install 'jinja2>=3.1.6', or generate with --no-chat."
         ) from error
 
     class Generation(extensions.Extension):

@@ -68,7 +68,7 @@ class Generation:
         limit: int = 256,
     ) -> None:
         _check_prompts(prompts, decoder.vocab_size)
-        self._decoder, self._stop, self._limit = decoder, stop, limit
+        self._decoder, self._stop, self.limit = decoder, stop, limit
         self._sampler = Sampler(sampling, len(prompts))
         self._ids, self._mask = pad_left(prompts)
         self.rows = [Row() for _ in prompts]
@@ -120,7 +120,7 @@ class Generation:
                 continue
             made[number] = token
             row.tokens.append(token)
-            if len(row.tokens) >= self._limit:
+            if len(row.tokens) >= self.limit:
                 row.ended = Ended.LENGTH
             elif is_full:
                 row.ended = Ended.CAPACITY

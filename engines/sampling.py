@@ -46,6 +46,10 @@ class Sampling:
                 raise BismoothError(f"sampling: {name} is {value}. Expected {expected}.")
 
 
+GREEDY = Sampling()
+"""The likeliest tokens."""
+
+
 class Sampler:
     """Draws tokens for the rows of one batch.
 

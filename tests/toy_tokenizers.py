@@ -75,5 +75,3 @@ def _with_end(tokenizer: Tokenizer) -> Tokenizer:
     untyped.add_special_tokens([AddedToken(END, special=True)])
     untyped.add_tokens([AddedToken("<tool>", special=False)])
     return tokenizer
-
-

@@ -12,11 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engines.sampling import Sampling
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
     from .tools.compare import compare
     from .tools.diagnose import diagnose
+    from .tools.generate import generate
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
     from .tools.stages import export as export_model
@@ -29,6 +31,7 @@ __all__ = [
     "BismoothError",
     "GateError",
     "Recipe",
+    "Sampling",
     "__version__",
     "build",
     "calibrate",
@@ -37,6 +40,7 @@ __all__ = [
     "diagnose",
     "export_model",
     "export_module",
+    "generate",
     "inspect",
     "quantize",
     "standin",
@@ -49,6 +53,7 @@ _HOME = {
     "BismoothError": ("bismooth.export.errors", "BismoothError"),
     "GateError": ("bismooth.export.errors", "GateError"),
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
+    "Sampling": ("bismooth.engines.sampling", "Sampling"),
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
     "compare": ("bismooth.tools.compare", "compare"),
@@ -56,6 +61,7 @@ _HOME = {
     "diagnose": ("bismooth.tools.diagnose", "diagnose"),
     "export_model": (_STAGES, "export"),
     "export_module": (_STAGES, "export_module"),
+    "generate": ("bismooth.tools.generate", "generate"),
     "inspect": (_STAGES, "inspect"),
     "quantize": (_STAGES, "quantize"),
     "standin": ("bismooth.tools.standin", "standin"),

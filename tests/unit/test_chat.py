@@ -89,7 +89,9 @@ def test_the_text_is_that_of_transformers(
 ) -> None:
     transformers: Any = pytest.importorskip("transformers")
     tokens = {"bos_token": "<s>", "eos_token": toy.END, "pad_token": "<pad>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=toy.byte_level(), chat_template=template, **tokens)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=toy.byte_level(), chat_template=template, **tokens
+    )
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     assert save(tmp_path, template, **tokens).render(messages, add_generation_prompt=prompt) == expected
     tokenizer.save_pretrained(tmp_path)  # in the layout of this version
@@ -152,7 +154,7 @@ def test_a_template_that_fails_is_named(template: str, reason: str, tmp_path: Pa
 def test_without_jinja2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = save(tmp_path, CHATML)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    message = r'jinja2: cannot be imported \(.*\), and chat templates need it\. Run: pip install "bismooth\[runtime\]"'
+    message = r"jinja2: cannot be imported \(.*\), and chat templates need it\. Run: pip install 'jinja2>=3\.1\.6', or"
     with pytest.raises(BismoothError, match=message):
         chat.render(TURNS)
 

@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bismooth.engines.generation import Ended, Generation, pad_left
-from bismooth.engines.sampling import Sampling
+from bismooth.engines.sampling import GREEDY, Sampling
 from bismooth.export.errors import BismoothError
 from tests.numpy_decoder import NumpyDecoder, ScriptedDecoder
-
-GREEDY = Sampling()
 
 
 def reference(prompt: list[int], count: int, vocab_size: int = 11) -> list[int]:
@@ -143,7 +141,10 @@ def test_samples_are_those_of_the_seed() -> None:
     [
         ([], "generate: Expected one or more prompts, got none."),
         ([[1], []], "generate: prompt 1 has no tokens. Expected some text"),
-        ([[1, 11]], "generate: prompt 0 has the token 11, but the model knows 11. Expected the tokenizer of the model."),
+        (
+            [[1, 11]],
+            "generate: prompt 0 has the token 11, but the model knows 11. Expected the tokenizer of the model.",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], message: str) -> None:
