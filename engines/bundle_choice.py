@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..export.errors import BismoothError
 from .bundle import Bundle, BundledEngine
 from .cuda import Device, cuda_available, load_cuda
-from .tensorrt_runtime import RUNTIMES, Runtime, load_module
+from .tensorrt_runtime import RUNTIMES, load_module
 
 CPU = "onnxruntime"
 
@@ -33,13 +33,13 @@ def choose_engine(bundle: Bundle, name: str | None = None) -> Choice:
     if name is not None:
         return Choice(bundle.engine(name), f"{name}, as asked for")
     engines = [engine for engine in bundle.engines if engine.runtime in RUNTIMES]
+    gpu = (cuda_available() or load_cuda().device()) if engines else ""
     why_not: list[str] = []
-    gpu = _find_gpu() if engines else None
     for engine in engines:
-        reason = gpu if isinstance(gpu, str) else gpu and _why_not(engine, RUNTIMES[engine.runtime], gpu)
-        if not reason and isinstance(gpu, Device):
-            return Choice(engine, f"{engine.name} on {gpu.name} (SM{gpu.capability})")
-        why_not.append(f"{engine.name}: {reason}")
+        found = _on_gpu(engine, gpu)
+        if isinstance(found, Choice):
+            return found
+        why_not.append(f"{engine.name}: {found}")
     for engine in bundle.engines:
         if engine.runtime == CPU:
             return Choice(engine, _on_cpu(engine, why_not))
@@ -53,20 +53,18 @@ def _on_cpu(engine: BundledEngine, why_not: Sequence[str]) -> str:
     return f"{engine.name} on the CPU" + (f" ({'; '.join(why_not)})" if why_not else "")
 
 
-def _find_gpu() -> Device | str:
-    """The first GPU, or why there is none."""
-    return cuda_available() or load_cuda().device()
-
-
-def _why_not(engine: BundledEngine, runtime: Runtime, gpu: Device) -> str | None:
-    """Why the engine does not run on that GPU; ``None`` if it does."""
+def _on_gpu(engine: BundledEngine, gpu: Device | str) -> Choice | str:
+    """The engine on that GPU, or why it does not run; ``gpu`` may itself be the reason why there is none."""
+    if isinstance(gpu, str):
+        return gpu
     if gpu.capability not in engine.capabilities:
         built = ", ".join(f"SM{capability}" for capability in engine.capabilities) or "a GPU that is not on record"
         return f"it was built for {built}, and {gpu.name} is SM{gpu.capability}"
+    runtime = RUNTIMES[engine.runtime]
     try:
         version: str = load_module(runtime).__version__
     except BismoothError as error:
         return str(error).removesuffix(".")
     if version != engine.version:
         return f"it runs with {runtime.title} {engine.version} alone, and {version} is installed"
-    return None
+    return Choice(engine, f"{engine.name} on {gpu.name} (SM{gpu.capability})")

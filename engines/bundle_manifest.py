@@ -40,11 +40,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, document: Mapping[str, Any]) -> str:
     """Write ``document``, all but its format, version and hash, as the manifest of ``folder``; returns that hash."""
     content = {"format": FORMAT, "version": FORMAT_VERSION, **document}
-    sealed = content | {"sha256": _digest(content)}
+    digest = _digest(content)
+    sealed = {**content, "sha256": digest}
     _check(sealed)
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(sealed, indent=2) + "\n", "utf-8")
-    return sealed["sha256"]
+    return digest
 
 
 def is_bundle(folder: Path) -> bool:
@@ -74,16 +75,16 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(document: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``document`` is a whole manifest that names files of its folder alone."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
+    import jsonschema  # 80 ms
 
     if (version := document.get("version")) != FORMAT_VERSION:
         raise ValueError(f"it has format version {version!r}, this bismooth reads version {FORMAT_VERSION}")
     expected = _digest({key: value for key, value in document.items() if key != "sha256"})
     if (said := document.get("sha256")) != expected:
         raise ValueError(f"it was changed: it says that its SHA-256 is {said}, and it is {expected}")
-    validator = Draft202012Validator(json.loads(_SCHEMA.read_text("utf-8")))
-    if error := best_match(validator.iter_errors(document)):  # pyright: ignore[reportUnknownMemberType]
+    library: Any = jsonschema  # its types are partial
+    validator = library.Draft202012Validator(json.loads(_SCHEMA.read_text("utf-8")))
+    if error := library.exceptions.best_match(validator.iter_errors(document)):
         raise ValueError(f"{error.json_path}: {error.message}")
     files: dict[str, Any] = document["files"]
     for name in files:

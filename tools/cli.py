@@ -21,6 +21,7 @@ from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
 from .cli_app import app, command, finish
+from .cli_bundle import package
 from .cli_errors import report
 from .entry import INTERRUPTED
 
@@ -399,3 +400,6 @@ def recipes(
         console.show_json(Recipe.load(name).to_dict())
     else:
         sys.stdout.write(Recipe.load(name).to_yaml())
+
+
+command(package)
