@@ -56,8 +56,8 @@ def limits(manifest: Mapping[str, Any]) -> Iterator[str]:
         for name in sorted(manifest["engines"].keys() - {*verdict["engines"]}):
             yield f"The engine `{name}` was built after the verification; its own audit lies beside it."
         yield (
-            "Figures are of one text. They say how close the model is to its source on text of that kind, and nothing of "
-            "how good the source is."
+            "Figures are of one text. They say how close the model is to its source on text of that kind, and nothing "
+            "of how good the source is."
         )
     for name, engine in manifest["engines"].items():
         if left := engine["audit"]["fallbacks"]:

@@ -59,7 +59,7 @@ def find_licence(artifact: Artifact, stated: str | None = None) -> Licence:
 
 
 def licence_of_card(path: Path) -> str | None:
-    """What the YAML header of a model card gives as ``license``; for ``other``, its ``license_name`` if there is one."""
+    """What the YAML header of a model card gives as ``license``; of ``other``, its ``license_name``."""
     header = _HEADER.match(path.read_text("utf-8", errors="replace"))
     try:
         document: Any = yaml.safe_load(header[1]) if header else None

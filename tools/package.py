@@ -96,6 +96,7 @@ def package(
     what = "a bundle of 'bismooth package'"
     with new_folder(output, what, force=force, replaceable=is_bundle) as folder:
         files = _fill(folder, _plan(loaded, chosen, found), chosen, copy=copies_weights(loaded))
+        _trim(folder, chosen, files)
         manifest = describe(loaded, chosen, found, verdict, files)
         (folder / CARD).write_text(model_card(manifest), "utf-8")
         manifest["files"] = files | {CARD: _record(folder / CARD)}
@@ -221,6 +222,19 @@ def _fill(
             _share(target, stored.setdefault((record["size"], record["sha256"]), target))
             progress("package", done + 1, len(plan))
     return records
+
+
+def _trim(folder: Path, engines: Sequence[ShippedEngine], files: dict[str, dict[str, Any]]) -> None:
+    """Leave out weights that no graph reads, and bring ``files`` up to date."""
+    from .trim import trim_weights
+
+    for engine in engines:
+        place = folder / _place(engine, "")
+        if engine.file.suffix == ".onnx" and trim_weights(place / engine.file.name):
+            found = {path.relative_to(folder).as_posix() for path in place.rglob("*") if path.is_file()}
+            for name in [name for name in files if name.startswith(_place(engine, "")) and name not in found]:
+                del files[name]
+            files |= {name: _record(folder / name) for name in found}
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -84,14 +84,14 @@ def read_verdict(artifact: Artifact) -> dict[str, Any] | None:
                 f"{path}: is no verdict on this artifact. Expected {key} {expected}, got {got}. "
                 "Run 'bismooth verify' again."
             )
-    audited = next((hop.metrics.get("engines", {}) for hop in hops if hop.hop is Hop.AUDIT), {})
+    audited = [name for hop in hops if hop.hop is Hop.AUDIT for name in hop.metrics.get("engines", ())]
     return {
         **short,
         "data": names,
         "data_sha256": document.get("data_sha256"),
         **{key: document.get(key) for key in _FIGURES},
         "hops": [hop.to_row() | {"note": hop.note()} for hop in hops],
-        "engines": sorted(audited),
+        "engines": audited,
     }
 
 
