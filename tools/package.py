@@ -97,6 +97,7 @@ def package(
     with new_folder(output, what, force=force, replaceable=is_bundle) as folder:
         files = _fill(folder, _plan(loaded, chosen, found), chosen, copy=copies_weights(loaded))
         _trim(folder, chosen, files)
+        _share(folder, files)
         manifest = describe(loaded, chosen, found, verdict, files)
         (folder / CARD).write_text(model_card(manifest), "utf-8")
         manifest["files"] = files | {CARD: _record(folder / CARD)}
@@ -207,7 +208,6 @@ def _fill(
     """
     expected = {_place(engine, name): digest for engine in engines for name, digest in engine.manifest.hashes.items()}
     records: dict[str, dict[str, Any]] = {}
-    stored: dict[tuple[int, str], Path] = {}
     with console.progress() as progress:
         for done, (name, source) in enumerate(plan.items()):
             target = folder / name
@@ -219,7 +219,6 @@ def _fill(
                     f"{source}: was changed since the engine was built: expected SHA-256 {digest}, got "
                     f"{record['sha256']}. Build the engine again."
                 )
-            _share(target, stored.setdefault((record["size"], record["sha256"]), target))
             progress("package", done + 1, len(plan))
     return records
 
@@ -241,11 +240,13 @@ def _record(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def _share(target: Path, first: Path) -> None:
-    """Store the same bytes once: make ``target`` a link of ``first``, where the system permits it."""
-    if target.samefile(first) or target.stat().st_size <= SMALL_BYTES:
-        return
-    link = target.with_name(f"{target.name}.link")
-    with suppress(OSError):
-        os.link(first, link)
-        link.replace(target)
+def _share(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Store large files with the same bytes once: the second is a link of the first, where the system permits it."""
+    first: dict[str, Path] = {}
+    for name, record in files.items():
+        target, stored = folder / name, first.setdefault(record["sha256"], folder / name)
+        if record["size"] > SMALL_BYTES and not target.samefile(stored):
+            link = target.with_name(f"{target.name}.link")
+            with suppress(OSError):
+                os.link(stored, link)
+                link.replace(target)
