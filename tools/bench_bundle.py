@@ -53,7 +53,7 @@ print(json.dumps(seconds))
 
 @dataclass(frozen=True)
 class StartResult:
-    """Medians per way to check the files, in seconds since the process began to import; ``process`` is the whole run."""
+    """Medians per way to check the files: seconds from the first import to the end of each step."""
 
     rows: tuple[dict[str, Any], ...]
 

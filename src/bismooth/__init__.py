@@ -12,11 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engines.bundle import Bundle
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
     from .tools.compare import compare
     from .tools.diagnose import diagnose
+    from .tools.package import package
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
     from .tools.stages import export as export_model
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "BismoothError",
+    "Bundle",
     "GateError",
     "Recipe",
     "__version__",
@@ -38,6 +41,7 @@ __all__ = [
     "export_model",
     "export_module",
     "inspect",
+    "package",
     "quantize",
     "standin",
     "verify",
@@ -47,6 +51,7 @@ _STAGES = "bismooth.tools.stages"
 _HOME = {
     "Artifact": ("bismooth.export.artifact", "Artifact"),
     "BismoothError": ("bismooth.export.errors", "BismoothError"),
+    "Bundle": ("bismooth.engines.bundle", "Bundle"),
     "GateError": ("bismooth.export.errors", "GateError"),
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
     "build": (_STAGES, "build"),
@@ -57,6 +62,7 @@ _HOME = {
     "export_model": (_STAGES, "export"),
     "export_module": (_STAGES, "export_module"),
     "inspect": (_STAGES, "inspect"),
+    "package": ("bismooth.tools.package", "package"),
     "quantize": (_STAGES, "quantize"),
     "standin": ("bismooth.tools.standin", "standin"),
     "verify": (_STAGES, "verify"),

@@ -31,6 +31,7 @@ COMMANDS = [
     "compile",
     "diagnose",
     "standin",
+    "package",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -42,6 +43,7 @@ USAGE = {
     "inspect": "inspect art",
     "diagnose": "diagnose model",
     "standin": "standin model -o bad",
+    "package": "package art -o bundle",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
@@ -76,7 +78,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline", "compare", "diagnose", "standin"):
+    for module in ("stages", "pipeline", "compare", "diagnose", "standin", "package"):
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
@@ -123,6 +125,16 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == (Path("FILE.onnx"),)
     assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
     assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
+
+
+def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.outcome = {"size_bytes": 1, "warnings": ["the licence is not known."]}
+    assert run("package ART --engine onnxruntime rtx --licence mit -o BUNDLE --json") == 0
+    assert stages.positional == (Path("ART"), Path("BUNDLE"))
+    assert stages.named == {"engines": ("onnxruntime", "rtx"), "licence": "mit", "force": False}
+    captured = capsys.readouterr()
+    assert captured.err == "warning: the licence is not known.\n"
+    assert json.loads(captured.out) == stages.outcome
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
