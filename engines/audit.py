@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 _GEMM = "gemm"
 _FUSED_GEMM = "runtime_fusion"
 _INT8 = "Int8"
-_CONTROL = frozenset({"shape_call", "signal", "wait"})
+_CONTROL = frozenset({"shape_call", "signal", "wait", "ShapeHostToDevice"})
 _ATTENTION = re.compile(r"mha|flash", re.IGNORECASE)
 _ACTIVATION_MEMORY = re.compile(r"^Total Activation Memory: (\d+) bytes", re.MULTILINE)
 _SHOWN = 10
@@ -66,18 +66,17 @@ class LinearAudit:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """The audit of one engine.
+class Figures:
+    """The kernels that run for one optimization profile.
 
     Attributes:
-        kinds: number of kernels by LayerType, control steps (``signal``, ``wait``, ``shape_call``) included.
+        kinds: number of kernels by LayerType, control steps (``signal``, ``wait``, ``shape_call`` …) included.
         gemms: kernels that compute the linears; fewer than linears where q, k and v are merged.
         int8_gemms: those of them that are INT8 x INT8 products.
         fused_attention: fused attention kernels.
         activation_bytes: device memory for activations at the largest shapes, ``None`` if unknown.
     """
 
-    linears: tuple[LinearAudit, ...]
     kinds: Mapping[str, int]
     gemms: int
     int8_gemms: int
@@ -88,6 +87,30 @@ class Audit:
     def kernels(self) -> int:
         """Number of kernels without control steps."""
         return sum(count for kind, count in self.kinds.items() if kind not in _CONTROL)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "kernels": self.kernels,
+            "kinds": dict(self.kinds),
+            "gemms": self.gemms,
+            "int8_gemms": self.int8_gemms,
+            "fused_attention": self.fused_attention,
+            "activation_bytes": self.activation_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Audit(Figures):
+    """The audit of one engine. Its own figures are those of the first optimization profile.
+
+    Attributes:
+        linears: how each runs, in the profile in which it runs worst.
+        others: figures of the second and later profiles.
+    """
+
+    linears: tuple[LinearAudit, ...] = ()
+    others: tuple[Figures, ...] = ()
 
     def int8_share(self, *, with_head: bool) -> float:
         """Share of the linears' multiply-accumulates that run as INT8 x INT8, from 0 to 1."""
@@ -131,12 +154,8 @@ class Audit:
             "int8_share_with_head": self.int8_share(with_head=True),
             "int8_linears": sum(linear.int8 for linear in self.linears),
             "fallbacks": [linear.node for linear in self.fallbacks],
-            "kernels": self.kernels,
-            "kinds": dict(self.kinds),
-            "gemms": self.gemms,
-            "int8_gemms": self.int8_gemms,
-            "fused_attention": self.fused_attention,
-            "activation_bytes": self.activation_bytes,
+            **self.figures(),
+            **({"others": [figures.figures() for figures in self.others]} if self.others else {}),
             "linears": [asdict(linear) for linear in self.linears],
         }
 
@@ -146,9 +165,12 @@ class Audit:
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"it has audit version {data['version']}, this bismooth reads version {FORMAT_VERSION}")
         linears: list[dict[str, Any]] = data["linears"]
-        figures = ("kinds", "gemms", "int8_gemms", "fused_attention", "activation_bytes")
-        audits = tuple(LinearAudit.from_json(linear) for linear in linears)
-        return Audit(audits, **{figure: data[figure] for figure in figures})
+        others: list[dict[str, Any]] = data.get("others", [])
+        return Audit(
+            **_read_figures(data),
+            linears=tuple(LinearAudit.from_json(linear) for linear in linears),
+            others=tuple(Figures(**_read_figures(figures)) for figures in others),
+        )
 
 
 def audit_log(log: str, linears: Sequence[Linear], meant_int8: Iterable[str] = ()) -> Audit:
@@ -162,35 +184,40 @@ def audit_log(log: str, linears: Sequence[Linear], meant_int8: Iterable[str] = (
     Raises:
         BismoothError: the log cannot be read, no kernel names a linear, or ``meant_int8`` names something else.
     """
-    memory = _ACTIVATION_MEMORY.findall(log)
-    return audit_kernels(read_kernels(log), linears, meant_int8, int(memory[-1]) if memory else None)
+    return audit_kernels(
+        read_kernels(log), linears, meant_int8, [int(size) for size in _ACTIVATION_MEMORY.findall(log)]
+    )
 
 
 def audit_kernels(
     kernels: Sequence[Kernel],
     linears: Sequence[Linear],
     meant_int8: Iterable[str] = (),
-    activation_bytes: int | None = None,
+    activation_bytes: Sequence[int] = (),
 ) -> Audit:
-    """Audit a list of kernels; see :func:`audit_log`."""
+    """Audit a list of kernels; see :func:`audit_log`. ``activation_bytes`` ends with one per profile."""
     meant = check_meant(linears, meant_int8)
     by_node = {linear.node: linear for linear in linears}
-    products = _products(kernels, by_node)
-    if linears and not products:
+    count = 1 + max((kernel.profile for kernel in kernels), default=0)
+    profiles = [[kernel for kernel in kernels if kernel.profile == number] for number in range(count)]
+    products = [_products(profile, by_node) for profile in profiles]
+    if linears and not all(products):
+        empty = profiles[next(number for number, found in enumerate(products) if not found)]
         raise BismoothError(
-            f"audit: none of the engine's {len(kernels)} kernels names any of the graph's {len(linears)} linears. "
+            f"audit: none of the engine's {len(empty)} kernels names any of the graph's {len(linears)} linears. "
             f"Expected ONNX names such as '{linears[0].node}' in the kernels' metadata. "
             "Was the engine built from this graph?"
         )
-    used = {kernel.name: kernel for kernel in products.values()}
-    return Audit(
-        tuple(_audit_linear(linear, products, by_node, linear.node in meant) for linear in linears),
-        kinds=dict(Counter(kernel.kind for kernel in kernels)),
-        gemms=len(used),
-        int8_gemms=sum(map(_is_int8, used.values())),
-        fused_attention=sum(map(_is_fused_attention, kernels)),
-        activation_bytes=activation_bytes,
+    memory = [*[None] * count, *activation_bytes][-count:]
+    first, *others = (
+        Figures(**_count(kernels, found), activation_bytes=size)
+        for kernels, found, size in zip(profiles, products, memory, strict=True)
     )
+    audited = [
+        [_audit_linear(linear, found, by_node, linear.node in meant) for linear in linears] for found in products
+    ]
+    worst = tuple(min(runs, key=lambda run: run.int8) for runs in zip(*audited, strict=True))
+    return Audit(**vars(first), linears=worst, others=tuple(others))
 
 
 def check_meant(linears: Sequence[Linear], meant_int8: Iterable[str]) -> frozenset[str]:
@@ -208,6 +235,22 @@ def check_meant(linears: Sequence[Linear], meant_int8: Iterable[str]) -> frozens
             f"Expected one of its {len(known)}.{hint}"
         )
     return meant
+
+
+def _count(kernels: Sequence[Kernel], products: Mapping[str, Kernel]) -> dict[str, Any]:
+    """What :class:`Figures` counts, of the kernels of one profile."""
+    used = {kernel.name: kernel for kernel in products.values()}
+    return {
+        "kinds": dict(Counter(kernel.kind for kernel in kernels)),
+        "gemms": len(used),
+        "int8_gemms": sum(map(_is_int8, used.values())),
+        "fused_attention": sum(map(_is_fused_attention, kernels)),
+    }
+
+
+def _read_figures(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("kinds", "gemms", "int8_gemms", "fused_attention", "activation_bytes")
+    return {name: data[name] for name in names}
 
 
 def _products(kernels: Sequence[Kernel], nodes: Iterable[str]) -> dict[str, Kernel]:

@@ -9,8 +9,12 @@ from typing import Any, Protocol
 
 from ..export.errors import BismoothError
 from .audit import Audit
+from .cache_names import CACHE_LENGTHS
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Of each input by name: minimum, optimum and maximum shape."""
+
 _RECORD_TYPES = {"runtime": str, "version": str, "bytes": int, "sha256": str, "source": dict}
 
 
@@ -32,14 +36,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Profile:
-    """The sizes an engine accepts, by symbolic name of the dimension: ``batch``, ``sequence`` and any ``others``."""
+    """The sizes an engine accepts, by symbolic name of the dimension: ``batch``, ``sequence`` and any ``others``.
+
+    Attributes:
+        capacity: of a graph with caches, positions that a row has room for.
+    """
 
     batch: Span = Span(1, 1, 4)
     sequence: Span = Span(1, 128, 512)
     others: Mapping[str, Span] = field(default_factory=dict[str, Span])
+    capacity: int | None = None
 
     def spans(self) -> dict[str, Span]:
-        return {"batch": self.batch, "sequence": self.sequence, **self.others}
+        """Sizes of every dimension; where there are caches, they and the mask are as long as the capacity."""
+        fixed = Span(self.capacity, self.capacity, self.capacity) if self.capacity else None
+        lengths = dict.fromkeys(CACHE_LENGTHS, fixed) if fixed else {}
+        return {"batch": self.batch, "sequence": self.sequence, **lengths, **self.others}
 
     def shapes(self, tensor: str, dimensions: tuple[int | str | None, ...]) -> tuple[Shape, Shape, Shape]:
         """Minimum, optimum and maximum shape of the input ``tensor``, whose dimensions are sizes or symbolic names.
@@ -90,40 +102,77 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
+class Caches:
+    """How an engine keeps the keys and values of earlier positions: in place, in buffers that its caller binds.
+
+    The engine has two optimization profiles, one for prompts and one for single tokens. In a run, the new keys and
+    values of each row are written where the input ``write_indices`` [batch] says, and nothing else is moved. Logits are
+    those of the new positions that the input ``logits_at`` [kept] lists.
+
+    Attributes:
+        capacity: positions that a row has room for; also the length of ``attention_mask``.
+        aliases: input → output, each [batch, heads, capacity, head size], bound to one buffer. It must not hold NaN.
+        decode: shapes of the second profile, where they differ from the first's, which are the record's.
+    """
+
+    capacity: int
+    aliases: Mapping[str, str]
+    decode: Shapes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "capacity": self.capacity,
+            "aliases": dict(self.aliases),
+            "decode": shapes_to_json(self.decode),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Caches:
+        """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
+        if type(capacity := data["capacity"]) is not int:
+            raise TypeError(f"capacity is {capacity!r}")
+        return Caches(capacity, dict(data["aliases"]), shapes_from_json(data["decode"]))
+
+
+@dataclass(frozen=True)
 class EngineRecord:
     """What an engine file is: stored beside it, so that it can be checked before it is loaded.
 
     Attributes:
         shapes: input name → minimum, optimum and maximum shape; empty if any sizes do.
         sha256: of the engine file.
+        caches: of an engine that decodes on a GPU.
     """
 
     runtime: str
     version: str
     capabilities: tuple[int, ...]
-    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+    shapes: Shapes
     bytes: int
     sha256: str
     source: Mapping[str, Any]
+    caches: Caches | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "runtime": self.runtime,
             "version": self.version,
             "capabilities": list(self.capabilities),
-            "shapes": {name: [list(shape) for shape in shapes] for name, shapes in self.shapes.items()},
+            "shapes": shapes_to_json(self.shapes),
             "bytes": self.bytes,
             "sha256": self.sha256,
             "source": dict(self.source),
+            **({"caches": self.caches.to_json()} if self.caches else {}),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> EngineRecord:
         """Inverse of :meth:`to_json`; raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
         fields = dict(data)
-        triples: Mapping[str, list[list[int]]] = fields["shapes"]
         fields["capabilities"] = tuple(fields["capabilities"])
-        fields["shapes"] = {name: _triple(shapes) for name, shapes in triples.items()}
+        fields["shapes"] = shapes_from_json(fields["shapes"])
+        if "caches" in fields:
+            fields["caches"] = Caches.from_json(fields["caches"])
         record = EngineRecord(**fields)
         for key, kind in _RECORD_TYPES.items():
             if type(value := getattr(record, key)) is not kind:
@@ -176,6 +225,15 @@ class EngineBuilder(Protocol):
             GateError: a linear that was meant to be INT8 is not, and ``request.allow_float`` is false.
         """
         ...
+
+
+def shapes_to_json(shapes: Shapes) -> dict[str, list[list[int]]]:
+    return {name: [list(shape) for shape in triple] for name, triple in shapes.items()}
+
+
+def shapes_from_json(data: Mapping[str, list[list[int]]]) -> Shapes:
+    """Inverse of :func:`shapes_to_json`; raises ``TypeError`` or ``ValueError`` on anything else."""
+    return {name: _triple(shapes) for name, shapes in data.items()}
 
 
 def _triple(shapes: list[list[int]]) -> tuple[Shape, Shape, Shape]:

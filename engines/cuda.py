@@ -63,6 +63,10 @@ class CudaRuntime:
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
 
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Start setting ``size`` bytes of device memory to zero."""
+        self._call("cudaMemsetAsync", address, 0, size, stream)
+
     def create_stream(self) -> int:
         return int(self._call("cudaStreamCreate"))
 

@@ -11,14 +11,17 @@ with one line per kernel and 0x1f (␟) between metadata entries. TensorRT 8.6 t
 ``Constants`` (they follow the activations in ``Inputs``), with ``Format/Datatype`` for ``Datatype``, and with 0x1e or
 nothing between metadata entries.
 
+The kernels of all optimization profiles are listed together. Those of the second and later ones have ONNX names and
+tensors that end in ``[profile 1]``, or stand in one graph (``_myl1_2``: the third kernel of graph 1) with some that do.
+
 NOTE: the format is not documented. Whatever does not parse is an error, never an engine with fewer kernels.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..export.errors import BismoothError
@@ -27,11 +30,13 @@ HEADER = "Layers:"
 _KERNEL = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>| .*? \})\]"
     r"(?:, Constants: \[(?P<constants>| .*? \})\])?, Outputs: \[(?P<outputs>| .*? \})\], (?:.*?, )?"
-    r"TacticName: .*?Metadata: ?(?P<metadata>.*)"
+    r"Tactic(?:Name|Value): .*?Metadata: ?(?P<metadata>.*)"
 )
 _TENSOR = re.compile(
     r"\{ Name: (.*?),(?: Location: \w+,)? Dimensions: \[([-\d,]*)\],.*?Datatype: ([^,}]+?)(?:,.*?)? \}"
 )
+_PROFILE = re.compile(r" \[profile (\d+)\]")
+_GRAPH = re.compile(r"_myl(\d+)_\d+$")
 _ENTRY_END = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: (.*)\]")
 _DRIFT = "This TensorRT version may print it differently; please report it with the log."
@@ -54,7 +59,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One line of the listing: ``kind`` is TensorRT's LayerType, ``nodes`` are the ONNX nodes the kernel came from."""
+    """One line of the listing.
+
+    Attributes:
+        kind: TensorRT's LayerType.
+        nodes: the ONNX nodes the kernel came from.
+        profile: number of the optimization profile that it runs for.
+    """
 
     name: str
     kind: str
@@ -62,6 +73,7 @@ class Kernel:
     constants: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     nodes: tuple[str, ...]
+    profile: int = 0
 
     @property
     def weight(self) -> Tensor | None:
@@ -86,7 +98,10 @@ def read_kernels(log: str) -> tuple[Kernel, ...]:
             f"audit: the builder's log ({log.count(chr(10))} lines) has no '{HEADER}' listing. "
             f"Expected one kernel per line at verbosity DETAILED. {_DRIFT}"
         )
-    kernels = tuple(_read_kernel(line) for line in _listing(log))
+    lines = tuple(_listing(log))
+    kernels = tuple(
+        replace(_read_kernel(line), profile=profile) for line, profile in zip(lines, _profiles(lines), strict=True)
+    )
     if not kernels:
         raise BismoothError(
             f"audit: the '{HEADER}' listing in the builder's log is empty. Expected one line per kernel."
@@ -105,6 +120,22 @@ def _listing(log: str) -> Iterator[str]:
         if not line.strip():
             return
         yield line
+
+
+def _profiles(lines: Sequence[str]) -> list[int]:
+    """The optimization profile of each line."""
+    graphs = [_graph(line) for line in lines]
+    named = [int(match[1]) if (match := _PROFILE.search(line)) else 0 for line in lines]
+    of_graph = dict[str, int]()
+    for graph, profile in zip(graphs, named, strict=True):
+        of_graph[graph] = max(of_graph.get(graph, 0), profile)
+    return [of_graph[graph] if graph else profile for graph, profile in zip(graphs, named, strict=True)]
+
+
+def _graph(line: str) -> str:
+    """The graph of a kernel whose name tells it."""
+    match = _GRAPH.search(line.partition(", LayerType: ")[0])
+    return match[1] if match else ""
 
 
 def _read_kernel(line: str) -> Kernel:

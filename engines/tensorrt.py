@@ -6,17 +6,18 @@ import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..export.errors import BismoothError
 from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
 from .audit import audit_log, check_meant
-from .base import BuildRequest, BuildResult, EngineRecord, PhaseCallback
+from .base import BuildRequest, BuildResult, Caches, EngineRecord, PhaseCallback, Profile, Span
+from .cache_names import KEPT, has_caches
 from .linears import summarize
 from .publish import publish
-from .tensorrt_build import PlanReport, PlanRequest
+from .tensorrt_build import PlanReport, PlanRequest, Spans
 from .tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, require_package
 from .tensorrt_worker import run_worker
 
@@ -37,39 +38,85 @@ class TensorRTBuilder:
         """See :class:`.base.EngineBuilder`."""
         start = time.perf_counter()
         require_package(self.runtime)
-        linears = summarize(request.onnx).linears
-        check_meant(linears, request.meant_int8)
+        graph = summarize(request.onnx)
+        check_meant(graph.linears, request.meant_int8)
+        lowered = _Lowered(request) if has_caches(graph.inputs) else None
         with scratch_folder(request.engine) as folder, _kept_log(folder / "build.log", request.log) as log:
             plan = folder / "engine"
-            report = run_worker(self._plan_request(request, plan, log), on_phase)
-            audit = audit_log(log.read_text("utf-8"), linears, request.meant_int8)
+            asked = self._plan_request(request, plan, log)
+            report = run_worker(lowered.applied(asked, folder) if lowered else asked, on_phase)
+            audit = audit_log(log.read_text("utf-8"), graph.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
-            record = self._record(request, report, plan)
+            record = self._record(request, report, plan, lowered)
             audit_file = publish(plan, request.engine, record, audit)
         return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, report.peak_rss)
 
     def _plan_request(self, request: BuildRequest, plan: Path, log: Path) -> PlanRequest:
-        spans = {name: (span.minimum, span.optimum, span.maximum) for name, span in request.profile.spans().items()}
         return PlanRequest(
             runtime=self.runtime.name,
             onnx=str(request.onnx),
             plan=str(plan),
             log=str(log),
             capabilities=request.capabilities,
-            spans=spans,
+            profiles=(_spans(request.profile),),
         )
 
-    def _record(self, request: BuildRequest, report: PlanReport, plan: Path) -> EngineRecord:
+    def _record(self, request: BuildRequest, report: PlanReport, plan: Path, lowered: _Lowered | None) -> EngineRecord:
         return EngineRecord(
             runtime=self.runtime.name,
             version=report.version,
             capabilities=report.capabilities,
-            shapes=report.shapes,
+            shapes=report.shapes[0],
             bytes=plan.stat().st_size,
             sha256=file_sha256(plan),
             source=request.source,
+            caches=lowered.record(report) if lowered else None,
         )
+
+
+class _Lowered:
+    """A graph with caches, rewritten to keep them in place.
+
+    Raises:
+        BismoothError: the graph cannot be rewritten so, or the caches do not hold the longest sequence.
+    """
+
+    def __init__(self, request: BuildRequest) -> None:
+        from .inplace_caches import update_in_place
+        from .kept_logits import keep_logits
+        from .subgraph import load_graph
+
+        longest, self._capacity = request.profile.sequence.maximum, request.profile.capacity or 0
+        if longest > self._capacity:
+            raise BismoothError(
+                f"{request.onnx}: caches of {self._capacity} positions do not hold sequences of {longest}. "
+                f"Expected a profile with a capacity of at least {longest}, or with shorter sequences."
+            )
+        self._model = load_graph(request.onnx)
+        self._aliases = update_in_place(self._model, self._capacity, str(request.onnx))
+        keep_logits(self._model)
+
+    def applied(self, request: PlanRequest, folder: Path) -> PlanRequest:
+        """The request for the rewritten graph, written to ``folder``, with a second profile for single tokens."""
+        graph = folder / "graph.onnx"
+        graph.write_bytes(self._model.SerializeToString())
+        (spans,) = request.profiles
+        one = (1, 1, 1)
+        prompts, tokens = spans | {KEPT: (1, 1, spans["sequence"][2])}, spans | {"sequence": one, KEPT: one}
+        return replace(request, graph=str(graph), profiles=(prompts, tokens))
+
+    def record(self, report: PlanReport) -> Caches:
+        prompts, tokens = report.shapes
+        decode = {name: shapes for name, shapes in tokens.items() if shapes != prompts[name]}
+        return Caches(self._capacity, self._aliases, decode)
+
+
+def _spans(profile: Profile) -> Spans:
+    def sizes(span: Span) -> tuple[int, int, int]:
+        return span.minimum, span.optimum, span.maximum
+
+    return {name: sizes(span) for name, span in profile.spans().items()}
 
 
 @contextmanager

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..export.errors import BismoothError
-from .base import Phase, PhaseCallback, Profile, Shape, Span
+from .base import Phase, PhaseCallback, Profile, Shapes, Span
 from .kernel_log import HEADER
 from .tensorrt_runtime import Runtime, check_capabilities, known_capabilities
 
-_ShapeTriple = tuple[Shape, Shape, Shape]
+Spans = dict[str, tuple[int, int, int]]
+"""Minimum, optimum and maximum by symbolic dimension."""
+
 _SOURCE_POSITION = re.compile(r"^\w+\.cpp:\d+: ")
 _ASSERTION = re.compile(r"(In node -1 with name:  and operator:  \(\w+\): \w+: )?Assertion failed: .*?: (?=[A-Z])")
 _REPETITION = "ModelImporter.cpp"
@@ -33,23 +35,30 @@ _PHASE_INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the builder process is asked for: :class:`.base.BuildRequest`, with ``spans`` by symbolic dimension."""
+    """What the builder process is asked for; see :class:`.base.BuildRequest`.
+
+    Attributes:
+        onnx: the graph's file, by which messages name it and where its weights are looked for.
+        graph: a file with another form of that graph, which is built instead; empty for none.
+        profiles: an optimization profile each.
+    """
 
     runtime: str
     onnx: str
     plan: str
     log: str
     capabilities: tuple[int, ...]
-    spans: dict[str, tuple[int, int, int]]
+    profiles: tuple[Spans, ...]
+    graph: str = ""
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What the builder process has done; see :class:`.base.EngineRecord`."""
+    """What the builder process has done; see :class:`.base.EngineRecord`. ``shapes`` are those of each profile."""
 
     version: str
     capabilities: tuple[int, ...]
-    shapes: dict[str, _ShapeTriple]
+    shapes: tuple[Shapes, ...]
     peak_rss: int | None
 
 
@@ -69,12 +78,12 @@ def build_plan(trt: Any, runtime: Runtime, request: PlanRequest, on_phase: Phase
 
 def _build(
     trt: Any, runtime: Runtime, request: PlanRequest, sink: TextIO, on_phase: PhaseCallback
-) -> dict[str, _ShapeTriple]:
+) -> tuple[Shapes, ...]:
     """Build and write the engine; returns its input shapes. All objects of TensorRT, which may log, end here."""
     log, monitor = _make_logger(trt, sink), _make_monitor(trt, on_phase)
     builder = _create_builder(trt, runtime, log)
     network = builder.create_network(_network_flags(trt, runtime))
-    parser = _parse(trt, runtime, network, log, request.onnx)
+    parser = _parse(trt, runtime, network, log, request)
     config, shapes = _configure(trt, builder, network, request)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
@@ -122,10 +131,11 @@ def _create_builder(trt: Any, runtime: Runtime, log: Any) -> Any:
         raise BismoothError(f"{_title(trt, runtime)} cannot start: {_reasons(log.errors) or error} {advice}") from error
 
 
-def _parse(trt: Any, runtime: Runtime, network: Any, log: Any, onnx: str) -> Any:
+def _parse(trt: Any, runtime: Runtime, network: Any, log: Any, request: PlanRequest) -> Any:
     """Read the ONNX file; weights are mapped, not copied. The returned parser owns them."""
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(onnx):
+    parser, onnx = trt.OnnxParser(network, log), request.onnx
+    lowered = Path(request.graph).read_bytes() if request.graph else None
+    if not (parser.parse_from_file(onnx) if lowered is None else parser.parse(lowered, onnx)):
         errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
         causes = _reasons([error for error in log.errors if not error.startswith(_REPETITION)])
         reasons = "; ".join([*errors, *([causes] if causes else [])])
@@ -171,26 +181,28 @@ def _title(trt: Any, runtime: Runtime) -> str:
     return f"{runtime.title} {trt.__version__}"
 
 
-def _configure(trt: Any, builder: Any, network: Any, request: PlanRequest) -> tuple[Any, dict[str, _ShapeTriple]]:
+def _configure(trt: Any, builder: Any, network: Any, request: PlanRequest) -> tuple[Any, tuple[Shapes, ...]]:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request.capabilities:
         config.num_compute_capabilities = len(request.capabilities)
         for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
-    shapes = _shapes(network, request)
-    profile = builder.create_optimization_profile()
-    for name, triple in shapes.items():
-        profile.set_shape(name, *triple)
-    if config.add_optimization_profile(profile) < 0:
-        raise BismoothError(
-            f"{request.onnx}: the builder refuses the optimization profile {shapes}. Expected sizes the graph allows."
-        )
-    return config, shapes
+    profiles = tuple(_shapes(network, spans) for spans in request.profiles)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, triple in shapes.items():
+            profile.set_shape(name, *triple)
+        if config.add_optimization_profile(profile) < 0:
+            raise BismoothError(
+                f"{request.onnx}: the builder refuses the optimization profile {shapes}. "
+                "Expected sizes the graph allows."
+            )
+    return config, profiles
 
 
-def _shapes(network: Any, request: PlanRequest) -> dict[str, _ShapeTriple]:
-    spans = {name: Span(*sizes) for name, sizes in request.spans.items()}
+def _shapes(network: Any, sizes: Spans) -> Shapes:
+    spans = {name: Span(*triple) for name, triple in sizes.items()}
     profile = Profile(spans.pop("batch"), spans.pop("sequence"), spans)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     return {tensor.name: profile.shapes(tensor.name, _dimensions(tensor)) for tensor in inputs}

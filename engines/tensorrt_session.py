@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
-from .base import EngineRecord, Shape
-from .cuda import Device, load_cuda
-from .publish import read_record
-from .tensorrt_context import EngineContext, EngineTensor
-from .tensorrt_runtime import RUNTIMES, Runtime, load_module
+from .base import Shape
+from .cache_names import ATTENTION_MASK, LOGITS_AT, WRITE_INDICES
+from .tensorrt_context import EngineTensor, to_float32
+from .tensorrt_open import EngineFile, open_engine
 from .token_feeds import Port, token_feeds
 
 Ids = NDArray[np.int64]
@@ -30,7 +28,8 @@ class EngineSession:
     """An engine file loaded onto a GPU; a context manager, which frees everything on exit.
 
     The record beside the engine is checked before the engine is touched: it must be this very file, of the installed
-    version and for this GPU. Buffers are made once, for the largest shapes of the engine's profile.
+    version and for this GPU. Buffers are made once, for the largest shapes of the engine's profile; of an engine with
+    caches, whose rows begin anew in each run, that of prompts.
 
     Args:
         engine: a file that ``bismooth build`` wrote, with its record beside it.
@@ -42,36 +41,36 @@ class EngineSession:
     """
 
     def __init__(self, engine: Path, *, device: int = 0) -> None:
-        self.label = str(engine)
-        self.record = read_record(engine)
-        runtime = _runtime_of(engine, self.record)
-        trt = load_module(runtime)
-        _check_version(engine, self.record, runtime, trt.__version__)
-        self._cuda = load_cuda()
-        self.device = self._cuda.device(device)
-        _check_capability(engine, self.record, runtime, self.device)
-        plan = _read_plan(engine, self.record)
+        opened = open_engine(engine, device)
+        self.label, self.record, self.device = opened.label, opened.record, opened.device
+        self._cuda, self._caches = opened.cuda, opened.record.caches
+        self._aliases: Mapping[str, str] = self._caches.aliases if self._caches else {}
         self._resources = ExitStack()
         self._feeds: dict[str, NDArray[Any]] = {}
         try:
-            self._open(trt, runtime, plan)
+            self._open(opened)
         except BaseException:  # an interrupt too: device memory is not freed by itself
             self._release()
             raise
 
-    def _open(self, trt: Any, runtime: Runtime, plan: bytes) -> None:
+    def _open(self, opened: EngineFile) -> None:
         """Everything that is freed again, in the opposite order."""
         cuda, resources = self._cuda, self._resources
         cuda.use(self.device.index)
         self._stream = cuda.create_stream()
         resources.callback(cuda.destroy_stream, self._stream)
-        self._context = EngineContext(trt, runtime, self.label, plan)
-        resources.callback(self._context.close)
-        self._inputs = {tensor.name: tensor for tensor in self._context.tensors if tensor.shapes}
-        self._logits = self._pick_logits([tensor for tensor in self._context.tensors if not tensor.shapes])
-        self._ports = tuple(Port(name, tensor.dtype, ()) for name, tensor in self._inputs.items())
-        self._addresses = self._allocate()
+        engine = opened.load()
+        resources.callback(engine.close)
+        self._context = engine.context()
+        self._inputs = {tensor.name: tensor for tensor in engine.tensors if tensor.shapes}
+        self._logits = self._pick_logits([tensor for tensor in engine.tensors if not tensor.shapes])
+        self._ports = tuple(
+            Port(name, tensor.dtype, ()) for name, tensor in self._inputs.items() if name not in self._aliases
+        )
+        sizes = self._sizes(engine.tensors)
+        self._addresses = {name: self._allocate(size) for name, size in sizes.items()}
         resources.callback(cuda.synchronize, self._stream)
+        self._bind(sizes)
 
     def _pick_logits(self, outputs: Sequence[EngineTensor]) -> EngineTensor:
         floats = [tensor for tensor in outputs if tensor.kind in ("FLOAT", "HALF", "BF16")]
@@ -83,17 +82,28 @@ class EngineSession:
             )
         return floats[0]
 
-    def _allocate(self) -> dict[str, int]:
-        """A buffer per tensor, large enough for the largest shapes of the profile; addresses by name."""
+    def _sizes(self, tensors: Sequence[EngineTensor]) -> dict[str, int]:
+        """The bytes that each tensor takes at the largest shapes of the profile, outputs that are inputs' left out."""
         for name, tensor in self._inputs.items():
             self._context.set_shape(name, _largest(tensor))
-        addresses: dict[str, int] = {}
-        for tensor in self._context.tensors:
-            size = math.prod(self._context.shape(tensor.name)) * tensor.dtype.itemsize
-            addresses[tensor.name] = address = self._cuda.malloc(size)
-            self._resources.callback(self._cuda.free, address)
-            self._context.bind(tensor.name, address)
-        return addresses
+        return {
+            tensor.name: math.prod(self._context.shape(tensor.name)) * tensor.dtype.itemsize
+            for tensor in tensors
+            if tensor.name not in self._aliases.values()
+        }
+
+    def _allocate(self, size: int) -> int:
+        address = self._cuda.malloc(size)
+        self._resources.callback(self._cuda.free, address)
+        return address
+
+    def _bind(self, sizes: Mapping[str, int]) -> None:
+        """Tell the context where everything lies, and clear the caches: what attention does not see is no NaN."""
+        for name, output in self._aliases.items():
+            self._cuda.clear(self._addresses[name], sizes[name], self._stream)
+            self._addresses[output] = self._addresses[name]
+        for name, address in self._addresses.items():
+            self._context.bind(name, address)
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +138,7 @@ class EngineSession:
         result = np.empty(self._context.shape(self._logits.name), self._logits.dtype)
         self._cuda.download(result, self._addresses[self._logits.name], self._stream)
         self._cuda.synchronize(self._stream)
-        return _to_float32(result, self._logits.kind)
+        return to_float32(result, self._logits.kind)
 
     def windows(self, ids: Ids, batch_size: int = 1) -> Iterator[Logits]:
         """Logits [B, S, V] of ``ids`` [N, S], in order, ``batch_size`` windows at a time."""
@@ -160,14 +170,26 @@ class EngineSession:
             raise BismoothError(
                 f"{self.label}: expected token ids [batch, sequence] of integers, got {ids.dtype} {list(ids.shape)}."
             )
-        feeds = token_feeds(self.label, self._ports, ids)
+        feeds = token_feeds(self.label, self._ports, ids, self._first_positions(*ids.shape))
         feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
         for name, value in feeds.items():
             self._check_shape(self._inputs[name], value.shape)
         self._feeds = feeds
+        for name in self._aliases:
+            self._context.set_shape(name, (len(ids), *_largest(self._inputs[name])[1:]))
         for name, value in feeds.items():
             self._context.set_shape(name, value.shape)
             self._cuda.upload(self._addresses[name], value, self._stream)
+
+    def _first_positions(self, rows: int, length: int) -> dict[str, NDArray[np.int64]]:
+        """What an engine with caches takes to begin its rows, and to compute the logits of all their positions."""
+        if self._caches is None:
+            return {}
+        return {
+            ATTENTION_MASK: np.ones((rows, self._caches.capacity), np.int64),
+            WRITE_INDICES: np.zeros(rows, np.int64),
+            LOGITS_AT: np.arange(length),
+        }
 
     def _check_shape(self, tensor: EngineTensor, shape: Shape) -> None:
         assert tensor.shapes is not None
@@ -180,54 +202,6 @@ class EngineSession:
             )
 
 
-def _runtime_of(engine: Path, record: EngineRecord) -> Runtime:
-    if record.runtime not in RUNTIMES:
-        raise BismoothError(
-            f"{engine}: expected an engine of {' or '.join(RUNTIMES)}, got one of {record.runtime}. "
-            "Build one with 'bismooth build --engine'."
-        )
-    return RUNTIMES[record.runtime]
-
-
-def _check_version(engine: Path, record: EngineRecord, runtime: Runtime, version: str) -> None:
-    if record.version != version:
-        raise BismoothError(
-            f"{engine}: it was built with {runtime.title} {record.version}, and runs with no other version. "
-            f"Installed is {version}. Install that version, or build the engine again."
-        )
-
-
-def _check_capability(engine: Path, record: EngineRecord, runtime: Runtime, device: Device) -> None:
-    """Only ahead-of-time engines name capabilities; the others are checked by TensorRT when they are loaded."""
-    if record.capabilities and device.capability not in record.capabilities:
-        raise BismoothError(
-            f"{engine}: it was built for compute capability {', '.join(map(str, record.capabilities))}. "
-            f"This GPU, {device.name}, has {device.capability}. Build the engine with --capability {device.capability}."
-        )
-
-
-def _read_plan(engine: Path, record: EngineRecord) -> bytes:
-    try:
-        plan = engine.read_bytes()
-    except OSError as error:
-        raise BismoothError(
-            f"{engine}: the engine cannot be read: {error.strerror or error}. Build the engine again."
-        ) from error
-    digest = hashlib.sha256(plan).hexdigest()
-    if digest != record.sha256:
-        raise BismoothError(
-            f"{engine}: the engine is not the one that was recorded. Expected {record.bytes} bytes with SHA-256 "
-            f"{record.sha256[:16]}…, got {len(plan)} bytes with {digest[:16]}…. Build the engine again."
-        )
-    return plan
-
-
 def _largest(tensor: EngineTensor) -> Shape:
     assert tensor.shapes is not None
     return tensor.shapes[2]
-
-
-def _to_float32(logits: NDArray[Any], kind: str) -> Logits:
-    if kind == "BF16":
-        return (logits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return logits.astype(np.float32, copy=False)

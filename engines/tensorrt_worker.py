@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from ..export.errors import BismoothError
-from .base import Phase, PhaseCallback
+from .base import Phase, PhaseCallback, shapes_from_json
 from .tensorrt_build import PlanReport, PlanRequest, build_plan
 from .tensorrt_runtime import RUNTIMES, load_module
 
@@ -81,8 +81,8 @@ def _report(answer: dict[str, Any]) -> PlanReport:
     if "error" in answer:
         raise BismoothError(answer["error"])
     done = answer["done"]
-    shapes = {name: tuple(tuple(shape) for shape in triple) for name, triple in done["shapes"].items()}
-    return PlanReport(done["version"], tuple(done["capabilities"]), cast(Any, shapes), done["peak_rss"])
+    shapes = tuple(map(shapes_from_json, done["shapes"]))
+    return PlanReport(done["version"], tuple(done["capabilities"]), shapes, done["peak_rss"])
 
 
 def _crash(request: PlanRequest, status: int, noise: IO[bytes]) -> BismoothError:
@@ -138,16 +138,16 @@ def _claim_stdout() -> TextIO:
 
 def _read_request(line: str) -> PlanRequest:
     fields: dict[str, Any] = json.loads(line)
-    spans = {name: tuple(sizes) for name, sizes in fields["spans"].items()}
-    fields |= {"capabilities": tuple(fields["capabilities"]), "spans": spans}
+    profiles = tuple({name: tuple(sizes) for name, sizes in spans.items()} for spans in fields["profiles"])
+    fields |= {"capabilities": tuple(fields["capabilities"]), "profiles": profiles}
     return PlanRequest(**fields)
 
 
 def _end_with_caller(request: PlanRequest) -> None:
     """Wait for the caller's end, then leave nothing behind."""
     sys.stdin.read()
-    for file in (Path(request.plan), Path(request.log)):
-        file.unlink(missing_ok=True)
+    for file in filter(None, (request.plan, request.log, request.graph)):
+        Path(file).unlink(missing_ok=True)
     with suppress(OSError):
         Path(request.plan).parent.rmdir()
     os._exit(1)

@@ -106,6 +106,7 @@ def trace_transformer(
             shapes[PAST] = [{0: BATCH, 2: PAST_LENGTH} for _ in fake.cache.tensors]
             names += fake.cache.names(PAST)
             outputs += fake.cache.names(PRESENT)
+        _name_parameters(fake.model, list(fake.arguments))
         graph = trace(
             fake.model,
             kwargs=fake.arguments,
@@ -119,6 +120,18 @@ def trace_transformer(
             value.shape = ir.Shape([batch, heads, TOTAL, size])
     give_values(graph, buffers)
     return graph
+
+
+def _name_parameters(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Let the model's ``forward`` show these parameters: torch gives no shapes to those that ``**kwargs`` takes."""
+    forward = cast(Any, model.forward)
+
+    def named(**arguments: Any) -> Any:
+        return forward(**arguments)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    cast(Any, named).__signature__ = inspect.Signature(parameters)
+    model.forward = named
 
 
 def trace(

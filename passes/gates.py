@@ -22,6 +22,8 @@ class Hop(StrEnum):
     """ONNX FP32 → the Q/DQ graph in float arithmetic."""
     INT8 = "int8"
     """The Q/DQ graph in float arithmetic → INT8 kernels in ONNX Runtime."""
+    DECODE = "decode"
+    """Whole windows → token by token with a cache; and greedy continuations, FP32 → INT8 kernels."""
     HALF = "half"
     """FP32 graphs → FP16 graphs, rounded to half at every edge."""
     AUDIT = "audit"
@@ -52,6 +54,8 @@ class Gates:
     top1_stable: float | None = _at_least(Hop.REFERENCE)
     cosine_p5: float | None = _at_least(Hop.REFERENCE)
     int8_kl_vs_reference: float | None = _at_most(Hop.INT8)
+    decode_kl: float | None = _at_most(Hop.DECODE)
+    greedy_agreement: float | None = _at_least(Hop.DECODE)
     half_max_ratio: float | None = _at_most(Hop.HALF)
     int8_mac_share: float | None = _at_least(Hop.AUDIT)
     device_kl: float | None = _at_most(Hop.DEVICE)

@@ -1,5 +1,7 @@
 """A stand-in for the module ``cuda.bindings.runtime``: device memory that is real memory, and streams that run late.
 
+New memory is full of NaN, whatever the float type.
+
 What is given to a stream runs when the stream is synchronized, and not before: code that reads results too early, or
 lets go of memory that a copy still needs, fails its test.
 """
@@ -98,7 +100,7 @@ class FakeCuda:
         return self._answer("cudaSetDevice", index)
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
-        buffer = (ctypes.c_char * size)()
+        buffer = (ctypes.c_char * size).from_buffer(bytearray(b"\xff" * size))
         address = ctypes.addressof(buffer)
         answer = self._answer("cudaMalloc", size, result=address)
         if answer[0] is Status.cudaSuccess:
@@ -133,6 +135,17 @@ class FakeCuda:
         if answer[0] is Status.cudaSuccess:
             self.enqueue(stream, lambda: self._copy(target, source, size))
         return answer
+
+    def cudaMemsetAsync(self, target: int, value: int, size: int, stream: int) -> tuple[Any, ...]:
+        assert size <= len(self.memory[target]), "cleared past the end of device memory"
+        answer = self._answer("cudaMemsetAsync", value, size, stream)
+        if answer[0] is Status.cudaSuccess:
+            self.enqueue(stream, lambda: self._set(target, value, size))
+        return answer
+
+    @staticmethod
+    def _set(target: int, value: int, size: int) -> None:
+        ctypes.memset(target, value, size)
 
     @staticmethod
     def _copy(target: int, source: int, size: int) -> None:

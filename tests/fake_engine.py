@@ -179,5 +179,5 @@ def write_engine(folder: Path, content: bytes = b"plan", **changes: Any) -> Path
     staged = folder / "staged"
     staged.write_bytes(content)
     plain = EngineRecord("tensorrt-rtx", "1.7.1", (86, 89), {}, len(content), file_sha256(staged), {})
-    publish(staged, folder / "model.engine", replace(plain, **changes), Audit((), {}, 0, 0, 0))
+    publish(staged, folder / "model.engine", replace(plain, **changes), Audit({}, 0, 0, 0))
     return folder / "model.engine"

@@ -203,6 +203,13 @@ class _Parser:
 
     def parse_from_file(self, path: str) -> bool:
         self.fake.call("parse_from_file", path)
+        return self._parsed()
+
+    def parse(self, model: bytes, path: str) -> bool:
+        self.fake.call("parse", model, path)
+        return self._parsed()
+
+    def _parsed(self) -> bool:
         for error in self.fake.errors if self.num_errors else ():
             self.logger.log(Severity.ERROR, error)
         return not self.num_errors
@@ -238,6 +245,6 @@ class _Config:
         self._fake.call("set_compute_capability", capability, index)
 
     def add_optimization_profile(self, profile: Any) -> int:
-        return self._fake.profile_index
+        return self._fake.call("add_optimization_profile", profile, result=self._fake.profile_index)
 
     _fake: Fake

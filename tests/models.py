@@ -21,7 +21,7 @@ _COMMON: dict[str, Any] = {
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 96,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -50,7 +50,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_embd": 32,
             "n_layer": 3,
             "n_head": 4,
-            "n_positions": 64,
+            "n_positions": 96,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
@@ -150,3 +150,25 @@ def tokens(batch: int, sequence: int, padding: Mapping[int, tuple[int, int]] | N
         mask[row, :left] = 0
         mask[row, sequence - right :] = 0
     return {"input_ids": np.where(mask == 1, ids, 0), "attention_mask": mask}
+
+
+def positions(mask: Any) -> Any:
+    """Numbers of the real tokens of each row of an attention mask from 0, as ``generate`` of transformers counts."""
+    import numpy as np
+
+    return np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+
+def feeds_of(session: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """``feeds``, position ids and empty caches, as far as a session of ONNX Runtime has such inputs."""
+    import numpy as np
+
+    inputs = {port.name: port.shape for port in session.get_inputs()}
+    mask = feeds["attention_mask"]
+    caches = {
+        name: np.zeros([len(mask), shape[1], 0, shape[3]], np.float32)
+        for name, shape in inputs.items()
+        if name.startswith("past_key_values.")
+    }
+    given = {"position_ids": positions(mask), **caches, **feeds}
+    return {name: value for name, value in given.items() if name in inputs}

@@ -15,14 +15,15 @@ from typing import Annotated
 import typer
 
 from ..passes.gates import Hop
-from ..passes.recipe import DEFAULT, Recipe
-from ..passes.recipe_file import BUILTIN
+from ..passes.recipe import DEFAULT
 from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
 from .cli_app import app, command, finish
 from .cli_bundle import package
-from .cli_errors import report
+from .cli_errors import Interrupted, report
+from .cli_run import generate
+from .cli_show import inspect, recipes
 from .entry import INTERRUPTED
 
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = copy_context().run(app, args=arguments, prog_name="bismooth", standalone_mode=False) or 0
         if status == INTERRUPTED:  # how typer passes KeyboardInterrupt on
             raise KeyboardInterrupt
+    except Interrupted:
+        return INTERRUPTED
     except (Exception, KeyboardInterrupt) as error:
         known = [str(command.name) for command in app.registered_commands]
         return report(error, next((word for word in arguments[:1] if word in known), None), "--json" in arguments)
@@ -150,6 +153,7 @@ def build(
     batch: o.Batch = None,
     sequence: o.Sequence = None,
     dim: o.Dims = [],
+    capacity: o.Capacity = None,
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -170,6 +174,7 @@ def build(
         batch=batches,
         sequence=sequences,
         dims=dims,
+        capacity=capacity,
         allow_float=allow_float,
         force=force,
     )
@@ -244,24 +249,6 @@ def compare(
 
 
 @command
-def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="ART|ENGINE|BUNDLE|FILE.onnx", help="Artifact, engine, bundle or any Q/DQ graph.")
-    ],
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Show what a file holds and what is wrong with it.
-
-    In a Q/DQ graph: whatever TensorRT rejects, misreads or runs in float. In a bundle: every file that was changed.
-    """
-    from . import stages
-
-    console.show_progress(not quiet)
-    finish(stages.inspect(path), as_json)
-
-
-@command
 def compile_(
     context: typer.Context,
     source: o.Source,
@@ -285,6 +272,7 @@ def compile_(
     batch: o.Batch = None,
     sequence: o.Sequence = None,
     dim: o.Dims = [],
+    capacity: o.Capacity = None,
     gate: o.GateOptions = [],
     allow_float: o.AllowFloat = False,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -325,6 +313,7 @@ def compile_(
         batch=batches,
         sequence=sequences,
         dims=dims,
+        capacity=capacity,
         thresholds=thresholds,
         allow_float=allow_float,
         trust_remote_code=trust_remote_code,
@@ -388,20 +377,5 @@ def standin(
     finish(result, as_json)
 
 
-@command
-def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME|FILE", help="The recipe to show in full.")] = None,
-    as_json: o.AsJson = False,
-) -> None:
-    """List the built-in recipes, or show one in full."""
-    from .results import Listing
-
-    if name is None:
-        finish(Listing(tuple(map(Recipe.load, BUILTIN))), as_json)
-    elif as_json:
-        console.show_json(Recipe.load(name).to_dict())
-    else:
-        sys.stdout.write(Recipe.load(name).to_yaml())
-
-
-command(package)
+for function in (inspect, package, generate, recipes):
+    command(function)

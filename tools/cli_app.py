@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 app = typer.Typer(
     help="From a language model to a verified TensorRT INT8 engine.",
-    epilog="Values may follow each other where an option shows '...'; then write SOURCE or ART before it.",
+    epilog="Values may follow each other where an option shows '...'; then write SOURCE, ART or ENGINE before it.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

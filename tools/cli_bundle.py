@@ -18,7 +18,7 @@ def package(
     engine: Annotated[
         list[str],
         typer.Option("--engine", metavar="NAME...", help="Folders in engines/; by default all that fit the artifact."),
-    ] = [],  # noqa: B006  typer copies it
+    ] = [],
     licence: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Licence of the model, where nothing beside it states the right one."),

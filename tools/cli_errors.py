@@ -35,6 +35,10 @@ _EXTRAS = {
 }
 
 
+class Interrupted(Exception):
+    """The command was interrupted, and has shown what there is: nothing more is to be said."""
+
+
 def report(error: BaseException, command: str | None, as_json: bool) -> int:
     """Show the ``error`` that ended ``command`` and return the exit status."""
     if os.environ.get(TRACEBACK) == "1":

@@ -76,6 +76,14 @@ Dims = Annotated[
     list[str],
     typer.Option("--dim", metavar="NAME=MIN:OPT:MAX...", help="Sizes of any other dynamic dimension, by its name."),
 ]
+Capacity = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Positions per row that an engine has room for, text and padding, if it keeps keys and values.",
+    ),
+]
 AllowFloat = Annotated[
     bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
 ]
@@ -145,7 +153,7 @@ def spread(args: Iterable[str], several: set[str]) -> Iterator[str]:
     option: str | None = None
     values = 0
     for arg in args:
-        if arg.startswith("-"):
+        if arg.startswith("-") and arg != "-":  # which stands for stdin
             option, values = (arg, 0) if arg in several else (None, 0)
         elif option is not None:
             values += 1

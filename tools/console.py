@@ -52,8 +52,13 @@ def show(result: Result, as_json: bool) -> None:
 
 def show_json(document: Mapping[str, Any]) -> None:
     """Write ``document`` to stdout as JSON."""
+    write(json_text(document))
+
+
+def write(text: str) -> None:
+    """Write ``text`` to stdout, at once. Goes on if nobody reads it any more."""
     try:
-        sys.stdout.write(json_text(document))
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         _drop(sys.stdout)
@@ -81,6 +86,12 @@ def json_text(document: Mapping[str, Any]) -> str:
 def show_error(message: str) -> None:
     """Write one message to stderr, unwrapped, so that paths and commands in it can be copied."""
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Write one line to stderr, where progress is shown."""
+    if _SHOW_PROGRESS.get():
+        _Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def show_warning(message: str) -> None:
@@ -182,10 +193,14 @@ def show_progress(on: bool) -> None:
 
 
 @contextmanager
-def progress() -> Generator[Report]:
-    """A function to report progress with: bars on a terminal's stderr, one line per step where stderr is a file."""
+def progress(*, transient: bool = False) -> Generator[Report]:
+    """A function to report progress with: bars on a terminal's stderr, one line per step where stderr is a file.
+
+    Args:
+        transient: bars vanish at the end, and there are no lines.
+    """
     console = _Console(stderr=True)
-    if not _SHOW_PROGRESS.get():
+    if not _SHOW_PROGRESS.get() or (transient and not console.is_interactive):
         yield lambda _step, _done, _total: None
     elif not console.is_terminal:
         yield _lines(console)
@@ -196,7 +211,7 @@ def progress() -> Generator[Report]:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=console) as bars:
+        with Progress(*columns, console=console, transient=transient) as bars:
             yield _bars(bars)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.base import BuildRequest, EngineBuilder, EngineRecord, Profile, Span
+from ..engines.cache_names import INPUT_IDS
 from ..engines.cuda import Device, cuda_available, load_cuda
 from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES, Runtime, known_capabilities, load_module
@@ -157,7 +158,7 @@ def _engine(
         onnx=plan.graph,
         engine=plan.engine,
         capabilities=target.capabilities,
-        profile=Profile(batch=Span(1, 1, 1), sequence=Span(1, length, length)),
+        profile=Profile(batch=Span(1, 1, 1), sequence=Span(1, length, length), capacity=length),
         meant_int8=plan.meant_int8,
         allow_float=True,  # the audit judges that; here counts what comes out
         source=plan.source,
@@ -192,10 +193,11 @@ def _made_of(record: EngineRecord, plan: _Plan) -> bool:
 
 def _covers(record: EngineRecord, length: int) -> bool:
     """Whether the profile has windows of one batch and this length."""
+    names = (INPUT_IDS,) if record.caches else record.shapes
     return all(
         low <= size <= high
-        for shapes in record.shapes.values()
-        for low, size, high in zip(shapes[0], (1, length), shapes[2], strict=False)
+        for smallest, _, largest in (record.shapes[name] for name in names)
+        for low, size, high in zip(smallest, (1, length), largest, strict=False)
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..engines.base import EngineBuilder, Profile, Span
+from ..engines.cache_names import CACHE_LENGTHS, has_caches
 from ..engines.linears import summarize
 from ..engines.null import NullBuilder
 from ..engines.onnxruntime_build import OnnxRuntimeBuilder
@@ -25,6 +26,9 @@ _BUILDERS: dict[str, EngineBuilder] = {
     "null": NullBuilder(),
 }
 ENGINES = tuple(_BUILDERS)
+CAPACITY = 2048
+"""Positions that the caches of an engine hold by default, if the model takes as many."""
+
 _SHOWN = 5
 _NO_CAPABILITIES = {
     "tensorrt": "it builds for the GPU of this machine",
@@ -63,7 +67,9 @@ def gather_sizes(batch: Sizes | None, sequence: Sizes | None, dims: Mapping[str,
     return {**short, **(dims or {})}
 
 
-def check_options(engine: str, capabilities: Sequence[int], sizes: Mapping[str, Sizes]) -> None:
+def check_options(
+    engine: str, capabilities: Sequence[int], sizes: Mapping[str, Sizes], capacity: int | None = None
+) -> None:
     """Refuse what the engine could only ignore, and what it cannot do without.
 
     Raises:
@@ -81,9 +87,10 @@ def check_options(engine: str, capabilities: Sequence[int], sizes: Mapping[str, 
         raise BismoothError(
             f"--capability {given}: has no effect on engine {engine}: {_NO_CAPABILITIES[engine]}. Leave it out."
         )
-    if sizes and not has_profile(engine):
+    given = [*_options(sizes), *(["--capacity"] if capacity is not None else [])]
+    if given and not has_profile(engine):
         raise BismoothError(
-            f"{_options(sizes)}: has no effect on engine {engine}, which takes inputs of any size. Leave it out."
+            f"{', '.join(given)}: has no effect on engine {engine}, which takes inputs of any size. Leave it out."
         )
 
 
@@ -92,36 +99,40 @@ def has_profile(engine: str) -> bool:
     return engine != "onnxruntime"
 
 
-def find_profile(graph: Path, sizes: Mapping[str, Sizes], positions: int | None = None) -> Profile:
+def find_profile(
+    graph: Path, sizes: Mapping[str, Sizes], positions: int | None = None, capacity: int | None = None
+) -> Profile:
     """``sizes`` for the dynamic dimensions of ``graph``, and those of the profile's defaults that are not given.
 
     Args:
         graph: what is built.
         sizes: minimum, optimum and maximum by dimension.
-        positions: the longest sequence that the model takes, which bounds the default.
+        positions: the longest sequence that the model takes, which bounds the defaults.
+        capacity: positions that the caches of a graph hold; :data:`CAPACITY` by default.
 
     Raises:
-        BismoothError: sizes for a dimension that the graph does not have, or none for one that it has; or sequences
-            longer than the model takes.
+        BismoothError: sizes for a dimension that the graph does not have, or none for one that it has; sequences longer
+            than the model or the caches take; or a capacity that the model does not take, or without caches.
     """
     inputs = summarize(graph).inputs
+    cached = has_caches(inputs)
     dynamic = list(dict.fromkeys(size for shape in inputs.values() for size in shape if isinstance(size, str)))
-    if unknown := [name for name in sizes if name not in dynamic]:
+    choices = [name for name in dynamic if not cached or name not in CACHE_LENGTHS]
+    if unknown := [name for name in sizes if name not in choices]:
         raise BismoothError(
-            f"{_options(unknown)}: the inputs of {graph} have no dynamic dimension {unknown[0]!r}. "
-            f"Expected one of: {', '.join(dynamic) or 'none, all sizes are fixed'}."
+            f"{', '.join(_options(unknown))}: the inputs of {graph} have no dynamic dimension {unknown[0]!r}. "
+            f"Expected one of: {', '.join(choices) or 'none, all sizes are fixed'}."
         )
-    if positions is not None and sizes.get("sequence", (0, 0, 0))[2] > positions:
+    if capacity is not None and not cached:
         raise BismoothError(
-            f"--sequence {':'.join(map(str, sizes['sequence']))}: the model has {positions} positions "
-            f"(max_position_embeddings). Expected a maximum of {positions} or less."
+            f"--capacity {capacity}: has no effect on {graph}, which has no caches. Leave it out, or export the model "
+            "with --kv-cache."
         )
-    spans = Profile().spans()
-    if positions is not None:
-        default = spans["sequence"]
-        spans["sequence"] = Span(
-            *(min(size, positions) for size in (default.minimum, default.optimum, default.maximum))
-        )
+    longest = sizes.get("sequence", (0, 0, 0))[2]
+    _check_positions(sizes, longest, positions, capacity)
+    if cached and capacity is None:
+        capacity = max(longest, min(positions or CAPACITY, CAPACITY))
+    spans = _default_spans(min((bound for bound in (positions, capacity) if bound is not None), default=None), cached)
     spans |= {name: Span(*triple) for name, triple in sizes.items()}
     for tensor, shape in inputs.items():
         for axis, size in enumerate(shape):
@@ -130,16 +141,42 @@ def find_profile(graph: Path, sizes: Mapping[str, Sizes], positions: int | None 
                     f"{graph}: dimension {axis} of input {tensor!r} is dynamic and has no name. Expected one, to give "
                     "it sizes by. Name it in the ONNX file and export it again."
                 )
-            if isinstance(size, str) and size not in spans:
+            if size in choices and size not in spans:
                 raise BismoothError(
                     f"{graph}: the dynamic dimension {size!r} of input {tensor!r} has no sizes. "
-                    f"Expected --dim {size}=MIN:OPT:MAX. The dynamic dimensions are: {', '.join(dynamic)}."
+                    f"Expected --dim {size}=MIN:OPT:MAX. The dynamic dimensions are: {', '.join(choices)}."
                 )
-    return Profile(spans.pop("batch"), spans.pop("sequence"), spans)
+    return Profile(spans.pop("batch"), spans.pop("sequence"), spans, capacity)
 
 
-def _options(names: Iterable[str]) -> str:
-    return ", ".join(f"--{name}" if name in ("batch", "sequence") else f"--dim {name}" for name in names)
+def _check_positions(sizes: Mapping[str, Sizes], longest: int, positions: int | None, capacity: int | None) -> None:
+    """Refuse sequences of up to ``longest`` positions, or a capacity, that the model or the caches do not take."""
+    asked = {f"--sequence {':'.join(map(str, sizes.get('sequence', ())))}": longest, f"--capacity {capacity}": capacity}
+    for option, size in asked.items():
+        if positions is not None and size is not None and size > positions:
+            raise BismoothError(
+                f"{option}: the model has {positions} positions (max_position_embeddings). "
+                f"Expected a maximum of {positions} or less."
+            )
+    if capacity is not None and longest > capacity:
+        raise BismoothError(
+            f"--capacity {capacity}: --sequence asks for {longest} positions at once. Expected {longest} or more."
+        )
+
+
+def _default_spans(longest: int | None, cached: bool) -> dict[str, Span]:
+    """Of batch and sequence. With caches, other lengths than the longest are those of short prompts and last pieces."""
+    default = Profile()
+    optimum = default.sequence.maximum if cached else default.sequence.optimum
+    sizes = (default.sequence.minimum, optimum, default.sequence.maximum)
+    return {
+        "batch": default.batch,
+        "sequence": Span(*(size if longest is None else min(size, longest) for size in sizes)),
+    }
+
+
+def _options(names: Iterable[str]) -> list[str]:
+    return [f"--{name}" if name in ("batch", "sequence") else f"--dim {name}" for name in names]
 
 
 def deployment_graph(artifact: Artifact, engine: str) -> Path:

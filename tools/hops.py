@@ -74,6 +74,9 @@ class HopResult:
         if "latency_ms" in self.metrics:
             float_ms, ms = self.metrics["float_latency_ms"], self.metrics["latency_ms"]
             return f"{self.metrics['device']}: {ms:.3g} ms a window, the float engine {float_ms:.3g} ms"
+        if "common_prefix" in self.metrics:
+            prefix, count = self.metrics["common_prefix"], self.metrics["continuation"]
+            return f"greedy continuations are those of the float graph for {prefix:.3g} of {count} tokens"
         if "engines" in self.metrics:
             return ", ".join(f"{name} {share:.2%} INT8" for name, share in self.metrics["engines"].items())
         return None

@@ -146,9 +146,8 @@ def _engine(engine: ShippedEngine, artifact: Artifact, files: Plain) -> dict[str
 
 def _capacity(engine: ShippedEngine, artifact: Artifact) -> int | None:
     """The most positions of a row: of the engine's caches, else of its longest input, else of the model."""
-    caches: Plain = engine.record.to_json().get("caches") or {}
-    if "capacity" in caches:
-        return caches["capacity"]
+    if engine.record.caches is not None:
+        return engine.record.caches.capacity
     if shapes := engine.record.shapes.get("input_ids"):
         return shapes[2][-1]
     return artifact.manifest.dims.get("max_position_embeddings")

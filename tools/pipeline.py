@@ -61,6 +61,7 @@ def compile(
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
     dims: Mapping[str, Sizes] | None = None,
+    capacity: int | None = None,
     thresholds: Mapping[str, float | None] | None = None,
     allow_float: bool = False,
     trust_remote_code: bool = False,
@@ -91,7 +92,7 @@ def compile(
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
     )
-    plans = _engine_plans(engines, capabilities, sizes)
+    plans = _engine_plans(engines, capabilities, sizes, capacity)
     _check_inputs(chosen, [*data, *verify_data], thresholds or {}, data_free=not data)
     identity = identify(source, resolve_source(source, trust_remote_code=trust_remote_code))
     earlier = _Earlier(output, force=force)
@@ -110,7 +111,7 @@ def compile(
             force=force,
         )
     artifact = Artifact.load(folder, "float")
-    profile = _profile(artifact, plans, sizes)
+    profile = _profile(artifact, plans, sizes, capacity)
     skipped = 0 if verify_data else calibrate_windows
     if evaluation:
         stages.check_length(artifact, length)
@@ -146,6 +147,7 @@ def compile(
             engine,
             capabilities=group,
             dims=sizes if has_profile(engine) else None,
+            capacity=capacity if has_profile(engine) else None,
             allow_float=allow_float,
         )
         for engine, group in plans
@@ -244,7 +246,9 @@ def _check_text(artifact: Path, sources: Sequence[str], windows: int, length: in
     load_windows(sources, load_tokenizer(artifact), windows=windows, length=length)
 
 
-def _engine_plans(engines: Sequence[str], capabilities: Sequence[int], sizes: Mapping[str, Sizes]) -> list[Plan]:
+def _engine_plans(
+    engines: Sequence[str], capabilities: Sequence[int], sizes: Mapping[str, Sizes], capacity: int | None
+) -> list[Plan]:
     """One build per engine; SM75 cannot share one with other capabilities.
 
     Raises:
@@ -269,16 +273,17 @@ def _engine_plans(engines: Sequence[str], capabilities: Sequence[int], sizes: Ma
         )
     heeds_sizes = any(has_profile(engine) for engine in engines)
     for engine, group in plans:
-        check_options(engine, group, sizes if has_profile(engine) or not heeds_sizes else {})
+        heeded = has_profile(engine) or not heeds_sizes
+        check_options(engine, group, sizes if heeded else {}, capacity if heeded else None)
     return plans
 
 
-def _profile(artifact: Artifact, plans: Sequence[Plan], sizes: Mapping[str, Sizes]) -> Profile:
+def _profile(artifact: Artifact, plans: Sequence[Plan], sizes: Mapping[str, Sizes], capacity: int | None) -> Profile:
     engine = next((engine for engine, _ in plans if has_profile(engine)), None)
     return (
         Profile()
         if engine is None
-        else find_profile(deployment_graph(artifact, engine), sizes, stages.positions(artifact))
+        else find_profile(deployment_graph(artifact, engine), sizes, stages.positions(artifact), capacity)
     )
 
 

@@ -92,13 +92,14 @@ def engine_differs(
         )
     record, inputs = shipped.record, summarize(graph).inputs
     shapes = {name: profile.shapes(name, inputs[name]) for name in record.shapes if name in inputs}
+    recorded = {name: record.shapes[name] for name in shapes}
     fallbacks = built.result.audit.fallbacks
     if fallbacks and not allow_float:
         return f"{len(fallbacks)} linears run in float, and --allow-float is not given"
     return (
         _difference("runtime", record.runtime, engine)
         or _difference("capabilities", record.capabilities, capabilities)
-        or _difference("shapes", record.shapes, shapes)
+        or _difference("shapes", recorded, shapes)
         or (runtime and _difference(f"version.{engine}", record.version, load_module(runtime).__version__))
         or _tools_differ(shipped.manifest, frozenset())
         or _damage(shipped.folder, shipped.manifest.hashes)

@@ -53,14 +53,8 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
     Raises:
         BismoothError: it is damaged, or was made of something else than ``artifact``.
     """
-    manifest = Artifact.load(folder, "engine").manifest
-    engine = next((stage.get("engine") for stage in manifest.stages if stage["stage"] == "build"), None)
-    if not isinstance(engine, str):
-        raise BismoothError(
-            f"{folder}: its manifest does not say which engine this is. Expected an engine of 'bismooth build'. "
-            "Build the engine again."
-        )
-    file = folder / engine_file(engine)
+    loaded = Artifact.load(folder, "engine")
+    file = folder / engine_file(engine_of(loaded))
     record = read_record(file)
     if (got := file_sha256(file)) != record.sha256:
         raise BismoothError(f"{file}: expected SHA-256 {record.sha256}, got {got}. Build the engine again.")
@@ -70,4 +64,19 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
                 f"{folder}: the engine was not made of this artifact. Expected {key} {expected}, got {found}. "
                 "Build the engine again."
             )
-    return ShippedEngine(folder, file, record, manifest)
+    return ShippedEngine(folder, file, record, loaded.manifest)
+
+
+def engine_of(folder: Artifact) -> str:
+    """Which engine an engine folder holds.
+
+    Raises:
+        BismoothError: its manifest does not say.
+    """
+    engine = next((stage.get("engine") for stage in folder.manifest.stages if stage["stage"] == "build"), None)
+    if not isinstance(engine, str):
+        raise BismoothError(
+            f"{folder.path}: its manifest does not say which engine this is. Expected an engine of 'bismooth build'. "
+            "Build the engine again."
+        )
+    return engine

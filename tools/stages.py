@@ -232,6 +232,7 @@ def build(
     batch: Sizes | None = None,
     sequence: Sizes | None = None,
     dims: Mapping[str, Sizes] | None = None,
+    capacity: int | None = None,
     allow_float: bool = False,
     force: bool = False,
 ) -> BuildStageResult:
@@ -245,6 +246,7 @@ def build(
         batch: see ``dims``, for the dimension ``batch``.
         sequence: see ``dims``, for the dimension ``sequence``.
         dims: minimum, optimum and maximum of the graph's dynamic dimensions, by their names.
+        capacity: positions that the caches of a row hold, of a graph that has caches.
         allow_float: accept linears that were meant to be INT8 and run in float.
         force: replace an engine at ``output``.
 
@@ -269,10 +271,10 @@ def build(
     builder = find_builder(engine)
     sizes = gather_sizes(batch, sequence, dims)
     capabilities = tuple(dict.fromkeys(capabilities))
-    check_options(engine, capabilities, sizes)
+    check_options(engine, capabilities, sizes, capacity)
     loaded = Artifact.load(artifact, "float", "quantized")
     graph = deployment_graph(loaded, engine)
-    profile = find_profile(graph, sizes, positions(loaded)) if has_profile(engine) else Profile()
+    profile = find_profile(graph, sizes, positions(loaded), capacity) if has_profile(engine) else Profile()
     lint_for(graph, engine, capabilities)
     name = engine_name(engine, capabilities)
     target = Path(output or artifact / "engines" / name)

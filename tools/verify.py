@@ -22,7 +22,9 @@ from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
+from ..passes.progress import Counter
 from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
+from .decoding import common_prefix, cut_prompts, greedy, has_cache, stepwise_logits
 from .hops import FORMAT, HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
@@ -37,11 +39,18 @@ SOURCE_WINDOWS = 2
 HALF_WINDOWS = 2
 """Windows of the 16-bit simulation, which is slow; overflow depends on the tokens seen first of all."""
 
+DECODE_WINDOWS, DECODE_STEPS = 2, 64
+"""Windows that are run with a cache, and how many of their last tokens one by one."""
+
+PROMPTS, PROMPT_LENGTH, CONTINUATION = 32, 32, 64
+"""Prompts that are continued greedily, their tokens, and new tokens."""
+
 COMPARED = {
     Hop.FLOAT: "torch→ONNX",
     Hop.FOLDED: "ONNX→folded",
     Hop.REFERENCE: "ONNX→Q/DQ float",
     Hop.INT8: "Q/DQ→INT8",
+    Hop.DECODE: "windows→tokens",
     Hop.HALF: "FP32→16 bits",
     Hop.AUDIT: "Q/DQ→kernels",
     Hop.DEVICE: "FP16→INT8",
@@ -124,6 +133,7 @@ class _Verifier:
             Hop.FOLDED: self._folded,
             Hop.REFERENCE: lambda: self._quantized(Hop.INT8 in wanted),
             Hop.INT8: lambda: self._quantized(True),
+            Hop.DECODE: self._decode,
             Hop.HALF: self._half,
             Hop.AUDIT: self._audit,
             Hop.DEVICE: self._device,
@@ -227,6 +237,42 @@ class _Verifier:
         figures |= _renamed(figures, {"int8_kl_vs_reference": "kl"})
         figures |= {f"float_{name}": value for name, value in kernels_against_float.figures().items()}
         return [*results, kernels.result(figures, _failures(Hop.INT8, between), count)]
+
+    def _decode(self) -> list[HopResult]:
+        """The graph that runs on a CPU with a cache; and how long its continuations are those of the float graph."""
+        judge = self._judge(Hop.DECODE)
+        quantized = "reference" in self._graphs
+        with Session(self._artifact.graph("float32"), mode="int8" if quantized else "plain") as session:
+            if not has_cache(session):
+                return [judge.skip("the graph has no cache")]
+            with judge.timed():
+                track = self._stepwise(session)
+                figures = track.figures()
+                figures |= _renamed(figures, {"decode_kl": "kl"})
+                if quantized and not track.failure:
+                    figures |= self._continuations(session)
+        return [judge.result(figures, _failures(Hop.DECODE, track), min(DECODE_WINDOWS, len(self._ids)))]
+
+    def _stepwise(self, session: Session) -> Track:
+        windows = self._ids[:DECODE_WINDOWS]
+        count = min(DECODE_STEPS, windows.shape[1] - 1)
+        counter = Counter(self._progress, "decode with a cache", count * len(windows))
+        track = Track(self._make())
+        for window in windows:
+            values = stepwise_logits(session, window, len(window) - count, counter)
+            track.update(window, session.logits(window[None])[0], values)
+        return track
+
+    def _continuations(self, session: Session) -> Figures:
+        prompts = cut_prompts(self._ids, PROMPTS, min(PROMPT_LENGTH, self._ids.shape[1]))
+        most = self._artifact.manifest.dims.get("max_position_embeddings", CONTINUATION + prompts.shape[1])
+        count = max(1, min(CONTINUATION, most - prompts.shape[1]))
+        with Session(self._artifact.graph("reference"), mode="plain") as reference:
+            counter = Counter(self._progress, "continue prompts", 2 * len(prompts))
+            expected = greedy(reference, prompts, count, counter)
+            got = greedy(session, prompts, count, counter)
+        prefix = float(common_prefix(expected, got).mean())
+        return {"greedy_agreement": prefix / count, "common_prefix": prefix, "continuation": count}
 
     def _half(self) -> list[HopResult]:
         judge = self._judge(Hop.HALF)

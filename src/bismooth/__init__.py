@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engines.bundle import Bundle
+    from .engines.sampling import Sampling
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
     from .tools.compare import compare
     from .tools.diagnose import diagnose
+    from .tools.generate import generate
     from .tools.package import package
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
@@ -32,6 +34,7 @@ __all__ = [
     "Bundle",
     "GateError",
     "Recipe",
+    "Sampling",
     "__version__",
     "build",
     "calibrate",
@@ -40,6 +43,7 @@ __all__ = [
     "diagnose",
     "export_model",
     "export_module",
+    "generate",
     "inspect",
     "package",
     "quantize",
@@ -54,6 +58,7 @@ _HOME = {
     "Bundle": ("bismooth.engines.bundle", "Bundle"),
     "GateError": ("bismooth.export.errors", "GateError"),
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
+    "Sampling": ("bismooth.engines.sampling", "Sampling"),
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
     "compare": ("bismooth.tools.compare", "compare"),
@@ -61,6 +66,7 @@ _HOME = {
     "diagnose": ("bismooth.tools.diagnose", "diagnose"),
     "export_model": (_STAGES, "export"),
     "export_module": (_STAGES, "export_module"),
+    "generate": ("bismooth.tools.generate", "generate"),
     "inspect": (_STAGES, "inspect"),
     "package": ("bismooth.tools.package", "package"),
     "quantize": (_STAGES, "quantize"),

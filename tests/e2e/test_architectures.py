@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -31,7 +32,18 @@ from bismooth.export.source import INDEX
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools.verify import verify_artifact
 from tests.gguf_models import llama, write_gguf
-from tests.models import ARCHITECTURES, VOCAB, Exported, export, exported, make_model, random_model, tokens
+from tests.models import (
+    ARCHITECTURES,
+    VOCAB,
+    Exported,
+    export,
+    exported,
+    feeds_of,
+    make_model,
+    positions,
+    random_model,
+    tokens,
+)
 
 ORT: Any = onnxruntime
 safetensors_torch: Any = _safetensors_torch
@@ -47,11 +59,14 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def run(graph: Path, feeds: dict[str, Array]) -> Array:
-    """The first output of a graph in ONNX Runtime."""
-    return ORT.InferenceSession(str(graph), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    """The first output of a graph in ONNX Runtime; caches are empty."""
+    session = ORT.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds_of(session, feeds))[0]
 
 
 def torch_output(module: Any, feeds: dict[str, Array]) -> Array:
+    if "position_ids" in inspect.signature(module.forward).parameters and module.can_generate():
+        feeds = feeds | {"position_ids": positions(feeds["attention_mask"])}
     with torch.no_grad():
         return module(**{name: torch.tensor(value) for name, value in feeds.items()})[0].float().numpy()
 
@@ -144,10 +159,22 @@ def test_every_value_has_a_shape_with_named_sizes(name: str) -> None:
             assert all(dim.dim_param or dim.HasField("dim_value") for dim in shape.dim)
             sizes |= {dim.dim_param for dim in shape.dim if dim.dim_param}
     assert {"batch", "sequence"} <= sizes
-    assert {value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input} == {
-        "input_ids": ["batch", "sequence"],
-        "attention_mask": ["batch", "sequence"],
-    }
+    shapes = {value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input}
+    if name == "bert":
+        assert shapes == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
+        return
+    layers = exported(name).module.config.num_hidden_layers
+    caches = [f"{number}.{part}" for number in range(layers) for part in ("key", "value")]
+    assert list(shapes.items()) == [
+        ("input_ids", ["batch", "sequence"]),
+        ("attention_mask", ["batch", "total"]),
+        ("position_ids", ["batch", "sequence"]),
+        *((f"past_key_values.{cache}", ["batch", "", "past", ""]) for cache in caches),
+    ]
+    assert [(value.name, [dim.dim_param for dim in value.type.tensor_type.shape.dim]) for value in graph.output] == [
+        ("logits", ["batch", "sequence", ""]),
+        *((f"present.{cache}", ["batch", "", "total", ""]) for cache in caches),
+    ]
 
 
 def test_the_nodes_of_a_llama() -> None:
@@ -172,7 +199,7 @@ def test_the_manifest() -> None:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 96,
     }
     assert manifest.source["format"] == "huggingface"
     assert {"python", "torch", "transformers", "onnx"} <= manifest.tools.keys()
@@ -274,12 +301,12 @@ def test_a_block_that_differs_and_is_not_among_the_first_is_seen(
 def test_a_trace_that_cannot_be_repeated_is_made_again_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace_transformer, calls = trace.trace_transformer, 0
 
-    def first_in_vain(cls: Any, config: Any, buffers: Any) -> ir.Model:
+    def first_in_vain(*args: Any, **options: Any) -> ir.Model:
         nonlocal calls
         calls += 1
         if calls == 1:
             return ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}), ir_version=10)
-        return trace_transformer(cls, config, buffers)
+        return trace_transformer(*args, **options)
 
     monkeypatch.setattr(trace, "trace_transformer", first_in_vain)
     module = make_model("opt", tmp_path / "source")

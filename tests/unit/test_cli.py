@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 import bismooth.tools
+from bismooth.engines.sampling import Sampling
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.recipe import Recipe
-from bismooth.tools import cli
+from bismooth.tools import cli, console
 
 COMMANDS = [
     "export",
@@ -31,6 +32,7 @@ COMMANDS = [
     "compile",
     "diagnose",
     "standin",
+    "generate",
     "package",
 ]
 USAGE = {
@@ -43,6 +45,7 @@ USAGE = {
     "inspect": "inspect art",
     "diagnose": "diagnose model",
     "standin": "standin model -o bad",
+    "generate": "generate engine --prompt text",
     "package": "package art -o bundle",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
@@ -51,6 +54,7 @@ USAGE = {
 @dataclass(frozen=True)
 class Done:
     document: Mapping[str, Any]
+    interrupted: bool = False
 
     def to_json(self) -> Mapping[str, Any]:
         return self.document
@@ -78,7 +82,7 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline", "compare", "diagnose", "standin", "package"):
+    for module in ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "package"):
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
@@ -146,6 +150,26 @@ def test_diagnose_passes_its_options_on(stages: Stages) -> None:
         ("model",),
         {"statistics": Path("s.st"), "html": Path("page.html"), "trust_remote_code": False},
     )
+
+
+def test_generate_passes_its_options_on(stages: Stages) -> None:
+    options = {
+        "system": "be brief",
+        "sampling": Sampling(0.7, 40, 0.9, 0.05, 3),
+        "max_new_tokens": 9,
+        "stop": ("\n", "END"),
+        "threads": 2,
+    }
+    line = "--max-new-tokens 9 --temperature 0.7 --top-k 40 --top-p 0.9 --min-p 0.05 --seed 3 --threads 2"
+    words = [*line.split(), "--system", "be brief", "--stop", "\n", "END"]
+    assert cli.main(["generate", "ENGINE", "--prompt", "one", "two", "--chat", *words]) == 0
+    assert (stages.name, stages.positional) == ("generate", (Path("ENGINE"), ["one", "two"]))
+    assert stages.named == options | {"chat": True, "write": console.write}
+    assert cli.main(["generate", "ENGINE", "--interactive", *words]) == 0
+    assert (stages.name, stages.positional[0], stages.named) == ("converse", Path("ENGINE"), options)
+    assert run("generate ENGINE --prompt one --json") == 0
+    assert stages.named["sampling"] == Sampling()
+    assert (stages.named["chat"], stages.named["write"]) == (None, None)
 
 
 @pytest.mark.parametrize("line", re.findall(rf"^bismooth ((?:{'|'.join(COMMANDS)}) .+)$", README, re.MULTILINE))
@@ -217,6 +241,26 @@ def test_no_calibration_data_is_said_in_words(stages: Stages, capsys: pytest.Cap
         ),
         ("build art --engine null --dim rows=1 rows=2", "--dim: rows has sizes twice. Expected them once."),
         ("calibrate art --data none", "--data none: Expected text. To quantize without: 'bismooth quantize ART"),
+        (
+            "generate engine",
+            "--prompt: Expected one or more texts, of which one may be '-' for stdin, or --interactive",
+        ),
+        ("generate engine --prompt - a -", "--prompt: Expected one or more texts, of which one may be '-' for stdin"),
+        (
+            "generate engine --prompt a --top-p 0.9",
+            "--top-p: has no effect: without --temperature the likeliest tokens are taken. Leave it out.",
+        ),
+        ("generate engine --prompt a --seed 1", "--seed: has no effect: without --temperature"),
+        ("generate engine --prompt a --temperature 1 --top-p 0", "sampling: top_p is 0.0. Expected more than 0"),
+        (
+            "generate engine --prompt a --no-chat --system b",
+            "--system: has no effect: with --no-chat there are no messages. Leave it out.",
+        ),
+        (
+            "generate engine --interactive --prompt a",
+            "--prompt: has no effect: --interactive answers line after line. Leave it out.",
+        ),
+        ("generate engine --interactive --no-chat", "--no-chat: has no effect: --interactive answers"),
         ("verify art --data none", "--data none: Expected text. Programs are compared by what they compute on it."),
         (
             "compare art art2 --data none",
@@ -306,6 +350,13 @@ def test_a_failed_stage_is_one_line_and_its_status(
     assert document["status"] == status
     assert document["message"].startswith(message)
     assert captured.err == ""
+
+
+def test_json_has_no_effect_on_a_chat(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate engine --interactive --json") == 2
+    message = json.loads(capsys.readouterr().out)["error"]["message"]
+    assert message == "--json: has no effect: --interactive answers line after line. Leave it out."
+    assert stages.name == ""
 
 
 def test_a_traceback_is_shown_on_request(

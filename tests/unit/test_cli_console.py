@@ -133,6 +133,39 @@ def test_progress_on_a_terminal_is_a_bar_per_step(
         assert text in captured.err
 
 
+def transient_progress() -> None:
+    console.show_progress(True)
+    with console.progress(transient=True) as report:
+        report("read", 1, 1)
+
+
+def test_transient_progress_leaves_no_line_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    copy_context().run(transient_progress)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_transient_progress_is_erased_from_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    copy_context().run(transient_progress)
+    shown = capsys.readouterr().err
+    assert "read" in shown
+    assert shown.rstrip("\r").endswith("\x1b[2K")
+
+
+def test_notes_are_shown_where_progress_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("unseen")
+
+    def seen() -> None:
+        console.show_progress(True)
+        console.note("[red]" + 200 * "x")
+
+    copy_context().run(seen)
+    assert capsys.readouterr() == ("", "[red]" + 200 * "x" + "\n")
+
+
 @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "--json"]])
 def test_nobody_reads_the_result(arguments: list[str]) -> None:
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bismooth.engines import tensorrt_session
+from bismooth.engines import tensorrt_open
 from bismooth.engines.base import BuildRequest, BuildResult, EngineBuilder, PhaseCallback, Profile, Span
 from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.null import NullBuilder
@@ -97,7 +97,7 @@ def set_host(monkeypatch: pytest.MonkeyPatch) -> SetHost:
         cuda = FakeCuda(capability)
         arguments: dict[str, Any] = {"version": VERSION, "kinds": {"input_ids": "INT64", "logits": "HALF"}} | options
         host = Host(cuda, {name: FakeTensorRT(cuda, **arguments) for name in runtimes})
-        for module in (device, tensorrt_session):
+        for module in (device, tensorrt_open):
             monkeypatch.setattr(module, "load_cuda", lambda: CudaRuntime(cuda))
             monkeypatch.setattr(module, "load_module", host.load)
         monkeypatch.setattr(device, "cuda_available", lambda: None)
@@ -148,7 +148,7 @@ def test_what_is_built(artifact: Artifact, set_host: SetHost) -> None:
     assert [request.onnx.name for request in builder.requests] == ["reference.float16.onnx", "model.float16.onnx"]
     for request in builder.requests:
         assert request.capabilities == (89,)
-        assert request.profile == Profile(Span(1, 1, 1), Span(1, 6, 6))
+        assert request.profile == Profile(Span(1, 1, 1), Span(1, 6, 6), capacity=6)
         assert request.allow_float
     assert (plain.meant_int8, int8.meant_int8) == (frozenset(), frozenset({"head/MatMul"}))
 

@@ -112,7 +112,7 @@ def test_a_graph_for_onnx_runtime_is_judged_for_that_alone(tmp_path: Path) -> No
     path = save(channel_scaled_activation(), tmp_path)
     assert inspect_path(path).failures
     record = EngineRecord("onnxruntime", "1", (), {}, 1, "", {})
-    publish(save(channel_scaled_activation(), tmp_path), path, record, Audit((), {}, 0, 0, 0))
+    publish(save(channel_scaled_activation(), tmp_path), path, record, Audit({}, 0, 0, 0))
     result = inspect_path(path)
     assert set(result.to_json()["findings"]) == {"onnxruntime"}
     assert result.failures == ()

@@ -91,7 +91,9 @@ def test_files_of_another_kind_are_not_replaced(artifact: Path, tmp_path: Path) 
 
 
 def test_a_hop_of_another_kind_of_artifact(artifact: Path) -> None:
-    with pytest.raises(BismoothError, match=r"--hop int8: .*float is a float artifact\. Its hops are: float, half"):
+    with pytest.raises(
+        BismoothError, match=r"--hop int8: .*float is a float artifact\. Its hops are: float, decode, half"
+    ):
         stages.verify(artifact, ["nowhere.txt"], hops=[Hop.INT8])
 
 
@@ -184,7 +186,7 @@ def test_statistics_without_effect(artifact: Path, tmp_path: Path, recipe: str, 
 
 def test_a_gate_of_a_hop_that_is_not_run(artifact: Path) -> None:
     message = r"--gate kl: has no effect: it judges the hop reference, .* Its hops are: "
-    with pytest.raises(BismoothError, match=f"{message}float, half"):
+    with pytest.raises(BismoothError, match=f"{message}float, decode, half"):
         stages.verify(artifact, ["nowhere.txt"], thresholds={"kl": 0.1})
     with pytest.raises(BismoothError, match=f"{message}half"):
         stages.verify(artifact, ["nowhere.txt"], thresholds={"kl": None}, hops=[Hop.HALF])

@@ -22,7 +22,7 @@ TEN, ELEVEN = Fake("10.16.1.11"), Fake("11.4.0.106")
 
 def request(folder: Path, **changes: Any) -> PlanRequest:
     spans = {"batch": (1, 1, 4), "sequence": (1, 128, 512)}
-    plain = PlanRequest("tensorrt", "model.onnx", str(folder / "plan"), str(folder / "log"), (), spans)
+    plain = PlanRequest("tensorrt", "model.onnx", str(folder / "plan"), str(folder / "log"), (), (spans,))
     return replace(plain, **changes)
 
 
@@ -61,12 +61,25 @@ def test_profile_plan_log_and_phases(tmp_path: Path) -> None:
     shapes = ((1, 1, 256), (1, 128, 256), (4, 512, 256))
     assert ELEVEN.called("parse_from_file") == [("model.onnx",)]
     assert ELEVEN.called("set_shape") == [("x", *shapes)]
-    assert report.shapes == {"x": shapes}
+    assert report.shapes == ({"x": shapes},)
     assert (tmp_path / "plan").read_bytes() == b"plan"
     assert (tmp_path / "log").read_text() == f"{LISTING}\n"
     assert phases[0] == Phase("Building engine", 0, 2)
     assert phases[-2:] == [Phase("Compiling", 0, 3), Phase("Building engine", 1, 2)]
     assert not ELEVEN.called("deserialize")
+
+
+def test_two_profiles_of_another_form_of_the_graph(tmp_path: Path) -> None:
+    """The weights of the form that is built lie beside the original."""
+    (tmp_path / "graph").write_bytes(b"lowered")
+    spans = [{"batch": (1, 1, 4), "sequence": sizes} for sizes in ((1, 128, 512), (1, 1, 1))]
+    report, _ = build(ELEVEN, tmp_path, graph=str(tmp_path / "graph"), profiles=tuple(spans))
+    prompts, tokens = ((1, 1, 256), (1, 128, 256), (4, 512, 256)), ((1, 1, 256), (1, 1, 256), (4, 1, 256))
+    assert ELEVEN.called("parse") == [(b"lowered", "model.onnx")]
+    assert not ELEVEN.called("parse_from_file")
+    assert ELEVEN.called("set_shape") == [("x", *prompts), ("x", *tokens)]
+    assert len(ELEVEN.called("add_optimization_profile")) == 2
+    assert report.shapes == ({"x": prompts}, {"x": tokens})
 
 
 def test_kernels_come_from_the_inspector_where_the_log_has_none(tmp_path: Path) -> None:
@@ -128,8 +141,8 @@ def test_dimension_that_the_profile_does_not_cover(tmp_path: Path) -> None:
     fails("no sizes for dimension 2 of input 'image', named 'height'. Expected one of: batch, sequence", fake, tmp_path)
     fails("dimension 0 of input 'image', named None", Fake("11.0", inputs=(Input("image", None),)), tmp_path)
     spans = {"batch": (1, 1, 4), "sequence": (1, 1, 1), "height": (32, 64, 128)}
-    report, _ = build(fake, tmp_path, spans=spans)
-    assert report.shapes == {"image": ((1, 3, 32), (1, 3, 64), (4, 3, 128))}
+    report, _ = build(fake, tmp_path, profiles=(spans,))
+    assert report.shapes == ({"image": ((1, 3, 32), (1, 3, 64), (4, 3, 128))},)
 
 
 def test_refused_profile(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_full_disk(request_: BuildRequest, tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text(FAKE.format(""))
     (tmp_path / "plan").symlink_to("/dev/full")
     spans = {"batch": (1, 1, 1), "sequence": (1, 1, 1)}
-    plain = PlanRequest("tensorrt", "m.onnx", str(tmp_path / "plan"), str(tmp_path / "log"), (), spans)
+    plain = PlanRequest("tensorrt", "m.onnx", str(tmp_path / "plan"), str(tmp_path / "log"), (), (spans,))
     with pytest.raises(BismoothError, match=r"m\.onnx: the engine cannot be written: .*No space left on device"):
         run_worker(plain)
 

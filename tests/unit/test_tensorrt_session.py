@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bismooth.engines import tensorrt_session
+from bismooth.engines import tensorrt_open
 from bismooth.engines.base import BuildRequest, Profile, Span
 from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.publish import read_record
@@ -36,8 +36,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     def put(cuda: FakeCuda | None = None, **options: Any) -> FakeCuda:
         fake = cuda or FakeCuda()
         trt = FakeTensorRT(fake, **options)
-        monkeypatch.setattr(tensorrt_session, "load_cuda", lambda: CudaRuntime(fake))
-        monkeypatch.setattr(tensorrt_session, "load_module", {TENSORRT: trt, TENSORRT_RTX: trt}.__getitem__)
+        monkeypatch.setattr(tensorrt_open, "load_cuda", lambda: CudaRuntime(fake))
+        monkeypatch.setattr(tensorrt_open, "load_module", {TENSORRT: trt, TENSORRT_RTX: trt}.__getitem__)
         return fake
 
     return put
@@ -309,8 +309,8 @@ def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_cuda() -> CudaRuntime:
         raise BismoothError("CUDA: there is no NVIDIA driver on this machine.")
 
-    monkeypatch.setattr(tensorrt_session, "load_module", {TENSORRT_RTX: FakeTensorRT(FakeCuda())}.__getitem__)
-    monkeypatch.setattr(tensorrt_session, "load_cuda", no_cuda)
+    monkeypatch.setattr(tensorrt_open, "load_module", {TENSORRT_RTX: FakeTensorRT(FakeCuda())}.__getitem__)
+    monkeypatch.setattr(tensorrt_open, "load_cuda", no_cuda)
     with pytest.raises(BismoothError, match="there is no NVIDIA driver on this machine"):
         EngineSession(write_engine(tmp_path))
 
@@ -320,7 +320,7 @@ def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_real_runtime_says_why_it_cannot_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real engine and the real package, with CUDA alone pretended: TensorRT-RTX finds no driver."""
     fake = FakeCuda()
-    monkeypatch.setattr(tensorrt_session, "load_cuda", lambda: CudaRuntime(fake))
+    monkeypatch.setattr(tensorrt_open, "load_cuda", lambda: CudaRuntime(fake))
     profile = Profile(sequence=Span(1, 16, 32))
     request = BuildRequest(save(float_linear(), tmp_path), tmp_path / "model.engine", (89,), profile)
     engine = TensorRTBuilder().build(request).engine

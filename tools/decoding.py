@@ -1,0 +1,87 @@
+"""What a graph with caches computes token by token, held against what it computes on whole windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.onnxruntime import Session
+from ..export.cache_names import is_past, is_present, past_of
+
+Ids = NDArray[np.int64]
+_BATCH = 16
+
+
+def has_cache(session: Session) -> bool:
+    """Whether the graph takes keys and values of earlier positions."""
+    return any(is_past(port.name) for port in session.inputs)
+
+
+class CachedRun:
+    """Runs a graph on one piece of text after the other; the caches go from each run to the next."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._logits = session.outputs[0].name
+        self._names = [port.name for port in session.outputs if is_present(port.name)]
+        self._caches: dict[str, NDArray[Any]] = {}
+        self._length = 0
+
+    def append(self, ids: Ids) -> NDArray[np.float32]:
+        """Logits [B, S, V], float32, of the tokens ids [B, S] behind those so far."""
+        total = self._length + ids.shape[1]
+        positions = np.arange(self._length, total, dtype=np.int64)
+        feeds = self._session.token_feeds(
+            ids,
+            {
+                "attention_mask": np.ones((len(ids), total), np.int64),
+                "position_ids": np.broadcast_to(positions, ids.shape),
+                **self._caches,
+            },
+        )
+        values = self._session.run(feeds, [self._logits, *self._names])
+        self._caches = {past_of(name): values[name] for name in self._names}
+        self._length = total
+        return values[self._logits].astype(np.float32, copy=False)
+
+
+def stepwise_logits(session: Session, ids: Ids, prefill: int, on_step: Callable[[str], None]) -> NDArray[np.float32]:
+    """Logits [S, V] of a window ids [S]: its first ``prefill`` tokens in one run, the others one by one."""
+    run = CachedRun(session)
+    pieces = [run.append(ids[None, :prefill])]
+    for place in range(prefill, len(ids)):
+        pieces.append(run.append(ids[None, place : place + 1]))
+        on_step(f"token {place}")
+    return np.concatenate(pieces, axis=1)[0]
+
+
+def greedy(session: Session, prompts: Ids, count: int, on_prompt: Callable[[str], None]) -> Ids:
+    """The ``count`` most likely tokens [N, count], one after the other, behind each of the prompts [N, P]."""
+    continued: list[Ids] = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        run = CachedRun(session)
+        tokens = [run.append(batch)[:, -1:].argmax(-1)]
+        while len(tokens) < count:
+            tokens.append(run.append(tokens[-1]).argmax(-1))
+        continued.append(np.concatenate(tokens, axis=1))
+        for number in range(start, start + len(batch)):
+            on_prompt(f"prompt {number}")
+    return np.concatenate(continued)
+
+
+def common_prefix(a: Ids, b: Ids) -> NDArray[np.int64]:
+    """How many tokens [N] of each row of a [N, T] are those of b before the first that differs."""
+    differs = np.concatenate([a != b, np.ones((len(a), 1), np.bool_)], axis=1)
+    return differs.argmax(axis=1)
+
+
+def cut_prompts(windows: Ids, count: int, length: int) -> Ids:
+    """Up to ``count`` pieces [P, length] of windows [N, S], spread evenly over each window."""
+    per_window = min(-(-count // len(windows)), windows.shape[1] // length)
+    starts = np.arange(per_window) * (windows.shape[1] // per_window)
+    pieces = [window[start : start + length] for window in windows for start in starts]
+    return np.array(pieces[:count])
