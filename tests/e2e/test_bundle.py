@@ -114,7 +114,7 @@ def test_it_runs_without_what_made_it(bundle: Path, made: Path, tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "onnxruntime on the CPU 96\n"
-    with Session(made / "art/model.onnx", threads=1) as session:
+    with Session(made / "art/engines/onnxruntime/model.onnx", threads=1) as session:
         np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), session.logits(IDS))
 
 

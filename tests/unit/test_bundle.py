@@ -216,33 +216,33 @@ def renamed(name: str) -> Edit:
     return edit
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (renamed("../config.json"), r"it names a file outside of the folder: \.\./config\.json"),
-        (renamed("a/../../b"), r"it names a file outside of the folder: a/\.\./\.\./b"),
-        (renamed("/etc/passwd"), r"it names a file outside of the folder: /etc/passwd"),
-        (renamed("./tokenizer.json"), r"it names a file in an unusual way: '\./tokenizer\.json'"),
-        (renamed("engines//model.onnx"), r"it names a file in an unusual way: 'engines//model\.onnx'"),
-        (renamed("engines\\model.onnx"), r"it names a file in an unusual way: 'engines"),
-        (renamed(MANIFEST), r"it names a file in an unusual way: 'bundle\.json'"),
-        (renamed(""), r"it names a file in an unusual way: ''"),
-        (renamed("nul\0"), r"it names a file in an unusual way: 'nul"),
-        (
-            lambda d: d["files"].pop(WEIGHTS),
-            rf"engine onnxruntime has the file {WEIGHTS}, which is not among the files",
-        ),
-        (lambda d: d["licence"].update(files=["LICENSE"]), r"the licence LICENSE is not among the files of the bundle"),
-        (lambda d: d.pop("engines"), r"\$: 'engines' is a required property"),
-        (lambda d: d.update(engines={}), r"\$\.engines: "),
-        (lambda d: d.update(more=1), r"\$: Additional properties are not allowed \('more' was unexpected\)"),
-        (lambda d: d["files"]["config.json"].update(size=-1), r"\$\.files\['config\.json'\]\.size: -1 is less than"),
-        (lambda d: d["files"]["config.json"].update(size="1"), r"size: '1' is not of type 'integer'"),
-        (lambda d: d["files"]["config.json"].update(sha256="00"), r"sha256: '00' does not match"),
-        (lambda d: d.update(version=2), r"it has format version 2, this bismooth reads version 1"),
-        (lambda d: d.update(format="bismooth"), r"it has no format 'bismooth-bundle'"),
-    ],
-)
+EDITS: list[tuple[Edit, str]] = [
+    (renamed("../config.json"), r"it names a file outside of the folder: \.\./config\.json"),
+    (renamed("a/../../b"), r"it names a file outside of the folder: a/\.\./\.\./b"),
+    (renamed("/etc/passwd"), r"it names a file outside of the folder: /etc/passwd"),
+    (renamed("./tokenizer.json"), r"it names a file in an unusual way: '\./tokenizer\.json'"),
+    (renamed("engines//model.onnx"), r"it names a file in an unusual way: 'engines//model\.onnx'"),
+    (renamed("engines\\model.onnx"), r"it names a file in an unusual way: 'engines"),
+    (renamed(MANIFEST), r"it names a file in an unusual way: 'bundle\.json'"),
+    (renamed(""), r"it names a file in an unusual way: ''"),
+    (renamed("nul\0"), r"it names a file in an unusual way: 'nul"),
+    (
+        lambda d: d["files"].pop(WEIGHTS),
+        rf"engine onnxruntime has the file {WEIGHTS}, which is not among the files",
+    ),
+    (lambda d: d["licence"].update(files=["LICENSE"]), r"the licence LICENSE is not among the files of the bundle"),
+    (lambda d: d.pop("engines"), r"\$: 'engines' is a required property"),
+    (lambda d: d.update(engines={}), r"\$\.engines: "),
+    (lambda d: d.update(more=1), r"\$: Additional properties are not allowed \('more' was unexpected\)"),
+    (lambda d: d["files"]["config.json"].update(size=-1), r"\$\.files\['config\.json'\]\.size: -1 is less than"),
+    (lambda d: d["files"]["config.json"].update(size="1"), r"size: '1' is not of type 'integer'"),
+    (lambda d: d["files"]["config.json"].update(sha256="00"), r"sha256: '00' does not match"),
+    (lambda d: d.update(version=2), r"it has format version 2, this bismooth reads version 1"),
+    (lambda d: d.update(format="bismooth"), r"it has no format 'bismooth-bundle'"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), EDITS)
 def test_a_manifest_that_cannot_be(folder: Path, edit: Edit, message: str) -> None:
     document = json.loads((folder / MANIFEST).read_text("utf-8"))
     edit(document)

@@ -92,7 +92,7 @@ def forget_source(artifact: Path, *names: str) -> None:
 
 def add_verdict(artifact: Path, **changes: Any) -> None:
     hop: Mapping[str, Any] = {"judged": [], "failures": [], "skipped": None, "windows": 2, "seconds": 1.0}
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "source": engine_source(Artifact.load(artifact)),
         "windows": 2,
