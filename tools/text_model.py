@@ -66,7 +66,7 @@ def open_text_model(path: Path, threads: int | None = None) -> Generator[TextMod
     Raises:
         BismoothError: as :func:`open_decoder`; or tokenizer, chat template or configuration cannot be read.
     """
-    folder = _engine_folder(path)
+    folder = engine_folder(path)
     tokenizer = load_tokenizer(path)
     template, stop = ChatTemplate.load(path), stop_tokens(path, tokenizer)
     with console.progress() as progress:
@@ -86,7 +86,7 @@ def open_decoder(path: Path, threads: int | None = None) -> Decoder:
     Raises:
         BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded.
     """
-    return _open(_engine_folder(path), threads)
+    return _open(engine_folder(path), threads)
 
 
 def _open(folder: Artifact, threads: int | None) -> Decoder:
@@ -128,7 +128,7 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset() if token is None else frozenset({token})
 
 
-def _engine_folder(path: Path) -> Artifact:
+def engine_folder(path: Path) -> Artifact:
     folder = Artifact.load(path)
     if folder.manifest.kind != "engine":
         engines = ", ".join(map(str, engine_folders(folder))) or "none; run 'bismooth build' first"
