@@ -15,9 +15,12 @@ import numpy as np
 DEPTH = 64
 """Terms of each sum."""
 
-#: y [m, 64] = MatMulInteger(x UINT8 [m, 64], w), where w [64, 64] is 127 in the first 32 columns and -127 in the others.
+#: y [m, 64] = MatMulInteger(x UINT8 [m, 64], w), where w [64, 64] is 127 in the first 32 columns and -127 in others.
 MODEL = base64.b85decode(
-    "2nags0SYn-1#@U&aAgt!a3T*wZ*FsRVQzF!W>aWkaAhhL3I%pyY;|QS2?zlY11bT3LI9uv1PVI}1#@U&aAgt!ZXypuZ*FsRVQzF!W>aWkaAhhU3I%pyY;|QS5(ohh11buE|NsC0|NsC00YU(v0R##j3IT8m0d5ijcOnKuZ*F5@bSeu91Yvk-a~J`j0Rjpb3ITWu0e2Dsc_Ix>VRTJ(Y)Ni(WoKn_5&>r_4+sJf2RZ^kAVLLmXkl<=S`-QacoGi^4G01f2?_%e0c{Eb2tZ;K3ITZ%4+;$k1`-Jh0}=sk3IYf~LIer`5Df"
+    "2nags0SYn-1#@U&aAgt!a3T*wZ*FsRVQzF!W>aWkaAhhL3I%pyY;|QS2?zlY11bT3LI9uv1PVI}1#@U&aAgt!ZXypuZ*FsRVQzF!"
+    "W>aWkaAhhU3I%pyY;|QS5(ohh11buE|NsC0|NsC00YU(v0R##j3IT8m0d5ijcOnKuZ*F5@bSeu91Yvk-a~J`j0Rjpb3ITWu0e2Ds"
+    "c_Ix>VRTJ(Y)Ni(WoKn_5&>r_4+sJf2RZ^kAVLLmXkl<=S`-QacoGi^4G01f2?_%e0c{Eb2tZ;K3ITZ%4+;$k1`-Jh0}=sk3IYf~"
+    "LIer`5Df"
 )
 _ROWS = (1, 64)
 """Kernels for one row and for many differ."""

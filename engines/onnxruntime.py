@@ -33,7 +33,7 @@ Mode = Literal["int8", "reference", "plain"]
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 _Result = TypeVar("_Result")
 
-#: Session settings by mode: integer kernels (see also :func:`entries_of`), their float reference, ONNX Runtime's defaults.
+#: Session settings by mode: integer kernels (more in :func:`entries_of`), their float reference, ONNX Runtime's own.
 #: "reference" computes every Q and DQ as the float function of its definition. Where a blocked DQ becomes MatMulNBits,
 #: the CPU kernel would quantize the activations unless its accuracy level is 1.
 MODES: Mapping[Mode, Mapping[str, str]] = {
@@ -105,8 +105,8 @@ class Session:
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
         threads: threads per operator; one per core by default.
-        spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else on
-            the machine is slower.
+        spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else
+            on the machine is slower.
         constant_folding: False leaves a Transpose or Cast of a weight to the run. Loading takes no copies of weights
             for them then.
         values: names of inner values to offer as further outputs (needs the package ``onnx``).
@@ -185,8 +185,8 @@ class Session:
         """An ``IOBinding`` for :meth:`run_bound`: inputs and outputs in buffers of the caller."""
         return self._open().io_binding()
 
-    def run_bound(self, binding: Any, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Bind ``feeds``, run, and give all outputs; those bound to a buffer are in it.
+    def run_bound(self, binding: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Bind ``feeds`` too and run; the outputs are where they were bound.
 
         Raises:
             BismoothError: as :meth:`run` does.
@@ -194,7 +194,6 @@ class Session:
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
         self._run(lambda session, options: session.run_with_iobinding(binding, options), feeds)
-        return binding.get_outputs()
 
     def _open(self) -> _InferenceSession:
         if self._session is None:

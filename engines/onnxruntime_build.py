@@ -1,7 +1,7 @@
-"""A folder that plain ONNX Runtime runs: the graph, exactly the weight files that it refers to, and an audit.
+"""A folder that plain ONNX Runtime runs: a graph made for it, exactly the weight files that it refers to, and an audit.
 
-Nothing is compiled. The audit reads ONNX Runtime's own optimized graph, in which a product of dequantized operands has
-become an integer kernel, or has not.
+The graph uses ONNX Runtime's own operators where these are faster (``passes/for_onnxruntime.py``). The audit reads what
+ONNX Runtime makes of it, in which a product of dequantized operands has become an integer kernel, or has not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMPANIONS = ("tokenizer*", "config.json", "generation_config.json", "special_t
 
 @dataclass(frozen=True)
 class OnnxRuntimeBuilder:
-    """Copies a graph for ONNX Runtime's CPU provider; weights become hard links, or copies where that is impossible."""
+    """Lowers a graph for ONNX Runtime's CPU provider; weights become hard links, or copies where that is impossible."""
 
     name: str = "onnxruntime"
 
@@ -49,19 +49,19 @@ class OnnxRuntimeBuilder:
         summary = summarize(request.onnx)
         check_meant(summary.linears, request.meant_int8)
         with scratch_folder(request.engine) as folder:
-            optimized = _optimize(runtime, request.onnx, folder)
+            staged = folder / request.engine.name
+            _lower(request, staged)
+            optimized = _optimize(runtime, request.onnx, staged.read_bytes(), folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
             weights = weight_files(request.onnx)
-            staged = folder / request.engine.name
-            shutil.copyfile(request.onnx, staged)
             record = EngineRecord(
                 runtime=self.name,
                 version=runtime.__version__,
                 capabilities=request.capabilities,
                 shapes={},
-                bytes=sum(file.stat().st_size for file in (request.onnx, *weights.values())),
+                bytes=sum(file.stat().st_size for file in (staged, *weights.values())),
                 sha256=file_sha256(staged),
                 source=request.source,
             )
@@ -72,8 +72,19 @@ class OnnxRuntimeBuilder:
         return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, None)
 
 
-def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
-    """ONNX Runtime's own version of ``graph``, without its weights."""
+def _lower(request: BuildRequest, target: Path) -> None:
+    """Write the graph as ONNX Runtime runs it fastest."""
+    from ..passes.driver import run_passes
+    from ..passes.for_onnxruntime import passes_for_onnxruntime
+    from ..passes.graph import load, save
+
+    graph = load(request.onnx)
+    run_passes(graph, passes_for_onnxruntime(last_logits=request.last_logits))
+    save(graph, target)
+
+
+def _optimize(runtime: Any, source: Path, graph: bytes, folder: Path) -> Any:
+    """ONNX Runtime's own version of ``graph``, made of ``source``, without its weights."""
     import onnx
 
     target = folder / "optimized.onnx"
@@ -84,15 +95,16 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     entries = {
         "session.optimized_model_external_initializers_file_name": "optimized.bin",
         "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.model_external_initializers_file_folder_path": str(source.parent),
         **entries_of(runtime, "int8"),
     }
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     try:
-        runtime.InferenceSession(str(graph), options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
+        runtime.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
     except Exception as error:  # its exceptions have no public base class
         raise BismoothError(
-            f"{graph}: ONNX Runtime cannot load the graph: {reason_of(error)} "
+            f"{source}: ONNX Runtime cannot load the graph: {reason_of(error)} "
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
     return onnx.ModelProto.FromString(target.read_bytes())

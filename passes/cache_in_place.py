@@ -111,7 +111,7 @@ class _Lowering:
         A rotary embedding moves behind it, for which the number of heads is an attribute then.
         """
         rotary, swap = made_by(value, "RotaryEmbedding"), made_by(value, "Transpose")
-        rows, _, length, size = shape_of(value) or ()
+        rows, _, length, size = shape_of(value) or (None,) * 4
         width: list[Dim] = [rows, length, heads * int(str(size))]
         if rotary is not None and len(rotary.inputs) == 3:
             inputs = [self._joined_heads(rotary.inputs[0], heads), *rotary.inputs[1:]]
@@ -130,7 +130,7 @@ class _Lowering:
         return self._make.node("Reshape", f"{value.name}/joined", [swapped, target], width, _FLOAT32)
 
     def _result(self, node: Node, name: str, shape: list[Dim], split: list[int]) -> tuple[Tensor, list[Node]]:
-        """What takes the operator's result [batch, sequence, heads · size], and the nodes that split it where needed."""
+        """What takes the operator's result [batch, sequence, heads · size], and nodes that split it where needed."""
         (value,) = node.outputs
         swap = sole_reader(self._index, value)
         joined = sole_reader(self._index, swap.outputs[0]) if swap is not None and swap.op == "Transpose" else None
@@ -151,6 +151,6 @@ def _in_place(cache: Cache) -> Tensor:
     """The output of a cache without its producer; input and output get a common axis."""
     cache.present.inputs.clear()
     for tensor in (cache.past, cache.present):
-        rows, heads, _, size = shape_of(tensor) or ()
+        rows, heads, _, size = shape_of(tensor) or (None,) * 4
         set_type(tensor, dtype_of(tensor), [rows, heads, CAPACITY, size])
     return cache.present

@@ -1,9 +1,10 @@
 """Find attention over a cache of keys and values that grows by concatenation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import onnx.reference
+from onnx.reference import ReferenceEvaluator
 
 from ..export.cache_names import is_past
 from ._gs import Array, Dim, Graph, Node, Tensor, dtype_of, export_model, shape_of
@@ -66,18 +67,20 @@ def _describe(node: Node, index: Index) -> CachedAttention | None:
         return None
     query, keys, values, mask = node.inputs
     key, value = _cache(keys, node, index), _cache(values, node, index)
-    shapes = [shape_of(tensor) or () for tensor in node.inputs]
-    types = [dtype_of(tensor) for tensor in node.inputs]
-    if key is None or value is None or any(len(s) != 4 for s in shapes) or types != [_FLOAT32] * 3 + [_BOOL]:
+    if key is None or value is None or [dtype_of(tensor) for tensor in node.inputs] != [_FLOAT32] * 3 + [_BOOL]:
         return None
-    rows, heads, length, size = shapes[0]
-    groups = shapes[1][1]
-    if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(size, int)) or heads % groups:
-        return None
-    is_uniform = {shape[3] for shape in shapes[:3]} == {size} and shapes[2][1] == groups
-    if not is_uniform or shapes[3][1] not in (1, heads):
-        return None
-    return CachedAttention(node, query, key, value, mask, (rows, heads, length, size), groups)
+    match [shape_of(tensor) for tensor in node.inputs]:
+        case [
+            (rows, int(heads), length, int(size)),
+            (_, int(groups), _, k_size),
+            (_, v_groups, _, v_size),
+            (_, m, _, _),
+        ]:
+            if heads % groups == 0 and (v_groups, k_size, v_size) == (groups, size, size) and m in (1, heads):
+                return CachedAttention(node, query, key, value, mask, (rows, heads, length, size), groups)
+        case _:
+            pass
+    return None
 
 
 def _cache(present: Tensor, reader: Node, index: Index) -> Cache | None:
@@ -103,17 +106,17 @@ def is_causal(graph: Graph, mask: str) -> bool:
     part.outputs[:] = [Index.of(part).values[mask]]
     part.cleanup()
     feeds = {tensor.name: _example(tensor) for tensor in part.inputs if tensor.outputs}
-    (values,) = onnx.reference.ReferenceEvaluator(export_model(part)).run(None, feeds)
+    evaluator: Any = ReferenceEvaluator(export_model(part))
+    values: Array = evaluator.run(None, feeds)[0]
     later = np.arange(_PAST + _NEW) > np.arange(_PAST, _PAST + _NEW)[:, None]
-    return values.shape[-2:] == later.shape and not (values & later).any()
+    return values.shape[-2:] == later.shape and not bool((values & later).any())
 
 
 def _example(tensor: Tensor) -> Array:
     """Values of an input: ones, positions counted up, or an empty cache's zeros."""
     length = {"attention_mask": _PAST + _NEW, "input_ids": _NEW, "position_ids": _NEW}.get(tensor.name, _PAST)
-    shape = [
-        dim if isinstance(dim, int) else (length if axis else _BATCH) for axis, dim in enumerate(shape_of(tensor) or ())
-    ]
+    dims = enumerate(shape_of(tensor) or ())
+    shape = [dim if isinstance(dim, int) else (length if axis else _BATCH) for axis, dim in dims]
     if tensor.name == "position_ids":
         values = np.broadcast_to(np.arange(_PAST, _PAST + _NEW), shape)
     else:

@@ -69,12 +69,11 @@ class _Fusion:
     def _half(self, table: Tensor) -> Tensor:
         """The first half of the channels of cos or sin [batch, sequence, size]."""
         if table.name not in self._halves:
-            batch, sequence, size = shape_of(table) or ()
+            *leading, size = shape_of(table) or (None,)
             half = int(str(size)) // 2
-            bounds = [self._make.integers(value) for value in (0, half, 2)]
-            self._halves[table.name] = self._make.node(
-                "Slice", f"{table.name}/half", [table, *bounds], [batch, sequence, half], _FLOAT32
-            )
+            bounds = [self._make.integers(value) for value in (0, half, len(leading))]
+            shape = [*leading, half]
+            self._halves[table.name] = self._make.node("Slice", f"{table.name}/half", [table, *bounds], shape, _FLOAT32)
         return self._halves[table.name]
 
     def _rotation(self, straight: Node, turned: Node) -> _Rotation | None:
@@ -121,8 +120,8 @@ class _Fusion:
         if unsqueezed is None or axes is None or axes.reshape(-1).tolist() != [1]:
             return None
         table = unsqueezed.inputs[0]
-        batch, _, sequence, size = shape_of(x) or (None,) * 4
-        fits = shape_of(table) == (batch, sequence, size) and dtype_of(table) == dtype_of(x) == _FLOAT32
+        batch, _, *rest = shape_of(x) or (None, None)
+        fits = shape_of(table) == (batch, *rest) and dtype_of(table) == dtype_of(x) == _FLOAT32
         return table if fits and self._repeats(table, function) else None
 
     def _repeats(self, table: Tensor, function: str) -> bool:

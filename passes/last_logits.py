@@ -11,7 +11,9 @@ from .patterns import Names
 
 LOGITS = "logits"
 
-_END = int(np.iinfo(np.int64).max)
+_BOUNDS = {"start": -1, "end": int(np.iinfo(np.int64).max), "axis": 1}
+"""Of the slice that keeps the last position."""
+
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
 _ELEMENTWISE = frozenset(
     {"Abs", "Add", "Cast", "DequantizeLinear", "Div", "Max", "Min", "Mul", "QuantizeLinear", "Sub", "Tanh"}
@@ -24,8 +26,8 @@ class LastLogits:
 
     What is behind the last norm's input, the norm included, is computed for that position alone.
 
-    Needs: ``logits`` [batch, sequence, vocabulary], computed position by position from one value. Promises: nothing else
-    of the graph changes; if the pattern is another one, nothing at all.
+    Needs: ``logits`` [batch, sequence, vocabulary], computed position by position from one value. Promises: nothing
+    else of the graph changes; if the pattern is another one, nothing at all.
     """
 
     name: ClassVar[str] = "last logits"
@@ -55,7 +57,8 @@ def _find_tail(index: Index) -> _Tail | None:
     if logits is None or shape is None or len(shape) != 3:
         return None
     nodes: list[Node] = []
-    sources, found = [logits], None
+    sources: list[Tensor] = [logits]
+    found: _Tail | None = None
     while sources:
         latest = max(sources, key=lambda tensor: _place(tensor, index))
         node = index.producer(latest.name)
@@ -109,18 +112,18 @@ def _cut(graph: Graph, index: Index, tail: _Tail) -> None:
     """Let the tail read a slice of its source."""
     names = Names(index)
     name = names.new(f"{tail.source.name}/last")
-    batch, _, channels = shape_of(tail.source) or ()
-    last = make_variable(name, dtype_of(tail.source), [batch, 1, channels])
+    last = make_variable(name, dtype_of(tail.source), _of_one_position(tail.source))
     bounds = [make_constant(names.new(f"{name}/{part}"), np.array([value])) for part, value in _BOUNDS.items()]
     for node in tail.nodes:
         for place, tensor in enumerate(node.inputs):
             if tensor is tail.source:
                 node.inputs[place] = last
         for tensor in node.outputs:
-            rows, _, width = shape_of(tensor) or ()
-            set_type(tensor, dtype_of(tensor), [rows, 1, width])
+            set_type(tensor, dtype_of(tensor), _of_one_position(tensor))
     first = min(index.order[node.name] for node in tail.nodes)
     graph.nodes.insert(first, make_node("Slice", name, [tail.source, *bounds], [last]))
 
 
-_BOUNDS = {"start": -1, "end": _END, "axis": 1}
+def _of_one_position(tensor: Tensor) -> list[Dim]:
+    batch, _, *channels = shape_of(tensor) or (None, None)
+    return [batch, 1, *channels]

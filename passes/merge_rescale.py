@@ -14,7 +14,7 @@ _INT8 = np.dtype(np.int8)
 
 @dataclass(frozen=True)
 class MergeRescale:
-    """MatMul(DQ(xq, 1), DQ(Wq, s0)) · r becomes MatMul(DQ(xq, s0), DQ(Wq, r)): ONNX Runtime rescales in its INT8 kernel.
+    """MatMul(DQ(xq, 1), DQ(Wq, s0)) · r becomes MatMul(DQ(xq, s0), DQ(Wq, r)), one INT8 kernel of ONNX Runtime.
 
     Needs: products as ``InsertQdq`` makes them. Those with groups of a size, whose r is no vector, stay, with all that
     read the same activation. Promises: the same numbers to the last bit, since s0 is a power of two.
@@ -47,6 +47,7 @@ class _Product:
     s0: Tensor
     rescale: Node
     r: Tensor
+    channels: int
 
 
 def _products(activation: Node, index: Index) -> list[_Product]:
@@ -68,19 +69,21 @@ def _product(node: Node, x: Tensor, index: Index) -> _Product | None:
     if weight is None or len(weight.inputs) != 2 or sole_reader(index, weight.outputs[0]) is not node:
         return None
     values, s0 = weight.inputs
-    shape = shape_of(values) or ()
+    channels = (shape_of(values) or (None,))[-1]
     rescale = sole_reader(index, node.outputs[0])
     r = other_input(rescale, node.outputs[0]) if rescale is not None and rescale.op == "Mul" else None
-    if rescale is None or r is None or not is_constant(r) or not is_constant(s0):
+    if rescale is None or r is None or not (is_constant(values) and is_constant(s0) and is_constant(r)):
         return None
-    fits = dtype_of(values) == _INT8 and len(shape) == 2 and shape_of(s0) == () and shape_of(r) == shape[1:]
-    return _Product(node, weight, s0, rescale, r) if fits else None
+    is_linear = dtype_of(values) == _INT8 and len(shape_of(values) or ()) == 2 and shape_of(s0) == ()
+    if not is_linear or not isinstance(channels, int) or shape_of(r) != (channels,):
+        return None
+    return _Product(node, weight, s0, rescale, r, channels)
 
 
 def _merge(product: _Product, names: Names) -> None:
     # Each weight has zero points of its own: ONNX Runtime re-encodes weights for CPUs whose kernels take them unsigned,
     # and cannot replace a zero point that several share.
-    zeros = make_constant(names.new(f"{product.weight.name}/zero_point"), np.zeros(shape_of(product.r) or (), _INT8))
+    zeros = make_constant(names.new(f"{product.weight.name}/zero_point"), np.zeros(product.channels, _INT8))
     product.weight.inputs[1] = product.r
     product.weight.inputs.append(zeros)
     product.weight.attrs["axis"] = 1
