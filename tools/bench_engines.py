@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..calibrators.data import load_tokenizer, load_windows
-from ..engines.cuda import load_cuda
 from ..export.errors import BismoothError
 from ..export.replacing import replacing
 from ..export.versions import tool_versions
 from . import console
+from .bench_measure import Measurement, Settings, machine, measure
 from .bench_page import bench_page
-from .bench_process import EngineProcess
-from .bench_result import FORMAT, Benched, BenchResult, Measured
-from .bench_subject import Case, Subject, check_room, load_subjects
-from .bench_timing import Timing
+from .bench_result import FORMAT, Benched, BenchResult
+from .bench_subject import Case, Subject, load_subjects
 from .page import check_page, write_page
 from .roofline import Bound, Gpu, bounds, find_gpus, known_gpus
 from .stages import check_replaceable
 from .verify import is_report
-
-PROMPT_SEED = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How engines are measured.
-
-    Attributes:
-        repeat: rounds per case.
-        warm_up: runs of each engine before the first round of a case, and after it was opened.
-        threads: on a CPU; one per core by default.
-        one_at_a_time: whether one engine at a time is open.
-        data: text to take prompts from; random token ids without.
-    """
-
-    repeat: int = 5
-    warm_up: int = 1
-    threads: int | None = None
-    one_at_a_time: bool = False
-    data: tuple[str, ...] = ()
-
-
-Open = Callable[[Path, int | None], EngineProcess]
-Prompts = NDArray[np.int64]
 
 
 def bench(
@@ -63,7 +27,11 @@ def bench(
     batch: Sequence[int] = (1,),
     prompt_length: Sequence[int] = (128, 512),
     new_tokens: int = 64,
-    settings: Settings = Settings(),
+    repeat: int = 5,
+    warm_up: int = 1,
+    threads: int | None = None,
+    one_at_a_time: bool = False,
+    data: Sequence[str] = (),
     gpus: Sequence[str] = (),
     estimate: bool = False,
     output: str | Path | None = None,
@@ -79,7 +47,11 @@ def bench(
         batch: numbers of rows.
         prompt_length: tokens of a prompt. Every batch is measured with every length.
         new_tokens: that follow each prompt, at least 2. No token ends a text.
-        settings: how to measure.
+        repeat: rounds per batch and length.
+        warm_up: runs of each engine before the first round of a batch and length.
+        threads: per operator, of engines that run on the CPU; one per core by default.
+        one_at_a_time: close each engine before the next one runs: for engines that memory does not hold together.
+        data: text to take prompts from; random token ids without.
         gpus: names of GPUs to bound the engines on, see :mod:`.roofline`. By default, for engines that were not
             measured, those that they were built for.
         estimate: measure nothing.
@@ -87,8 +59,8 @@ def bench(
         html: a file for a page that shows the result; it needs the extra ``report``.
 
     Raises:
-        BismoothError: no engines or one of them twice, one that is damaged, or has no room for a case; a GPU that is not
-            known or that none of the engines is for; text that cannot be used; or ``output`` or ``html`` cannot be
+        BismoothError: no engines or one of them twice, one that is damaged, or has no room for a case; a GPU that is
+            not known or that none of the engines is for; text that cannot be used; or ``output`` or ``html`` cannot be
             written or is a file of another kind.
     """
     _check_files(output, html)
@@ -97,18 +69,20 @@ def bench(
     for subject in subjects:
         subject.check(cases)
     _check_gpus(subjects, chosen, estimate=estimate)
-    run = _Run(tuple(map(Benched, subjects))) if estimate else _measure(subjects, cases, settings)
-    bounded = list(_bounds(run.engines, cases, chosen, estimate=estimate))
+    if estimate:
+        run, asked = Measurement(tuple(map(Benched, subjects)), ()), dict[str, Any]()
+    else:
+        settings = Settings(repeat, warm_up, threads, one_at_a_time, tuple(data))
+        with console.progress() as progress:
+            run, asked = measure(subjects, cases, settings, progress), settings.to_json()
+    bounded, problems = _bounds(run.engines, cases, chosen, estimate=estimate)
     result = BenchResult(
         run.engines,
         run.measured,
-        tuple(bound for bound in bounded if not isinstance(bound, str)),
-        {
-            "new_tokens": new_tokens,
-            **({} if estimate else {"prompts": run.prompts, **_plain(settings)}),
-        },
-        _machine(run.engines) if run.measured else {},
-        (*_notes(run.engines), *(bound for bound in bounded if isinstance(bound, str))),
+        tuple(bounded),
+        {"new_tokens": new_tokens, **asked},
+        machine(run.engines) if run.measured else {},
+        (*_reasons(run.engines), *problems),
         run.interrupted,
         tool_versions(),
     )
@@ -135,7 +109,7 @@ def _check_gpus(subjects: Sequence[Subject], gpus: Sequence[Gpu], *, estimate: b
         if not any(subject.is_for(gpu) for subject in subjects):
             built = "; ".join(f"{subject.path}: {_targets(subject)}" for subject in subjects)
             raise BismoothError(
-                f"--gpu {gpu.name}: has compute capability {gpu.capability}, and none of the engines is for it: {built}. "
+                f"--gpu {gpu.name}: none of the engines is for its compute capability {gpu.capability}: {built}. "
                 f"Build one with: bismooth build ART --engine tensorrt-rtx --capability {gpu.capability}"
             )
     if estimate and not any(subject.is_for(gpu) for subject in subjects for gpu in gpus or known_gpus()):
@@ -145,24 +119,32 @@ def _check_gpus(subjects: Sequence[Subject], gpus: Sequence[Gpu], *, estimate: b
 
 def _targets(subject: Subject) -> str:
     capabilities = subject.record.capabilities
-    return f"for {', '.join(f'SM{number}' for number in capabilities)}" if capabilities else f"runs on the CPU"
+    return f"for {', '.join(f'SM{number}' for number in capabilities)}" if capabilities else "runs on the CPU"
+
+
+def _reasons(engines: Sequence[Benched]) -> Iterator[str]:
+    return (f"{engine.subject.path}: was not measured: {engine.reason}" for engine in engines if engine.reason)
 
 
 def _bounds(
     engines: Sequence[Benched], cases: Sequence[Case], gpus: Sequence[Gpu], *, estimate: bool
-) -> Iterator[tuple[int, Bound] | str]:
-    """Bounds, and a sentence for each that there cannot be."""
+) -> tuple[list[tuple[int, Bound]], list[str]]:
+    """Bounds by place of the engine, and a sentence where there can be none."""
+    found: list[tuple[int, Bound]] = []
+    problems: list[str] = []
     for place, engine in enumerate(engines):
-        subject, wanted = engine.subject, gpus
-        if not gpus and (estimate or engine.reason):
-            wanted = known_gpus()
-        for gpu in filter(subject.is_for, wanted):
-            if subject.cost is None:
-                yield subject.problem
-                break
-            for case in cases:
-                both = bounds(gpu, subject.cost, case.batch, case.prompt_length, case.new_tokens)
-                if max(bound.cost.bytes for bound in both) > gpu.memory_gb * 1e9:
-                    yield f"{subject.path}: does not fit into the {gpu.memory_gb:g} GB of {gpu.name} with {case} tokens."
-                else:
-                    yield from ((place, bound) for bound in both)
+        subject = engine.subject
+        wanted = gpus or (known_gpus() if estimate or engine.reason else ())
+        targets = list(filter(subject.is_for, wanted))
+        if subject.cost is None:
+            problems += [subject.problem] if targets else []
+            continue
+        for gpu, case in product(targets, cases):
+            both = bounds(gpu, subject.cost, case.batch, case.prompt_length, case.new_tokens)
+            if max(bound.cost.bytes for bound in both) > gpu.memory_gb * 1e9:
+                problems.append(
+                    f"{subject.path}: does not fit in the {gpu.memory_gb:g} GB of {gpu.name} at {case} tokens."
+                )
+            else:
+                found += [(place, bound) for bound in both]
+    return found, problems

@@ -44,7 +44,7 @@ class EngineProcess:
 
     def __init__(self, path: Path, threads: int | None) -> None:
         self._path = path
-        self._noise = tempfile.TemporaryFile()
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115 close() closes it
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "bismooth.tools.bench_worker"],
             stdin=subprocess.PIPE,

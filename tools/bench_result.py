@@ -34,17 +34,18 @@ class Latency:
     def of(times: Sequence[float]) -> Latency:
         return Latency(len(times), *np.percentile(times, _QUANTILES).tolist())
 
-    def in_ms(self) -> str:
-        """The median, and where 90 % of the times are below it."""
-        return f"{1e3 * self.p50:.4g}\n{1e3 * self.p5:.4g}…{1e3 * self.p95:.4g}"
+    def in_ms(self) -> tuple[str, str]:
+        """The median, and the span from the 5 % to the 95 % quantile."""
+        return f"{1e3 * self.p50:.4g}", f"{1e3 * self.p5:.4g}…{1e3 * self.p95:.4g}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine in one case. Each round is one prompt and the tokens that follow; ``first`` are those of the first engine.
+    """One engine in one case.
 
     Attributes:
-        first: None for that engine itself.
+        rounds: One prompt and the tokens that follow each.
+        first: The rounds of the first engine; None for that engine itself.
     """
 
     subject: Subject
@@ -118,8 +119,8 @@ class Measured:
         return {
             "engine": str(self.subject.path),
             "batch_×_prompt": str(self.case),
-            "prefill_ms": self.prefill.in_ms(),
-            "token_ms": self.token.in_ms(),
+            "prefill_ms": "\n".join(self.prefill.in_ms()),
+            "token_ms": "\n".join(self.token.in_ms()),
             "tokens/s": self.decode_rate,
             **ratios,
         }
@@ -196,10 +197,8 @@ class BenchResult:
         text: dict[str, Any] = {}
         if self.measured:
             text["prompts"] = self.settings["prompts"]
-            text["rounds"] = (
-                f"{min(len(item.rounds) for item in self.measured)} per case, {self.settings['new_tokens']} new tokens. "
-                "Below medians: 5 % and 95 % quantiles"
-            )
+            rounds, new_tokens = min(len(item.rounds) for item in self.measured), self.settings["new_tokens"]
+            text["rounds"] = f"{rounds}, {new_tokens} new tokens. Below medians: 5 % and 95 % quantiles"
             text["machine"] = ", ".join(str(value) for value in self.machine.values())
         if self.interrupted:
             text["interrupted"] = True
@@ -209,10 +208,10 @@ class BenchResult:
         if self.measured:
             text["measured"] = [item.to_row() for item in self.measured]
         if self.bounds:
-            text |= {"estimates": ESTIMATE, "estimated_on_GPUs": [self._bound_row(*item) for item in self.bounds]}
+            text |= {"estimates": ESTIMATE, "estimated_on_GPUs": [self.bound_row(*item) for item in self.bounds]}
         return text
 
-    def _bound_row(self, engine: int, bound: Bound) -> dict[str, Any]:
+    def bound_row(self, engine: int, bound: Bound) -> dict[str, Any]:
         return {
             "engine": str(self.engines[engine].subject.path),
             "gpu": bound.gpu.name,

@@ -66,7 +66,7 @@ class Subject:
         return self.record.source.get("recipe")
 
     def is_for(self, gpu: Gpu) -> bool:
-        """Whether it may run on this GPU, as far as the record tells: TensorRT's does not say for which it was built."""
+        """Whether it may run on this GPU, as far as is on record: TensorRT does not say for which one it built."""
         capabilities = self.record.capabilities
         return gpu.capability in capabilities if capabilities else self.runs_on_gpu
 
@@ -115,8 +115,8 @@ def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
         if case.positions > capacity:
             raise BismoothError(
                 f"{path}: has room for {capacity} positions per row. --prompt-length {case.prompt_length} with "
-                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less, or build the engine with a larger "
-                "capacity."
+                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less, or build the engine with a "
+                "larger --capacity."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,5 +50,5 @@ def time_run(
     for _ in range(new_tokens - 1):
         tokens = decoder.decode(tokens).argmax(axis=-1)
         times.append(clock())
-    steps = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+    steps = tuple(after - before for before, after in pairwise(times))
     return Timing(prefilled - start, times[0] - start, steps)

@@ -1,7 +1,7 @@
 """A process that holds one engine and times it, so that its memory is its own and others wait in theirs.
 
-It reads JSON lines from stdin and answers each with one on stdout: ``opened`` or ``timed``, ``error`` (a message for the
-user), or ``bug`` (a traceback). It ends with its stdin, so a killed caller leaves no engine behind.
+It reads JSON lines from stdin and answers each with one on stdout: ``opened`` or ``timed``, ``error`` (a message for
+the user), or ``bug`` (a traceback). It ends with its stdin, so a killed caller leaves no engine behind.
 """
 
 from __future__ import annotations
