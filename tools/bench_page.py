@@ -303,8 +303,8 @@ def _engines(result: BenchResult) -> Section:
             row["runtime"],
             row["recipe"],
             row["engine_bytes"] / 1e6,
-            "–" if row["load_seconds"] is None else f"{row['load_seconds']:.2f} s",
-            "–" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e6:,.0f} MB",
+            f"{row['load_seconds']:.2f} s" if "load_seconds" in row else "–",
+            f"{row['peak_rss_bytes'] / 1e6:,.0f} MB" if row.get("peak_rss_bytes") else "–",
         )
         for row in (engine.to_row() for engine in result.engines)
     ]

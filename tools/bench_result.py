@@ -120,6 +120,7 @@ class Measured:
             "engine": str(self.subject.path),
             "batch_×_prompt": str(self.case),
             "prefill_ms": "\n".join(self.prefill.in_ms()),
+            "first_token_ms": f"{1e3 * self.first_token.p50:.4g}",
             "token_ms": "\n".join(self.token.in_ms()),
             "tokens/s": self.decode_rate,
             **ratios,
@@ -158,14 +159,15 @@ class Benched:
         }
 
     def to_row(self) -> dict[str, Any]:
-        return {
+        row = {
             "engine": str(self.subject.path),
             "runtime": self.subject.runtime,
             "recipe": self.subject.recipe or "float",
             "engine_bytes": self.subject.record.bytes,
-            "load_seconds": float(np.median(self.load_seconds)) if self.load_seconds else None,
-            "peak_rss_bytes": self.peak_rss,
         }
+        if self.load_seconds:
+            row |= {"load_seconds": float(np.median(self.load_seconds)), "peak_rss_bytes": self.peak_rss}
+        return row
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class BenchResult:
             text["prompts"] = self.settings["prompts"]
             rounds, new_tokens = min(len(item.rounds) for item in self.measured), self.settings["new_tokens"]
             text["rounds"] = f"{rounds}, {new_tokens} new tokens. Below medians: 5 % and 95 % quantiles"
-            text["machine"] = ", ".join(str(value) for value in self.machine.values())
+            text["machine"] = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         if self.interrupted:
             text["interrupted"] = True
         if self.notes:

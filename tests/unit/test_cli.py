@@ -33,6 +33,7 @@ COMMANDS = [
     "diagnose",
     "standin",
     "generate",
+    "bench",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -45,6 +46,7 @@ USAGE = {
     "diagnose": "diagnose model",
     "standin": "standin model -o bad",
     "generate": "generate engine --prompt text",
+    "bench": "bench engine --gpu L4",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
