@@ -129,6 +129,7 @@ def _latency_table(items: Sequence[Measured]) -> Table:
         "p90": ",.4g",
         "p99": ",.4g",
         "tokens/s": ",.4g",
+        "weights and caches read, GB/s": "",
     }
     rows = [
         (
@@ -140,6 +141,7 @@ def _latency_table(items: Sequence[Measured]) -> Table:
             1e3 * item.token.p90,
             1e3 * item.token.p99,
             item.decode_rate,
+            "–" if item.read_rate is None else f"{item.read_rate / 1e9:.3g}",
         )
         for item in items
     ]
@@ -254,8 +256,8 @@ def _roofline(gpu: Gpu, result: BenchResult) -> View:
     for place in dict.fromkeys(engine for engine, _ in own):
         traces += [_points(place, phase, own, result) for phase in ("prefill", "decode")]
     layout = {
-        "xaxis": {"title": {"text": "operations per byte"}, "type": "log"},
-        "yaxis": {"title": {"text": "operations per second"}, "type": "log", "exponentformat": "power"},
+        "xaxis": {"title": {"text": "operations per byte"}, "type": "log", "dtick": 1},
+        "yaxis": {"title": {"text": "operations per second"}, "type": "log", "dtick": 1, "exponentformat": "power"},
         "legend": {"orientation": "h", "y": -0.25},
         "showlegend": True,
     }

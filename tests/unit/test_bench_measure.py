@@ -68,12 +68,13 @@ class Process:
 def run(
     host: Host, *subjects: Subject, cases: tuple[Case, ...] = (SHORT,), steps: list[Any] | None = None, **settings: Any
 ) -> Measurement:
-    steps = [] if steps is None else steps
+    seen: list[Any] = [] if steps is None else steps
+    options: dict[str, Any] = {"repeat": 2, **settings}
 
     def progress(*step: Any) -> None:
-        steps.append(step)
+        seen.append(step)
 
-    return measure(subjects, cases, Settings(**{"repeat": 2, **settings}), progress, host)
+    return measure(subjects, cases, Settings(**options), progress, host)
 
 
 def test_engines_take_turns() -> None:
