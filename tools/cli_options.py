@@ -131,6 +131,9 @@ Html = Annotated[
     Path | None,
     typer.Option("--html", metavar="FILE", help="Draw the result as a page too. Needs bismooth[report]."),
 ]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Threads on a CPU; one per core by default.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
