@@ -16,11 +16,11 @@ from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
 from ..export.safetensors_file import read_header
+from .engine_folder import engine_folders
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
 from .results import decode_figures
-from .shipped import engine_folders
 from .verify import read_audit
 
 VERDICT = "verify.json"

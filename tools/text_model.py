@@ -17,15 +17,17 @@ from ..engines.decoder import Decoder
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from . import console
-from .engines import engine_file
-from .shipped import engine_folders, engine_of
+from .engine_folder import engine_file, engine_folders, engine_of
 
 DECODERS: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder"),
     "tensorrt-rtx": ("tensorrt_decoder", "TensorRTDecoder"),
     "tensorrt": ("tensorrt_decoder", "TensorRTDecoder"),
 }
-"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file; on a CPU also ``threads``."""
+"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file."""
+
+_ON_CPU = ("onnxruntime",)
+"""Those whose decoders take ``threads``."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,14 @@ def _open(folder: Artifact, threads: int | None) -> Decoder:
     if engine not in DECODERS:
         raise BismoothError(
             f"{folder.path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
-            f"Run 'bismooth build ART --engine {next(iter(DECODERS))}'."
+            "Run 'bismooth build ART --engine NAME' with one of these."
         )
-    on_cpu = engine == "onnxruntime"
-    if threads is not None and not on_cpu:
-        raise BismoothError(
-            f"--threads {threads}: has no effect on engine {engine}, which runs on a GPU. Leave it out."
-        )
+    if threads is not None and engine not in _ON_CPU:
+        raise BismoothError(f"--threads: has no effect: {folder.path} runs on a GPU. Leave it out.")
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    return decoder(folder.path / engine_file(engine), **({"threads": threads} if on_cpu else {}))
+    options = {"threads": threads} if engine in _ON_CPU else {}
+    return decoder(folder.path / engine_file(engine), **options)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

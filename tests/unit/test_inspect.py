@@ -18,7 +18,8 @@ from bismooth.engines.publish import publish, read_record
 from bismooth.export.artifact import Manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import SafetensorsWriter
-from bismooth.tools.engines import engine_file, find_builder
+from bismooth.tools.engine_folder import engine_file
+from bismooth.tools.engines import find_builder
 from bismooth.tools.inspect import inspect_path
 from tests.fake_decoding import CAPACITY, write_decoding_engine
 from tests.quantized import channel_scaled_activation, make, per_token, save, weight_only

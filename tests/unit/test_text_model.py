@@ -85,10 +85,21 @@ def test_an_engine_that_cannot_decode(tmp_path: Path) -> None:
     path = words_engine(tmp_path / "engine", engine="null")
     message = (
         f"{path}: engines of null cannot generate text. Expected one of: onnxruntime, tensorrt-rtx, tensorrt. "
-        "Run 'bismooth build ART --engine onnxruntime'."
+        "Run 'bismooth build ART --engine NAME' with one of these."
     )
     with pytest.raises(BismoothError, match=re.escape(message)), open_text_model(path):
         raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_engines_that_run_on_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr("bismooth.engines.tensorrt_decoder.TensorRTDecoder", opened.append)
+    path = words_engine(tmp_path / "engine", engine=engine)
+    open_decoder(path)
+    assert opened == [path / "model.engine"]
+    with pytest.raises(BismoothError, match=re.escape(f"--threads: has no effect: {path} runs on a GPU. Leave it")):
+        open_decoder(path, threads=2)
 
 
 def test_an_artifact_is_no_engine_but_may_have_some(tmp_path: Path) -> None:
