@@ -7,7 +7,6 @@ ONNX Runtime makes of it, in which a product of dequantized operands has become 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

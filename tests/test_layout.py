@@ -28,7 +28,7 @@ MODULES = sorted(module for folder in FOLDERS for module in (ROOT / folder).rglo
 DATA = sorted(
     file
     for folder in FOLDERS
-    for kind in ("json", "yaml", "html", "css", "js")
+    for kind in ("json", "yaml", "html", "css", "js", "md")
     for file in (ROOT / folder).rglob(f"*.{kind}")
 )
 

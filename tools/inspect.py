@@ -1,4 +1,4 @@
-"""Say what an artifact, an engine folder or an ONNX file holds."""
+"""Say what an artifact, an engine folder, a bundle or an ONNX file holds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any, cast
 
 from ..engines.audit import Audit
 from ..engines.base import audit_path
+from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..engines.publish import read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
 from ..export.safetensors_file import read_header
 from .engine_folder import engine_folders
+from .inspect_bundle import inspect_bundle
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
@@ -30,11 +32,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def inspect_path(path: Path) -> Inspection:
-    """What an artifact, an engine, a statistics file or an ONNX file holds; the linter's findings on the latter.
+    """What an artifact, an engine, a bundle, statistics or an ONNX file holds; on the latter, the linter's findings.
 
     Raises:
         BismoothError: the path is none of these, or is damaged.
     """
+    if (path / BUNDLE).is_file():
+        return inspect_bundle(path)
     if path.is_dir():
         _check_folder(path)
         artifact = Artifact.load(path)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from bismooth.engines import bundle
 from bismooth.export.errors import BismoothError
 from bismooth.tools.text_model import open_decoder, open_text_model, stop_tokens
 from tests import artifacts, fake_decoding
 from tests import toy_tokenizers as toy
+from tests.bundles import FILES, make_bundle
 from tests.cached_model import VOCAB
 from tests.chat_engine import make_engine, run_on, words_engine
 from tests.numpy_decoder import NumpyDecoder
@@ -30,6 +32,25 @@ def test_an_engine_folder_is_opened_and_closed(tmp_path: Path, monkeypatch: pyte
     assert decoder.is_closed
     assert open_decoder(path) is decoder
     assert opened[1:] == [(path / "model.onnx", None)]
+
+
+def test_a_bundle_is_opened_with_its_best_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = NumpyDecoder(6)
+    opened = run_on(decoder, monkeypatch)
+    monkeypatch.setattr(bundle, "SMALL_BYTES", 8)
+    files = {**FILES, "tokenizer.json": toy.words().to_str().encode(), "config.json": b'{"eos_token_id": 4}'}
+    path = make_bundle(tmp_path / "bundle", files)
+    with open_text_model(path, 3) as model:
+        assert opened == [(path / "engines/onnxruntime/model.onnx", 3)]
+        assert (model.decoder, model.stop, model.path) == (decoder, {4}, path)
+        assert not decoder.is_closed
+    assert decoder.is_closed
+    assert open_decoder(path) is decoder
+    decoder.is_closed = False
+    (path / "engines/onnxruntime/weights.bin").write_bytes(b"weights of equal lengt")
+    with pytest.raises(BismoothError, match=r"weights\.bin: was changed: expected SHA-256"), open_text_model(path):
+        pass
+    assert decoder.is_closed, "an engine whose weights were changed computes nothing"
 
 
 def test_special_tokens_are_added_to_texts_but_not_to_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
