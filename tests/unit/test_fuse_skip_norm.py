@@ -44,7 +44,10 @@ def test_a_sum_that_is_an_output(tmp_path: Path) -> None:
         ("epsilon = 0.01", "axis = 1"),
         ("float[batch, sequence, 8] b", "float[batch, 1, 8] b"),
         ("epsilon = 0.01", "stash_type = 16"),
-        ("normed = RMSNormalization<epsilon = 0.01>(sum, gamma)", "early = Abs(sum) normed = RMSNormalization(sum, early)"),
+        (
+            "normed = RMSNormalization<epsilon = 0.01>(sum, gamma)",
+            "early = Abs(sum) normed = RMSNormalization(sum, early)",
+        ),
         ("float", "float16"),
     ],
 )

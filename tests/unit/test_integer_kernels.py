@@ -25,7 +25,7 @@ class Kernels:
         self.sessions = 0
         self.SessionOptions = SimpleNamespace
 
-    def InferenceSession(self, model: bytes, options: object, providers: list[str]) -> Kernels:  # noqa: N802
+    def InferenceSession(self, model: bytes, options: object, providers: list[str]) -> Kernels:
         assert (model, providers) == (MODEL, ["CPUExecutionProvider"])
         self.sessions += 1
         return self

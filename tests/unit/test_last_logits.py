@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from bismooth.passes._gs import shape_of
-from bismooth.passes.graph import load
 from bismooth.passes.last_logits import LastLogits
 from tests.lowered import assert_close, graph_of, run, run_text
 from tests.models import exported
@@ -20,7 +19,9 @@ HEAD = """(float[batch, sequence, 8] x) => (float[batch, sequence, 6] logits) {
     product = MatMul(normed, w)
     logits = Add(product, bias)
 }"""
-CONSTANTS = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in {"gamma": 8, "w": (8, 6), "bias": 6}.items()}
+CONSTANTS = {
+    name: RNG.standard_normal(shape).astype(np.float32) for name, shape in {"gamma": 8, "w": (8, 6), "bias": 6}.items()
+}
 X = RNG.standard_normal((2, 5, 8)).astype(np.float32)
 
 
@@ -44,7 +45,10 @@ def test_the_norm_and_all_behind_it_see_the_last_position(tmp_path: Path) -> Non
     ("old", "new"),
     [
         ("logits = Add(product, bias)", "logits = Softmax<axis = 1>(product)"),
-        ("product = MatMul(normed, w)", "other = Transpose<perm = [1, 0]>(w) product = Einsum<equation = 'bsk,nk->bsn'>(normed, other)"),
+        (
+            "product = MatMul(normed, w)",
+            "other = Transpose<perm = [1, 0]>(w) product = Einsum<equation = 'bsk,nk->bsn'>(normed, other)",
+        ),
         ("(float[batch, sequence, 6] logits)", "(float[batch, sequence, 6] logits, float[batch, sequence, 6] product)"),
         ("logits", "scores"),
     ],

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from bismooth.engines import onnxruntime_decoder as decoding
-from bismooth.engines.base import BuildRequest
+from bismooth.engines.base import BuildRequest, Logits
 from bismooth.engines.decoder import Decoder
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.engines.onnxruntime_decoder import OnnxRuntimeDecoder
@@ -42,10 +42,10 @@ def folder() -> Iterator[Path]:
 
 
 @cache
-def build(name: str, folder: Path, *, last_logits: bool = True) -> Path:
+def build(name: str, folder: Path, logits: Logits | None = None) -> Path:
     """The engine of a tiny model."""
-    engine = folder / f"{name}-{last_logits}" / "model.onnx"
-    OnnxRuntimeBuilder().build(BuildRequest(exported(name).graph, engine, last_logits=last_logits))
+    engine = folder / f"{name}-{logits}" / "model.onnx"
+    OnnxRuntimeBuilder().build(BuildRequest(exported(name).graph, engine, logits=logits))
     return engine
 
 
@@ -87,10 +87,10 @@ def test_a_graph_that_was_not_lowered(name: str) -> None:
             decoder.reset()
 
 
-@pytest.mark.parametrize("last_logits", [True, False])
-def test_a_second_prompt_behind_the_first(folder: Path, last_logits: bool) -> None:
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_a_second_prompt_behind_the_first(folder: Path, logits: Logits) -> None:
     """As transformers continues all that was said, with padding between the turns."""
-    with OnnxRuntimeDecoder(build("llama", folder, last_logits=last_logits)) as decoder:
+    with OnnxRuntimeDecoder(build("llama", folder, logits)) as decoder:
         said = greedy(decoder, IDS, MASK, 4)
         decoder.decode(said[:, -1])
         continued = greedy(decoder, MORE, MORE_MASK, 8)
