@@ -20,6 +20,7 @@ from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
 from .cli_app import app, command, finish
+from .cli_bundle import package
 from .cli_errors import Interrupted, report
 from .cli_run import generate
 from .cli_show import inspect, recipes
@@ -378,5 +379,5 @@ def standin(
     finish(result, as_json)
 
 
-for function in (inspect, generate, recipes):
+for function in (inspect, package, generate, recipes):
     command(function)

@@ -91,7 +91,9 @@ def test_files_of_another_kind_are_not_replaced(artifact: Path, tmp_path: Path) 
 
 
 def test_a_hop_of_another_kind_of_artifact(artifact: Path) -> None:
-    with pytest.raises(BismoothError, match=r"--hop int8: .*float is a float artifact\. Its hops are: float, decode, half"):
+    with pytest.raises(
+        BismoothError, match=r"--hop int8: .*float is a float artifact\. Its hops are: float, decode, half"
+    ):
         stages.verify(artifact, ["nowhere.txt"], hops=[Hop.INT8])
 
 
