@@ -88,6 +88,7 @@ class BuildRequest:
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
+        last_logits: compute the logits of the last position alone, where the engine lets its builder choose.
     """
 
     onnx: Path
@@ -99,6 +100,7 @@ class BuildRequest:
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
+    last_logits: bool = False
 
 
 @dataclass(frozen=True)

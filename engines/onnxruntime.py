@@ -2,15 +2,15 @@
 
 A session runs in a thread of its own, where subnormal numbers are zero (``subnormals``).
 
-NOTE: on CPUs without VNNI, ONNX Runtime's default INT8 kernels saturate (u8 x s8 into 16 bits) and are wrong by several
-percent. Mode "int8" sets ``session.x64quantprecision=1``, which is exact.
+NOTE: where ONNX Runtime's default INT8 kernels saturate (``integer_kernels``), they are wrong by several percent. Mode
+"int8" sets ``session.x64quantprecision=1`` there, which is exact, and up to six times slower for long prompts.
 NOTE: run FP32 graphs on the CPU. It upcasts FP16 graphs and then does not fuse their Q/DQ nodes.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,24 +18,26 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .integer_kernels import products_saturate
 from .memory import return_freed_memory
 from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
 Mode = Literal["int8", "reference", "plain"]
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+_Result = TypeVar("_Result")
 
-#: Session settings by mode: integer kernels, their float reference, ONNX Runtime's own defaults.
+#: Session settings by mode: integer kernels (more in :func:`entries_of`), their float reference, ONNX Runtime's own.
 #: "reference" computes every Q and DQ as the float function of its definition. Where a blocked DQ becomes MatMulNBits,
 #: the CPU kernel would quantize the activations unless its accuracy level is 1.
 MODES: Mapping[Mode, Mapping[str, str]] = {
-    "int8": {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"},
+    "int8": {"session.qdq_matmulnbits_accuracy_level": "1"},
     "reference": {
         "session.disable_quant_qdq": "1",
         "session.disable_double_qdq_remover": "1",
@@ -81,6 +83,8 @@ class _InferenceSession(Protocol):
     def run(
         self, output_names: list[str], input_feed: dict[str, NDArray[Any]], run_options: Any
     ) -> list[NDArray[Any]]: ...
+    def io_binding(self) -> Any: ...
+    def run_with_iobinding(self, iobinding: Any, run_options: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Session:
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
         threads: threads per operator; one per core by default.
+        spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else
+            on the machine is slower.
         constant_folding: False leaves a Transpose or Cast of a weight to the run. Loading takes no copies of weights
             for them then.
         values: names of inner values to offer as further outputs (needs the package ``onnx``).
@@ -117,13 +123,14 @@ class Session:
         mode: Mode = "int8",
         provider: Provider = "cpu",
         threads: int | None = None,
+        spinning: bool = False,
         constant_folding: bool = True,
         values: Sequence[str] = (),
     ) -> None:
         self.label = str(model) if isinstance(model, Path) else model.name
         runtime = import_onnxruntime()
         graph = _with_values(model, values) if values else model
-        options = _session_options(runtime, graph, MODES[mode], provider, threads)
+        options = _session_options(runtime, graph, mode, provider, threads, spinning=spinning)
         _check_available(runtime, provider)
         make = partial(
             runtime.InferenceSession,
@@ -170,13 +177,35 @@ class Session:
         Raises:
             BismoothError: a feed is missing or has a wrong name, dtype or shape, or an operator failed.
         """
+        names = [port.name for port in self.outputs] if outputs is None else list(outputs)
+        values = self._run(lambda session, options: session.run(names, dict(feeds), options), feeds)
+        return dict(zip(names, values, strict=True))
+
+    def bind(self) -> Any:
+        """An ``IOBinding`` for :meth:`run_bound`: inputs and outputs in buffers of the caller."""
+        return self._open().io_binding()
+
+    def run_bound(self, binding: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
+        """Bind ``feeds`` too and run; the outputs are where they were bound.
+
+        Raises:
+            BismoothError: as :meth:`run` does.
+        """
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        self._run(lambda session, options: session.run_with_iobinding(binding, options), feeds)
+
+    def _open(self) -> _InferenceSession:
         if self._session is None:
             raise BismoothError(f"{self.label}: the session was closed. Run it inside its 'with' block.")
-        names = [port.name for port in self.outputs] if outputs is None else list(outputs)
-        options = self._run_options()
+        return self._session
+
+    def _run(self, call: Callable[[_InferenceSession, Any], _Result], feeds: Mapping[str, NDArray[Any]]) -> _Result:
+        """Call ONNX Runtime in the session's thread."""
+        session, options = self._open(), self._run_options()
         options.log_severity_level = 4
         try:
-            values = self._thread.submit(self._session.run, names, dict(feeds), options).result()
+            return self._thread.submit(call, session, options).result()
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
             raise BismoothError(
@@ -186,7 +215,6 @@ class Session:
         except BaseException:  # an interrupt, which the run would hold up
             options.terminate = True
             raise
-        return dict(zip(names, values, strict=True))
 
     def token_feeds(
         self, ids: NDArray[np.int64], others: Mapping[str, NDArray[Any]] | None = None
@@ -230,6 +258,12 @@ def import_onnxruntime() -> Any:
         ) from error
 
 
+def entries_of(runtime: Any, mode: Mode) -> dict[str, str]:
+    """Session settings of a mode on this CPU."""
+    exact = {"session.x64quantprecision": "1"} if mode == "int8" and products_saturate(runtime) else {}
+    return {**MODES[mode], **exact}
+
+
 def _installed(package: str) -> bool:
     try:
         metadata.distribution(package)
@@ -239,15 +273,15 @@ def _installed(package: str) -> bool:
 
 
 def _session_options(
-    runtime: Any, model: Path | InMemoryGraph, mode: Mapping[str, str], provider: Provider, threads: int | None
+    runtime: Any, model: Path | InMemoryGraph, mode: Mode, provider: Provider, threads: int | None, *, spinning: bool
 ) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions; do not print them as well
     options.intra_op_num_threads = threads or 0
     # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-    entries = dict(mode) | {
-        "session.intra_op.allow_spinning": "0",  # waiting threads would slow down all others
+    entries = entries_of(runtime, mode) | {
+        "session.intra_op.allow_spinning": str(int(spinning)),
         "session.set_denormal_as_zero": "1",  # in the operators' threads; ``flush_subnormals`` does it in the session's
     }
     if isinstance(model, InMemoryGraph):

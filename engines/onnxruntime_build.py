@@ -1,13 +1,12 @@
-"""A folder that plain ONNX Runtime runs: the graph, exactly the weight files that it refers to, and an audit.
+"""A folder that plain ONNX Runtime runs: a graph made for it, exactly the weight files that it refers to, and an audit.
 
-Nothing is compiled. The audit reads ONNX Runtime's own optimized graph, in which a product of dequantized operands has
-become an integer kernel, or has not.
+The graph uses ONNX Runtime's own operators where these are faster (``passes/for_onnxruntime.py``). The audit reads what
+ONNX Runtime makes of it, in which a product of dequantized operands has become an integer kernel, or has not.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
-from .onnxruntime import MODES, PROVIDERS, import_onnxruntime, reason_of
+from .onnxruntime import PROVIDERS, entries_of, import_onnxruntime, reason_of
 from .publish import publish
 
 _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul"})
@@ -30,13 +29,11 @@ _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerTo
 _WEIGHT_ONLY = frozenset({"MatMulNBits"})
 _FLOAT = frozenset({"FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
 _ATTENTION = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
-_COMPANIONS = ("tokenizer*", "config.json", "generation_config.json", "special_tokens_map.json", "*.jinja", "vocab.*")
-"""What text needs beside the graph."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntimeBuilder:
-    """Copies a graph for ONNX Runtime's CPU provider; weights become hard links, or copies where that is impossible."""
+    """Lowers a graph for ONNX Runtime's CPU provider; weights become hard links, or copies where that is impossible."""
 
     name: str = "onnxruntime"
 
@@ -49,31 +46,42 @@ class OnnxRuntimeBuilder:
         summary = summarize(request.onnx)
         check_meant(summary.linears, request.meant_int8)
         with scratch_folder(request.engine) as folder:
-            optimized = _optimize(runtime, request.onnx, folder)
+            staged = folder / request.engine.name
+            _lower(request, staged)
+            optimized = _optimize(runtime, request.onnx, staged.read_bytes(), folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
             weights = weight_files(request.onnx)
-            staged = folder / request.engine.name
-            shutil.copyfile(request.onnx, staged)
             record = EngineRecord(
                 runtime=self.name,
                 version=runtime.__version__,
                 capabilities=request.capabilities,
                 shapes={},
-                bytes=sum(file.stat().st_size for file in (request.onnx, *weights.values())),
+                bytes=sum(file.stat().st_size for file in (staged, *weights.values())),
                 sha256=file_sha256(staged),
                 source=request.source,
             )
-            _place(request.onnx.parent, weights, request.engine.parent, copy=request.copy_weights)
+            _place(weights, request.engine.parent, copy=request.copy_weights)
             audit_file = publish(staged, request.engine, record, audit)
         if on_phase:
             on_phase(Phase("Auditing kernels", 1, 1))
         return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, None)
 
 
-def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
-    """ONNX Runtime's own version of ``graph``, without its weights."""
+def _lower(request: BuildRequest, target: Path) -> None:
+    """Write the graph as ONNX Runtime runs it fastest."""
+    from ..passes.driver import run_passes
+    from ..passes.for_onnxruntime import passes_for_onnxruntime
+    from ..passes.graph import load, save
+
+    graph = load(request.onnx)
+    run_passes(graph, passes_for_onnxruntime(last_logits=request.last_logits))
+    save(graph, target)
+
+
+def _optimize(runtime: Any, source: Path, graph: bytes, folder: Path) -> Any:
+    """ONNX Runtime's own version of ``graph``, made of ``source``, without its weights."""
     import onnx
 
     target = folder / "optimized.onnx"
@@ -84,15 +92,16 @@ def _optimize(runtime: Any, graph: Path, folder: Path) -> Any:
     entries = {
         "session.optimized_model_external_initializers_file_name": "optimized.bin",
         "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-        **MODES["int8"],
+        "session.model_external_initializers_file_folder_path": str(source.parent),
+        **entries_of(runtime, "int8"),
     }
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     try:
-        runtime.InferenceSession(str(graph), options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
+        runtime.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]], enable_fallback=0)
     except Exception as error:  # its exceptions have no public base class
         raise BismoothError(
-            f"{graph}: ONNX Runtime cannot load the graph: {reason_of(error)} "
+            f"{source}: ONNX Runtime cannot load the graph: {reason_of(error)} "
             "Look for the cause with 'bismooth inspect' on the ONNX file."
         ) from error
     return onnx.ModelProto.FromString(target.read_bytes())
@@ -122,8 +131,8 @@ def _kernel(node: Any, linear: Linear | None) -> Kernel:
     )
 
 
-def _place(source: Path, weights: Mapping[str, Path], target: Path, *, copy: bool) -> None:
-    """Link or copy the weights into ``target`` and copy what text needs."""
+def _place(weights: Mapping[str, Path], target: Path, *, copy: bool) -> None:
+    """Link or copy the weights into ``target``."""
     for name, weight in weights.items():
         place = target / name
         if place.exists():
@@ -132,7 +141,3 @@ def _place(source: Path, weights: Mapping[str, Path], target: Path, *, copy: boo
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         place_file(weight, place, copy=copy)
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and file.suffix != ".onnx" and file.name not in weights:
-                shutil.copyfile(file, target / file.name)

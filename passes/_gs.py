@@ -189,12 +189,24 @@ def make_node(
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
     attrs: Mapping[str, Any] | None = None,
+    domain: str | None = None,
 ) -> Node:
     """A node; it still has to be put into the graph's ``nodes``."""
     return cast(
         Node,
-        _gs.Node(op=op, name=name, attrs=dict(attrs or {}), inputs=list(inputs), outputs=list(outputs)),
+        _gs.Node(op=op, name=name, attrs=dict(attrs or {}), inputs=list(inputs), outputs=list(outputs), domain=domain),
     )
+
+
+def empty_tensor() -> Tensor:
+    """What stands for an optional input or output that is left out."""
+    return cast(Tensor, _gs.Variable.empty())
+
+
+def import_domain(graph: Graph, domain: str, version: int) -> None:
+    """Declare the operators of another domain than ONNX's own."""
+    others = [entry for entry in cast(Any, graph).import_domains or () if entry.domain != domain]
+    cast(Any, graph).import_domains = [*others, onnx.helper.make_opsetid(domain, version)]
 
 
 def make_variable(name: str, dtype: np.dtype[Any] | None, shape: Sequence[Dim] | None) -> Tensor:

@@ -21,11 +21,17 @@ from ..engines.decoder import Decoder
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from . import console
-from .engines import engine_file
-from .shipped import engine_folders, engine_of
+from .engine_folder import engine_file, engine_folders, engine_of
 
-DECODERS: Mapping[str, tuple[str, str]] = {"onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder")}
-"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file and ``threads``."""
+DECODERS: Mapping[str, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder"),
+    "tensorrt-rtx": ("tensorrt_decoder", "TensorRTDecoder"),
+    "tensorrt": ("tensorrt_decoder", "TensorRTDecoder"),
+}
+"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file."""
+
+_ON_CPU = ("onnxruntime",)
+"""Those whose decoders take ``threads``."""
 
 Opening: TypeAlias = Callable[[int | None], Decoder]
 """Loads an engine with so many threads."""
@@ -92,7 +98,7 @@ def open_decoder(path: Path, threads: int | None = None) -> Decoder:
 
     Raises:
         BismoothError: neither an engine folder nor a bundle, an engine that cannot decode, or one that cannot be
-            loaded.
+            loaded; or threads for one that runs on a GPU.
     """
     return _opening(path)(threads)
 
@@ -124,11 +130,14 @@ def _open(path: Path, engine: str, file: Path, threads: int | None) -> Decoder:
     if engine not in DECODERS:
         raise BismoothError(
             f"{path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
-            f"Run 'bismooth build ART --engine {next(iter(DECODERS))}'."
+            "Run 'bismooth build ART --engine NAME' with one of these."
         )
+    if threads is not None and engine not in _ON_CPU:
+        raise BismoothError(f"--threads: has no effect: {path} runs on a GPU. Leave it out.")
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    return decoder(file, threads=threads)
+    options = {"threads": threads} if engine in _ON_CPU else {}
+    return decoder(file, **options)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

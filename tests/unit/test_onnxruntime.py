@@ -34,8 +34,8 @@ def test_weights_can_be_left_as_they_are_in_the_file(tmp_path: Path, monkeypatch
         optimized = tmp_path / f"optimized-{folding}.onnx"
         options = engine._session_options  # pyright: ignore[reportPrivateUsage]
 
-        def keep(*args: Any, options: Callable[..., Any] = options, optimized: Path = optimized) -> Any:
-            result = options(*args)
+        def keep(*args: Any, options: Callable[..., Any] = options, optimized: Path = optimized, **named: Any) -> Any:
+            result = options(*args, **named)
             result.optimized_model_filepath = str(optimized)
             return result
 
