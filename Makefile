@@ -44,8 +44,11 @@ format: $(READY) ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Measure the numbers in README.md and docs/llama3-70b.md
+bench: $(READY) ## Measure the numbers in README.md, docs/bundle.md and docs/llama3-70b.md
 	$(BIN)/python -m bismooth.tools.bench
+	$(BIN)/python -m bismooth build build/bench/w8a8 --engine onnxruntime --force
+	$(BIN)/python -m bismooth package build/bench/w8a8 -o build/bench/bundle --force
+	$(BIN)/python -m bismooth.tools.bench_bundle build/bench/bundle
 	$(BIN)/python -m bismooth.tools.bench_walls --kinds scale --factors 100 300 --output build/bench-scale
 	$(BIN)/python -m bismooth.tools.bench_walls --kinds rotate --factors 30 100 --output build/bench-rotate
 

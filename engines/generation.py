@@ -54,8 +54,8 @@ class Generation:
         decode_seconds: what they took: the time between steps, which is the caller's, not included.
 
     Raises:
-        BismoothError: no prompt, an empty one, or a token that the model does not know. From iterating: the prompts do
-            not fit in the decoder, or its logits are not finite.
+        BismoothError: no prompt, an empty one, a token that the model does not know, or a limit below 1. From
+            iterating: the prompts do not fit in the decoder, or its logits are not finite.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Generation:
         stop: frozenset[int] = frozenset(),
         limit: int = 256,
     ) -> None:
+        if limit < 1:
+            raise BismoothError(f"generate: {limit} new tokens were asked for. Expected 1 or more.")
         _check_prompts(prompts, decoder.vocab_size)
         self._decoder, self._stop, self.limit = decoder, stop, limit
         self._sampler = Sampler(sampling, len(prompts))

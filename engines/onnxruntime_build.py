@@ -7,7 +7,6 @@ ONNX Runtime makes of it, in which a product of dequantized operands has become 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ _INTEGER = frozenset({"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerTo
 _WEIGHT_ONLY = frozenset({"MatMulNBits"})
 _FLOAT = frozenset({"FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
 _ATTENTION = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
-_COMPANIONS = ("tokenizer*", "config.json", "generation_config.json", "special_tokens_map.json", "*.jinja", "vocab.*")
-"""What text needs beside the graph."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class OnnxRuntimeBuilder:
                 sha256=file_sha256(staged),
                 source=request.source,
             )
-            _place(request.onnx.parent, weights, request.engine.parent, copy=request.copy_weights)
+            _place(weights, request.engine.parent, copy=request.copy_weights)
             audit_file = publish(staged, request.engine, record, audit)
         if on_phase:
             on_phase(Phase("Auditing kernels", 1, 1))
@@ -134,8 +131,8 @@ def _kernel(node: Any, linear: Linear | None) -> Kernel:
     )
 
 
-def _place(source: Path, weights: Mapping[str, Path], target: Path, *, copy: bool) -> None:
-    """Link or copy the weights into ``target`` and copy what text needs."""
+def _place(weights: Mapping[str, Path], target: Path, *, copy: bool) -> None:
+    """Link or copy the weights into ``target``."""
     for name, weight in weights.items():
         place = target / name
         if place.exists():
@@ -144,7 +141,3 @@ def _place(source: Path, weights: Mapping[str, Path], target: Path, *, copy: boo
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         place_file(weight, place, copy=copy)
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and file.suffix != ".onnx" and file.name not in weights:
-                shutil.copyfile(file, target / file.name)

@@ -94,8 +94,17 @@ def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np
     shares = np.exp(scores)
     shares /= shares.sum()
     if sampling.top_p < 1:
-        order = np.argsort(-shares, kind="stable")
-        before = np.cumsum(shares[order])[:-1]  # what the likelier ones have
-        shares[order[1:][before >= sampling.top_p]] = 0
+        shares = _nucleus(shares, sampling.top_p)
     shares[shares < sampling.min_p * shares.max()] = 0
     return shares / shares.sum()
+
+
+def _nucleus(shares: NDArray[np.float64], p: float) -> NDArray[np.float64]:
+    """The fewest largest ``shares`` whose sum reaches ``p``; 0 in place of the others."""
+    # all below this are less than 1 - p together: a few are sorted instead of a vocabulary
+    candidates = np.flatnonzero(shares >= (1 - p) / len(shares))
+    order = candidates[np.argsort(-shares[candidates], kind="stable")]
+    kept = order[: np.searchsorted(np.cumsum(shares[order]), p) + 1]
+    nucleus = np.zeros_like(shares)
+    nucleus[kept] = shares[kept]
+    return nucleus

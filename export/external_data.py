@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -12,6 +13,19 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from ._onnx import load_proto
 from .errors import BismoothError
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes of a file: its name as the model gives it, and where in it they are."""
+
+    location: str
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
 
 
 def load_model(path: Path) -> ModelProto:
@@ -43,8 +57,8 @@ def find_locations(model: ModelProto, path: Path) -> dict[str, int]:
     """
     locations: dict[str, int] = {}
     for tensor in external_tensors(model):
-        location, end = _extent(path, tensor)
-        locations[location] = max(end, locations.get(location, 0))
+        extent = find_extent(path, tensor)
+        locations[extent.location] = max(extent.end, locations.get(extent.location, 0))
     return locations
 
 
@@ -83,8 +97,12 @@ def _in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             yield from _in_graph(subgraph)
 
 
-def _extent(path: Path, tensor: TensorProto) -> tuple[str, int]:
-    """Where the bytes of an external tensor are: the file's name as the model gives it, and where in it they end."""
+def find_extent(path: Path, tensor: TensorProto) -> Extent:
+    """Where an external tensor of the model in the file ``path`` lies.
+
+    Raises:
+        BismoothError: its place in its file cannot be.
+    """
     info = {entry.key: entry.value for entry in tensor.external_data}
     try:
         needed = math.ceil(math.prod(tensor.dims) * _bits(tensor.data_type) / 8)
@@ -96,7 +114,7 @@ def _extent(path: Path, tensor: TensorProto) -> tuple[str, int]:
             f"{path}: the external data of tensor {tensor.name} cannot be: {list(tensor.dims)} of type "
             f"{tensor.data_type}, offset {info.get('offset', 0)}, length {info.get('length')}. Export the model again."
         )
-    return info.get("location", ""), offset + length
+    return Extent(info.get("location", ""), offset, length)
 
 
 def _bits(data_type: int) -> int:

@@ -61,6 +61,20 @@ def convert_gguf(path: Path, folder: Path, progress: Callable[[str, int, int], N
     tokenizer.save_pretrained(folder)
 
 
+def gguf_licence(path: Path) -> str | None:
+    """The licence that the metadata of a GGUF file names, as an identifier.
+
+    Raises:
+        BismoothError: the file is damaged.
+    """
+    import gguf
+
+    with _unreadable(path):
+        reader: Any = gguf.GGUFReader(path)
+        field = reader.fields.get("general.license")
+        return None if field is None else str(field.contents())
+
+
 @contextmanager
 def _read_once(path: Path) -> Generator[Any]:
     """A reader of the file. Transformers gets the same one, and tables of names are made once.

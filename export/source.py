@@ -30,6 +30,7 @@ SIDE_FILES = (
     "spiece.model",
     "chat_template*",
     "LICENSE*",
+    "README.md",
 )
 """Patterns of the files beside the weights that belong to a model."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

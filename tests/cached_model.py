@@ -51,21 +51,24 @@ def _heads(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return x.reshape(*x.shape[:2], -1, SIZE).transpose(0, 2, 1, 3)
 
 
-def cached_model(*, half: bool = False, window: int | None = None, extra: str = "") -> onnx.ModelProto:
+def cached_model(
+    *, half: bool = False, wide: bool = False, window: int | None = None, oddity: str = ""
+) -> onnx.ModelProto:
     """The graph, with past and new keys concatenated.
 
     Args:
         half: in float16.
+        wide: with caches of float32 all the same, as 16-bit graphs of artifacts have.
         window: of positions that a query sees, itself included.
-        extra: a mask that no rewriting knows (``future``: queries see one position ahead), or another use of the past.
+        oddity: something that exported graphs do not do, see where it is used.
     """
-    return _Maker(half, window, extra).model()
+    return _Maker(half, wide, window, oddity).model()
 
 
 class _Maker:
-    def __init__(self, half: bool, window: int | None, extra: str) -> None:
+    def __init__(self, half: bool, wide: bool, window: int | None, oddity: str) -> None:
         self.type = _HALF if half else _FLOAT
-        self.window, self.extra = window, extra
+        self.wide, self.window, self.oddity = wide, window, oddity
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Array] = {}
         self.taken: set[str] = set()
@@ -107,7 +110,8 @@ class _Maker:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
     def values(self, names: list[str], length: str) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(name, self.type, ["batch", KV_HEADS, length, SIZE]) for name in names]
+        dtype = _FLOAT if self.wide else self.type
+        return [helper.make_tensor_value_info(name, dtype, ["batch", KV_HEADS, length, SIZE]) for name in names]
 
     def mask(self) -> str:
         """From lengths of the past and of the mask, as transformers computes it."""
@@ -116,31 +120,43 @@ class _Maker:
         total = self.op("Add", past, self.op("Squeeze", self.op("Shape", "input_ids", start=1, end=2)))
         keys = self.op("Unsqueeze", self.op("Range", zero, total, one), self.ints(0, 1, 2))
         queries = self.op("Unsqueeze", self.op("Range", past, total, one), self.ints(0, 1, 3))
-        last = self.op("Add", queries, one) if self.extra == "future" else queries
+        last = self.op("Add", queries, one) if self.oddity == "sees the future" else queries
         seen = self.op("LessOrEqual", keys, last)
         if self.window:
             first = self.op("Sub", queries, self.constant("window", np.int64(self.window)))
             seen = self.op("And", seen, self.op("Greater", keys, first))
         real = self.op("Cast", self.op("Unsqueeze", "attention_mask", self.ints(1, 2)), to=TensorProto.BOOL)
+        if self.oddity == "computed mask":
+            product = self.op("MatMul", self.op("Gather", "tokens", "input_ids"), "head")
+            real = self.op(
+                "And", real, self.op("Less", self.op("ReduceMax", product), self.constant("high", self.high()))
+            )
         return self.op("Or", self.op("And", seen, real), self.op("Equal", keys, queries))
+
+    def high(self) -> Array:
+        return np.array(1e4, helper.tensor_dtype_to_np_dtype(self.type))
 
     def layer(self, x: str, number: int, mask: str) -> str:
         at = f"layers.{number}"
         q, k, v = (self.heads(self.op("MatMul", x, f"{at}.{name}", at=f"{at}.{name}"), at) for name in "qkv")
         past = [f"past_key_values.{number}.{part}" for part in ("key", "value")]
-        if self.extra == "other_axis":
-            k = self.op("Transpose", k, perm=[0, 1, 2, 3])
-        axis = 3 if self.extra == "other_axis" else -2
-        k, v = (
-            self.op("Concat", old, new, at=at, output=old.replace("past_key_values", "present"), axis=axis)
-            for old, new in zip(past, (k, v), strict=True)
-        )
-        inputs = (q, k, v) if self.extra == "no_mask" else (q, k, v, mask)
+        k, v = (self.append(old, new, at) for old, new in zip(past, (k, v), strict=True))
+        inputs = (q, k, v) if self.oddity == "no mask" else (q, k, v, mask)
         mixed = self.op("Attention", *inputs, at=at, scale=SIZE**-0.5)
         merged = self.op("Reshape", self.op("Transpose", mixed, perm=[0, 2, 1, 3]), self.ints(0, 0, HEADS * SIZE))
-        if self.extra == "past_length":
+        if self.oddity == "scale by the past's size":
             merged = self.op("Mul", merged, self.op("Cast", self.op("Size", past[0]), to=self.type))
         return self.op("Add", x, self.op("MatMul", merged, f"{at}.o", at=f"{at}.o"))
+
+    def append(self, past: str, new: str, at: str) -> str:
+        present, axis = past.replace("past_key_values", "present"), 3 if self.oddity == "longer heads" else -2
+        if self.oddity == "second past" and past.endswith("1.value"):
+            past, new = new, past
+        if not self.wide:
+            return self.op("Concat", past, new, at=at, output=present, axis=axis)
+        joined = self.op("Concat", self.op("Cast", past, to=self.type), new, at=at, axis=axis)
+        self.op("Cast", joined, output=present, to=_FLOAT)
+        return joined
 
     def heads(self, x: str, at: str) -> str:
         return self.op("Transpose", self.op("Reshape", x, self.ints(0, 0, -1, SIZE), at=at), at=at, perm=[0, 2, 1, 3])

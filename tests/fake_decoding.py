@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+import pytest
 from numpy.typing import NDArray
 
+from bismooth.engines import tensorrt_open
 from bismooth.engines.base import Caches, Profile, Shape, Shapes, Span, shapes_from_json, shapes_to_json
+from bismooth.engines.cuda import CudaRuntime
 from bismooth.engines.inplace_caches import update_in_place
 from bismooth.engines.kept_logits import keep_logits
+from bismooth.engines.tensorrt import TENSORRT, TENSORRT_RTX
 from tests.cached_model import cached_model
 from tests.fake_cuda import FakeCuda
 from tests.fake_engine import FakeTensorRT, Mode, write_engine
@@ -64,6 +68,15 @@ def _shapes(model: onnx.ModelProto, profile: Profile) -> Shapes:
     return {
         name: profile.shapes(name, tuple(d.dim_param or d.dim_value for d in sizes)) for name, sizes in dims.items()
     }
+
+
+def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda | None = None, **options: Any) -> FakeCuda:
+    """Put stand-ins in place of CUDA and TensorRT; ``options`` are those of :class:`FakeDecodingTensorRT`."""
+    fake = cuda or FakeCuda()
+    trt = FakeDecodingTensorRT(fake, **options)
+    monkeypatch.setattr(tensorrt_open, "load_cuda", lambda: CudaRuntime(fake))
+    monkeypatch.setattr(tensorrt_open, "load_module", {TENSORRT: trt, TENSORRT_RTX: trt}.__getitem__)
+    return fake
 
 
 class Strategy(IntEnum):

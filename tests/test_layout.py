@@ -28,7 +28,7 @@ MODULES = sorted(module for folder in FOLDERS for module in (ROOT / folder).rglo
 DATA = sorted(
     file
     for folder in FOLDERS
-    for kind in ("json", "yaml", "html", "css", "js")
+    for kind in ("json", "yaml", "html", "css", "js", "md")
     for file in (ROOT / folder).rglob(f"*.{kind}")
 )
 
@@ -132,6 +132,14 @@ def test_stages_behind_the_export_do_without_its_libraries(stage: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_generating_takes_no_library_but_numpy_and_tokenizers() -> None:
+    others = [name for name in HEAVY if name not in ("numpy", "tokenizers")]
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({others})); import bismooth.tools.chat, bismooth.tools.generate"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_importing_the_package_imports_nothing_but_the_standard_library() -> None:

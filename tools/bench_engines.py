@@ -43,7 +43,7 @@ def bench(
     Ctrl-C ends the measurement; the result then has the rounds that all engines had done.
 
     Args:
-        engines: engine folders; ratios are to the first that can be measured.
+        engines: engine folders or bundles; ratios are to the first that can be measured.
         batch: numbers of rows.
         prompt_length: tokens of a prompt. Every batch is measured with every length.
         new_tokens: that follow each prompt, at least 2. No token ends a text.
@@ -64,7 +64,7 @@ def bench(
             written or is a file of another kind.
     """
     _check_files(output, html)
-    subjects, chosen = load_subjects(engines), find_gpus(gpus)
+    subjects, chosen = load_subjects(engines, estimate=estimate), find_gpus(gpus)
     cases = [Case(*sizes, new_tokens) for sizes in product(dict.fromkeys(batch), dict.fromkeys(prompt_length))]
     for subject in subjects:
         subject.check(cases)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..engines.base import EngineRecord, audit_path
+from ..engines.bundle import Bundle, BundledEngine
+from ..engines.bundle_choice import choose_engine
+from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..engines.cache_names import INPUT_IDS
 from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES
 from ..export.errors import BismoothError
 from .cost import CostModel
-from .engines import engine_file
+from .engine_folder import engine_file, engine_of
 from .roofline import Gpu
-from .shipped import engine_of
 from .text_model import engine_folder
 from .verify import read_audit
 
@@ -38,10 +40,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine folder.
+    """An engine, in a folder of its own or in a bundle.
 
     Attributes:
-        path: as it was given.
+        path: the folder, as it was given.
         engine: which engine it is, as ``build --engine`` names it.
         cost: of its steps; None where that cannot be told, and ``problem`` says why.
     """
@@ -94,19 +96,19 @@ class Subject:
         check_room(self.path, caches.capacity, cases)
 
 
-def load_subjects(engines: Sequence[str | Path]) -> tuple[Subject, ...]:
-    """The engines of these folders.
+def load_subjects(engines: Sequence[str | Path], *, estimate: bool = False) -> tuple[Subject, ...]:
+    """The engines of these folders; of a bundle the one that runs best here, or to ``estimate`` the first for a GPU.
 
     Raises:
-        BismoothError: none, one of them twice, or one that is no whole engine folder.
+        BismoothError: none, one of them twice, or one that is no whole engine folder or bundle.
     """
     if not engines:
-        raise BismoothError("bench: Expected one or more engine folders, got none.")
+        raise BismoothError("bench: Expected one or more engine folders or bundles, got none.")
     seen: dict[Path, Path] = {}
     for path in map(Path, engines):
         if (first := seen.setdefault(path.resolve(), path)) is not path:
             raise BismoothError(f"{path}: is given twice, as {first} before. Expected each engine once.")
-    return tuple(map(_load, map(Path, engines)))
+    return tuple(_load(Path(path), estimate=estimate) for path in engines)
 
 
 def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
@@ -120,12 +122,29 @@ def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
             )
 
 
-def _load(path: Path) -> Subject:
+def _load(path: Path, *, estimate: bool) -> Subject:
+    if (path / BUNDLE).is_file():
+        bundle = Bundle.load(path, "size")
+        chosen = _of_bundle(bundle, estimate=estimate)
+        return _subject(path, chosen.runtime, path / chosen.file, bundle.manifest["dims"])
     folder = engine_folder(path)
     engine = engine_of(folder)
-    file = path / engine_file(engine)
+    return _subject(path, engine, path / engine_file(engine), folder.manifest.dims)
+
+
+def _of_bundle(bundle: Bundle, *, estimate: bool) -> BundledEngine:
+    for_gpus = [engine for engine in bundle.engines if engine.runtime in RUNTIMES]
+    if estimate and for_gpus:
+        return for_gpus[0]
+    try:
+        return choose_engine(bundle).engine
+    except BismoothError:  # opening it will say why none runs here
+        return bundle.engines[0]
+
+
+def _subject(path: Path, engine: str, file: Path, dims: Mapping[str, int]) -> Subject:
     record, audit = read_record(file), read_audit(audit_path(file))
     try:
-        return Subject(path, engine, record, CostModel.of(audit, folder.manifest.dims, str(path)))
+        return Subject(path, engine, record, CostModel.of(audit, dims, str(path)))
     except BismoothError as error:
         return Subject(path, engine, record, None, str(error))

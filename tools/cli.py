@@ -21,6 +21,7 @@ from . import cli_options as o
 from . import console
 from .cli_app import app, command, finish
 from .cli_bench import bench
+from .cli_bundle import package
 from .cli_errors import Interrupted, report
 from .cli_run import generate
 from .cli_show import inspect, recipes
@@ -377,5 +378,5 @@ def standin(
     finish(result, as_json)
 
 
-for function in (inspect, generate, bench, recipes):
+for function in (inspect, package, generate, bench, recipes):
     command(function)

@@ -21,7 +21,7 @@ _CHANCE = ("top_k", "top_p", "min_p", "seed")
 
 def generate(
     context: typer.Context,
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE|BUNDLE", help="Engine folder, or bundle.")],
     prompt: Annotated[
         list[str], typer.Option("--prompt", metavar="TEXT...", help="Texts to continue or answer; '-': stdin.")
     ] = [],

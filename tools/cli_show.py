@@ -16,13 +16,15 @@ from .cli_app import finish
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="ART|ENGINE|FILE.onnx", help="Artifact, engine or any Q/DQ graph.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="ART|ENGINE|BUNDLE|FILE.onnx", help="Artifact, engine, bundle or any Q/DQ graph.")
+    ],
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Show what a file holds and what is wrong with it.
 
-    In a Q/DQ graph: whatever TensorRT rejects, misreads or runs in float.
+    In a Q/DQ graph: whatever TensorRT rejects, misreads or runs in float. In a bundle: every file that was changed.
     """
     from . import stages
 

@@ -94,6 +94,11 @@ def note(text: str) -> None:
         _Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
+def show_warning(message: str) -> None:
+    """Write one message to stderr, as :func:`show_error` does."""
+    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+
+
 def failures(result: Result) -> Sequence[str]:
     """The gates that ``result`` missed."""
     return result.to_json().get("failures", ())

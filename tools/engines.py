@@ -185,11 +185,6 @@ def deployment_graph(artifact: Artifact, engine: str) -> Path:
     return artifact.graph(narrow[0] if narrow and engine != "onnxruntime" else "float32")
 
 
-def engine_file(engine: str) -> str:
-    """Name of the file that an engine folder is about."""
-    return "model.onnx" if engine == "onnxruntime" else "model.engine"
-
-
 def lint_for(graph: Path, engine: str, capabilities: Sequence[int]) -> None:
     """Refuse a graph that the engine would reject or misread.
 

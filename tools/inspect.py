@@ -1,4 +1,4 @@
-"""Say what an artifact, an engine folder or an ONNX file holds."""
+"""Say what an artifact, an engine folder, a bundle or an ONNX file holds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any, cast
 
 from ..engines.audit import Audit
 from ..engines.base import audit_path
+from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..engines.publish import read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
 from ..export.safetensors_file import read_header
+from .engine_folder import engine_folders
+from .inspect_bundle import inspect_bundle
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
-from .shipped import engine_folders
+from .results import decode_figures
 from .verify import read_audit
 
 VERDICT = "verify.json"
@@ -29,11 +32,13 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def inspect_path(path: Path) -> Inspection:
-    """What an artifact, an engine, a statistics file or an ONNX file holds; the linter's findings on the latter.
+    """What an artifact, an engine, a bundle, statistics or an ONNX file holds; on the latter, the linter's findings.
 
     Raises:
         BismoothError: the path is none of these, or is damaged.
     """
+    if (path / BUNDLE).is_file():
+        return inspect_bundle(path)
     if path.is_dir():
         _check_folder(path)
         artifact = Artifact.load(path)
@@ -236,18 +241,22 @@ def _engine(document: Mapping[str, Any], file: Path, tools: Mapping[str, str] | 
 
 
 def _engine_brief(record: Mapping[str, Any], audit: Audit) -> dict[str, Any]:
+    caches = record.get("caches", {"aliases": {}})
+    shapes = {name: sizes for name, sizes in record["shapes"].items() if name not in caches["aliases"]}
     return {
         "runtime": f"{record['runtime']} {record['version']}",
         "recipe": record["source"].get("recipe", "none"),
         "capabilities": record["capabilities"],
         "engine_bytes": record["bytes"],
-        "shapes": {name: _range(sizes) for name, sizes in record["shapes"].items()} or "any",
+        "shapes": {name: _range(sizes) for name, sizes in shapes.items()} or "any",
+        **({"capacity": caches["capacity"]} if "capacity" in caches else {}),
         "int8_linears": f"{sum(linear.int8 for linear in audit.linears)} of {len(audit.linears)}",
         "int8_mac_share": audit.int8_share(with_head=False),
         "int8_mac_with_head_share": audit.int8_share(with_head=True),
         "int8_gemms": audit.int8_gemms,
         "fused_attention": audit.fused_attention,
         "kernels": audit.kernels,
+        **decode_figures(audit),
         "fallbacks": [str(linear) for linear in audit.fallbacks[:SHOWN]],
     }
 

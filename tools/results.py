@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .meant import groups_of, quantize_stage
 
 if TYPE_CHECKING:
+    from ..engines.audit import Audit
     from ..engines.base import BuildResult
     from ..export.artifact import Artifact
     from ..passes.quantize import QuantizeResult
@@ -96,6 +97,15 @@ class QuantizeStageResult:
         }
 
 
+def decode_figures(audit: Audit) -> dict[str, int]:
+    """The kernels that an engine with caches runs for one token per row; others run only what the audit itself says."""
+    return {
+        name: value
+        for figures in audit.others
+        for name, value in (("decode_kernels", figures.kernels), ("decode_fused_attention", figures.fused_attention))
+    }
+
+
 @dataclass(frozen=True)
 class BuildStageResult:
     """An engine folder: its builder, what it is for, and the share of linear MACs that run as INT8 × INT8."""
@@ -115,6 +125,7 @@ class BuildStageResult:
             "int8_gemms": audit.int8_gemms,
             "kernels": audit.kernels,
             "fused_attention": audit.fused_attention,
+            **decode_figures(audit),
             "int8_mac_share": audit.int8_share(with_head=False),
             "int8_mac_with_head_share": audit.int8_share(with_head=True),
             "wall_seconds": self.result.seconds,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..engines.base import EngineRecord
 from ..engines.publish import read_record
-from ..export.artifact import MANIFEST, Artifact, Manifest
+from ..export.artifact import Artifact, Manifest
 from ..export.errors import BismoothError
 from ..export.hashing import file_sha256
-from .engines import engine_file
+from .engine_folder import engine_file, engine_folders, engine_of
 from .meant import engine_source
 
 
@@ -27,12 +27,6 @@ class ShippedEngine:
     def build_seconds(self) -> float | None:
         """How long the build took; ``None`` for an engine of a version that did not record it."""
         return next(stage.get("build_seconds") for stage in self.manifest.stages if stage["stage"] == "build")
-
-
-def engine_folders(artifact: Artifact) -> list[Path]:
-    """Finished engine folders in ``engines/``; those of builds under way or killed are hidden."""
-    folders = sorted(artifact.path.glob("engines/*"))
-    return [folder for folder in folders if not folder.name.startswith(".") and (folder / MANIFEST).is_file()]
 
 
 def find_engines(artifact: Artifact) -> tuple[list[ShippedEngine], list[str]]:
@@ -65,18 +59,3 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
                 "Build the engine again."
             )
     return ShippedEngine(folder, file, record, loaded.manifest)
-
-
-def engine_of(folder: Artifact) -> str:
-    """Which engine an engine folder holds.
-
-    Raises:
-        BismoothError: its manifest does not say.
-    """
-    engine = next((stage.get("engine") for stage in folder.manifest.stages if stage["stage"] == "build"), None)
-    if not isinstance(engine, str):
-        raise BismoothError(
-            f"{folder.path}: its manifest does not say which engine this is. Expected an engine of 'bismooth build'. "
-            "Build the engine again."
-        )
-    return engine

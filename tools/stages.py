@@ -255,10 +255,11 @@ def build(
         GateError: linears that were meant to be INT8 fell back to float.
     """
     from ..engines.base import BuildRequest, Profile
+    from ..engines.companions import place_companions
+    from .engine_folder import engine_file
     from .engines import (
         check_options,
         deployment_graph,
-        engine_file,
         engine_name,
         find_builder,
         find_profile,
@@ -290,6 +291,7 @@ def build(
             copy_weights=copies_weights(loaded),
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
+        place_companions(graph, folder)
         stage = {
             "stage": "build",
             "engine": engine,

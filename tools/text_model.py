@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from tokenizers import Tokenizer
 
 from ..calibrators.data import load_tokenizer
+from ..engines.bundle import Bundle
+from ..engines.bundle_choice import choose_engine
+from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..engines.chat import ChatTemplate, Message, read_json, special_tokens
 from ..engines.decoder import Decoder
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from . import console
-from .engines import engine_file
-from .shipped import engine_folders, engine_of
+from .engine_folder import engine_file, engine_folders, engine_of
 
-DECODERS: Mapping[str, tuple[str, str]] = {"onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder")}
-"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file and ``threads``."""
+DECODERS: Mapping[str, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder"),
+    "tensorrt-rtx": ("tensorrt_decoder", "TensorRTDecoder"),
+    "tensorrt": ("tensorrt_decoder", "TensorRTDecoder"),
+}
+"""Engine → module of ``bismooth.engines`` and class in it, which takes the engine's file."""
+
+_ON_CPU = ("onnxruntime",)
+"""Those whose decoders take ``threads``."""
+
+Opening: TypeAlias = Callable[[int | None], Decoder]
+"""Loads an engine with so many threads."""
 
 
 @dataclass(frozen=True)
@@ -61,44 +74,70 @@ class TextModel:
 
 @contextmanager
 def open_text_model(path: Path, threads: int | None = None) -> Generator[TextModel]:
-    """The model of an engine folder; its engine is closed at the end.
+    """The model of an engine folder or a bundle; its engine is closed at the end.
 
     Raises:
         BismoothError: as :func:`open_decoder`; or tokenizer, chat template or configuration cannot be read.
     """
-    folder = engine_folder(path)
+    opening = _opening(path)
     tokenizer = load_tokenizer(path)
     template, stop = ChatTemplate.load(path), stop_tokens(path, tokenizer)
     with console.progress() as progress:
         progress("load the engine", 0, 1)
-        decoder = _open(folder, threads)
+        decoder = opening(threads)
         progress("load the engine", 1, 1)
     with decoder:
         yield TextModel(path, decoder, tokenizer, template, stop)
 
 
 def open_decoder(path: Path, threads: int | None = None) -> Decoder:
-    """The decoder of an engine folder.
+    """The decoder of an engine folder, or of the engine of a bundle that is best for this machine.
 
     Args:
         threads: threads per operator, of engines that run on the CPU; one per core by default.
 
     Raises:
-        BismoothError: not an engine folder, an engine that cannot decode, or one that cannot be loaded.
+        BismoothError: neither an engine folder nor a bundle, an engine that cannot decode, or one that cannot be
+            loaded; or threads for one that runs on a GPU.
     """
-    return _open(engine_folder(path), threads)
+    return _opening(path)(threads)
 
 
-def _open(folder: Artifact, threads: int | None) -> Decoder:
-    engine = engine_of(folder)
+def _opening(path: Path) -> Opening:
+    """What loads the engine at ``path``, once it is known which one that is."""
+    if (path / BUNDLE).is_file():
+        return _opening_of_bundle(Bundle.load(path, "size"))
+    engine = engine_of(engine_folder(path))
+    return partial(_open, path, engine, path / engine_file(engine))
+
+
+def _opening_of_bundle(bundle: Bundle) -> Opening:
+    choice = choose_engine(bundle)
+    console.note(choice.reason)
+
+    def opening(threads: int | None) -> Decoder:
+        with bundle.hashing(choice.engine) as check, ExitStack() as stack:
+            file = bundle.path / choice.engine.file
+            decoder = stack.enter_context(_open(bundle.path, choice.engine.runtime, file, threads))
+            check()
+            stack.pop_all()
+        return decoder
+
+    return opening
+
+
+def _open(path: Path, engine: str, file: Path, threads: int | None) -> Decoder:
     if engine not in DECODERS:
         raise BismoothError(
-            f"{folder.path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
-            f"Run 'bismooth build ART --engine {next(iter(DECODERS))}'."
+            f"{path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
+            "Run 'bismooth build ART --engine NAME' with one of these."
         )
+    if threads is not None and engine not in _ON_CPU:
+        raise BismoothError(f"--threads: has no effect: {path} runs on a GPU. Leave it out.")
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    return decoder(folder.path / engine_file(engine), threads=threads)
+    options = {"threads": threads} if engine in _ON_CPU else {}
+    return decoder(file, **options)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

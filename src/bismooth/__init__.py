@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engines.bundle import Bundle
     from .engines.sampling import Sampling
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .tools.compare import compare
     from .tools.diagnose import diagnose
     from .tools.generate import generate
+    from .tools.package import package
     from .tools.pipeline import compile as compile_model
     from .tools.stages import build, calibrate, export_module, inspect, quantize, verify
     from .tools.stages import export as export_model
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Artifact",
     "BismoothError",
+    "Bundle",
     "GateError",
     "Recipe",
     "Sampling",
@@ -44,6 +47,7 @@ __all__ = [
     "export_module",
     "generate",
     "inspect",
+    "package",
     "quantize",
     "standin",
     "verify",
@@ -53,6 +57,7 @@ _STAGES = "bismooth.tools.stages"
 _HOME = {
     "Artifact": ("bismooth.export.artifact", "Artifact"),
     "BismoothError": ("bismooth.export.errors", "BismoothError"),
+    "Bundle": ("bismooth.engines.bundle", "Bundle"),
     "GateError": ("bismooth.export.errors", "GateError"),
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
     "Sampling": ("bismooth.engines.sampling", "Sampling"),
@@ -66,6 +71,7 @@ _HOME = {
     "export_module": (_STAGES, "export_module"),
     "generate": ("bismooth.tools.generate", "generate"),
     "inspect": (_STAGES, "inspect"),
+    "package": ("bismooth.tools.package", "package"),
     "quantize": (_STAGES, "quantize"),
     "standin": ("bismooth.tools.standin", "standin"),
     "verify": (_STAGES, "verify"),

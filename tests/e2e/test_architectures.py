@@ -199,7 +199,7 @@ def test_the_manifest() -> None:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 96,
     }
     assert manifest.source["format"] == "huggingface"
     assert {"python", "torch", "transformers", "onnx"} <= manifest.tools.keys()

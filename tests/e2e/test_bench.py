@@ -81,6 +81,15 @@ def test_prompts_of_text_one_engine_at_a_time(made: Made) -> None:
     assert len(result.engines[0].load_seconds) == 2
 
 
+def test_a_bundle(made: Made, tmp_path: Path) -> None:
+    bundle = bismooth.package(made.int8.parents[1], tmp_path / "bundle", engines=["onnxruntime"]).bundle
+    sizes: dict[str, Any] = {"prompt_length": [5], "new_tokens": 3, "repeat": 1}
+    result = bismooth.bench([made.int8, bundle], **sizes)
+    first, second = result.engines
+    assert (first.subject.cost, first.subject.recipe) == (second.subject.cost, second.subject.recipe)
+    assert [len(item.rounds) for item in result.measured] == [1, 1]
+
+
 def test_bounds_take_no_runtime(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (made.null, "--gpu", "l4", "RTX 4090", "--estimate", "--html", tmp_path / "page.html", "--json")
     assert bench(*words) == 0
@@ -118,7 +127,7 @@ def test_bad_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str
     fails(capsys, "--new-tokens", made.int8, "--new-tokens", 1)
     fails(capsys, "has room for", made.int8, "--prompt-length", 10**6, "--new-tokens", 2)
     fails(capsys, "engines of null cannot generate text", made.null)
-    with pytest.raises(BismoothError, match="bench: Expected one or more engine folders, got none"):
+    with pytest.raises(BismoothError, match="bench: Expected one or more engine folders or bundles, got none"):
         bismooth.bench([])
 
 

@@ -237,7 +237,7 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path, error: Callable[...
     other_version = Path(shutil.copytree(made.w8a8, tmp_path / "old"))
     edit(other_version / "bismooth.json", '"int8"', '"int0"')
     assert f"{other_version}: was quantized by another version of bismooth" in error(made.w8a8, other_version, *data)
-    assert "--length 512: the model has 64 positions" in error(made.w8a8, *data[:2])
+    assert "--length 512: the model has 96 positions" in error(made.w8a8, *data[:2])
     assert "too little text" in error(made.w8a8, *data[:2], "--windows", 900, "--length", 24)
     (tmp_path / "notes.json").write_text("{}")
     message = error(made.w8a8, *data, "-o", tmp_path / "notes.json")

@@ -15,7 +15,7 @@ import pytest
 from bismooth.calibrators.calibration import StatisticsCalibration
 from bismooth.calibrators.run import calibrate
 from bismooth.calibrators.statistics import Statistics
-from bismooth.engines.base import BuildRequest
+from bismooth.engines.base import BuildRequest, Profile
 from bismooth.engines.null import NullBuilder
 from bismooth.engines.onnxruntime import Mode, Session
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
@@ -164,6 +164,7 @@ def test_engines_know_every_linear_that_is_meant_to_be_int8(made: Made, tmp_path
     meant = frozenset(linear.node for linear in artifact.result.linears if linear.int8)
     for builder, role in ((OnnxRuntimeBuilder(), "float32"), (NullBuilder(), "float16")):
         engine = tmp_path / builder.name / "model.engine"
-        audit = builder.build(BuildRequest(artifact.path(role), engine, meant_int8=meant)).audit
+        request = BuildRequest(artifact.path(role), engine, profile=Profile(capacity=64), meant_int8=meant)
+        audit = builder.build(request).audit
         assert {linear.node for linear in audit.linears if linear.meant_int8} == meant
         assert audit.meant_share() == 1

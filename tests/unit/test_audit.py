@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bismooth.engines.audit import Audit, audit_kernels, audit_log
+from bismooth.engines.audit import Audit, Figures, audit_kernels, audit_log
 from bismooth.engines.kernel_log import Kernel, Tensor
 from bismooth.engines.linears import Linear
 from bismooth.export.errors import BismoothError, GateError
@@ -17,13 +17,15 @@ FC = [Linear("fc", "fc/MatMul", 65536, quantized=True, head=False)]
 QKV = [Linear(name, f"{name}/MatMul", 65536, quantized=True, head=False) for name in ("q_proj", "k_proj", "v_proj")]
 
 
-def kernel(kind: str, *nodes: str, types: tuple[str, str] = ("Half", "Half"), name: str = "") -> Kernel:
+def kernel(
+    kind: str, *nodes: str, types: tuple[str, str] = ("Half", "Half"), name: str = "", profile: int = 0
+) -> Kernel:
     activation, weight = Tensor("x", (-1, 256), types[0]), Tensor("w", (256, 256), types[1])
-    return Kernel(name or f"{kind}.{'+'.join(nodes)}", kind, (activation,), (weight,), (activation,), nodes)
+    return Kernel(name or f"{kind}.{'+'.join(nodes)}", kind, (activation,), (weight,), (activation,), nodes, profile)
 
 
-def int8(*nodes: str) -> Kernel:
-    return kernel("gemm", *nodes, types=("Int8", "Int8"))
+def int8(*nodes: str, profile: int = 0) -> Kernel:
+    return kernel("gemm", *nodes, types=("Int8", "Int8"), profile=profile)
 
 
 def linear(name: str, macs: int = 1, head: bool = False) -> Linear:
@@ -108,6 +110,32 @@ def test_fused_attention_is_known_by_name() -> None:
     attention = kernel("kgen", "attention/Attention", name="_gemm_mha_v2_myl0_5")
     projection = kernel("gemm", "mha.q/MatMul", name="mha.q/MatMul_myl0_6")
     assert audit_kernels([attention, projection], [linear("mha.q")]).fused_attention == 1
+
+
+def test_a_linear_is_int8_if_it_is_in_every_profile() -> None:
+    linears = [linear("a"), linear("b")]
+    first = [int8("a/MatMul"), int8("b/MatMul"), kernel("shape_call"), kernel("kgen", name="mha")]
+    second = [int8("a/MatMul", profile=1), kernel("runtime_fusion", "b/MatMul", types=("Int8", "Int8"), profile=1)]
+    audit = audit_kernels([*first, *second], linears, ["a/MatMul", "b/MatMul"], [7, 30, 20])
+    assert [(found.int8, found.kind) for found in audit.linears] == [(True, "gemm"), (False, "runtime_fusion")]
+    assert (audit.gemms, audit.int8_gemms, audit.kernels, audit.fused_attention, audit.activation_bytes) == (
+        2,
+        2,
+        3,
+        1,
+        30,
+    )
+    assert audit.others == (Figures({"gemm": 1, "runtime_fusion": 1}, 2, 1, 0, 20),)
+    with pytest.raises(GateError, match=r"got b/MatMul \(runtime_fusion: Int8 x Int8 -> Int8\)"):
+        audit.check("model.onnx")
+    data = json.loads(json.dumps(audit.to_json()))
+    assert data["others"] == [audit.others[0].figures()]
+    assert Audit.from_json(data) == audit
+
+
+def test_a_profile_without_linears_is_an_error() -> None:
+    with pytest.raises(BismoothError, match="none of the engine's 1 kernels names any of the graph's 1 linears"):
+        audit_kernels([int8("a/MatMul"), kernel("kgen", "c", profile=1)], [linear("a")])
 
 
 def test_names_that_match_nothing_are_errors() -> None:

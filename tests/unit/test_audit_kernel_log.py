@@ -66,6 +66,29 @@ def test_metadata_entries(separator: str) -> None:
     assert gemm.nodes == ("fc/MatMul", "a[0]/Add")
 
 
+def line(name: str, tensor: str = "x", kind: str = "kgen") -> str:
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {{ Name: {tensor}, Dimensions: [8], Datatype: Half }}], "
+        "Outputs: [], TacticName: , StreamId: 0, Metadata: [ONNX Layer: a]\n"
+    )
+
+
+def test_kernels_of_further_profiles() -> None:
+    """Known by what one of their graph says, wherever in the listing that is."""
+    lines = [line("first_myl0_1"), line("a_myl1_1"), line("b_myl1_2", "x [profile 1]"), line("c_myl11_1")]
+    lines += [line("fc/MatMul [profile 2]_myl2_7"), line("d_myl2_8"), line("e [profile 1]"), line("f")]
+    kernels = read_kernels("Layers:\n" + "".join(lines))
+    assert [kernel.profile for kernel in kernels] == [0, 1, 1, 0, 2, 2, 1, 0]
+
+
+def test_a_size_that_is_copied_to_the_device() -> None:
+    copied = line("[ShapeHostToDeviceCopy 0] [profile 1]", kind="ShapeHostToDevice").replace(
+        "TacticName: ", "shapeValues0: [-40], TacticValue: 0x0"
+    )
+    (kernel,) = read_kernels("Layers:\n" + copied)
+    assert (kernel.kind, kernel.profile) == ("ShapeHostToDevice", 1)
+
+
 def test_last_listing_counts() -> None:
     assert len(read_kernels(f"{recorded('float')}\nmore\n{TEN}")) == 2
 

@@ -34,6 +34,7 @@ COMMANDS = [
     "standin",
     "generate",
     "bench",
+    "package",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -47,6 +48,7 @@ USAGE = {
     "standin": "standin model -o bad",
     "generate": "generate engine --prompt text",
     "bench": "bench engine --gpu L4",
+    "package": "package art -o bundle",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
@@ -82,7 +84,8 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "bench_engines"):
+    names = ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "bench_engines", "package")
+    for module in names:
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
@@ -129,6 +132,16 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == (Path("FILE.onnx"),)
     assert run("compile SOURCE --recipe w8a8 --engine tensorrt-rtx onnxruntime --data a.txt -o DIR") == 0
     assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
+
+
+def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.outcome = {"size_bytes": 1, "warnings": ["the licence is not known."]}
+    assert run("package ART --engine onnxruntime rtx --licence mit -o BUNDLE --json") == 0
+    assert stages.positional == (Path("ART"), Path("BUNDLE"))
+    assert stages.named == {"engines": ("onnxruntime", "rtx"), "licence": "mit", "force": False}
+    captured = capsys.readouterr()
+    assert captured.err == "warning: the licence is not known.\n"
+    assert json.loads(captured.out) == stages.outcome
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")

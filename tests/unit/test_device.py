@@ -14,8 +14,18 @@ import numpy as np
 import pytest
 
 from bismooth.engines import tensorrt_open
-from bismooth.engines.base import BuildRequest, BuildResult, EngineBuilder, PhaseCallback, Profile, Span
+from bismooth.engines.base import (
+    BuildRequest,
+    BuildResult,
+    Caches,
+    EngineBuilder,
+    PhaseCallback,
+    Profile,
+    Span,
+    audit_path,
+)
 from bismooth.engines.cuda import CudaRuntime
+from bismooth.engines.kernel_cache import kernels_path
 from bismooth.engines.null import NullBuilder
 from bismooth.engines.publish import read_record
 from bismooth.engines.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, load_module
@@ -219,11 +229,14 @@ def shipped(artifact: Artifact, **changes: Any) -> Path:
     plain = BuildRequest(artifact.graph("float16"), engine, (86, 89), source=source)
     changes["source"] = source | changes.get("source", {})
     NullBuilder("tensorrt-rtx").build(replace(plain, **changes))
-    built = Manifest(
-        "engine", {}, {}, files=scan_files(engine.parent), stages=({"stage": "build", "engine": "tensorrt-rtx"},)
-    )
-    write_manifest(engine.parent, built)
+    sign(engine.parent)
     return engine
+
+
+def sign(folder: Path) -> None:
+    """Put the files of an engine's folder on record."""
+    stage = {"stage": "build", "engine": "tensorrt-rtx"}
+    write_manifest(folder, Manifest("engine", {}, {}, files=scan_files(folder), stages=(stage,)))
 
 
 def test_the_engine_that_ships_is_the_one_that_is_judged(artifact: Artifact, set_host: SetHost) -> None:
@@ -253,6 +266,23 @@ def test_engines_that_ship_for_something_else_are_left_alone(
     figures, _ = run(artifact, Recorder())
     assert figures["engine_files"][1] == "engines/device-tensorrt-rtx-sm89/float16/model.engine"
     assert file_sha256(engine) == sha256
+
+
+def test_an_engine_with_caches_that_ships(artifact: Artifact, set_host: SetHost) -> None:
+    """What its caches and its mask hold says nothing of the length of windows; compiled kernels may lie beside it."""
+    set_host()
+    engine = shipped(artifact)
+    record = read_record(engine)
+    shapes = {"input_ids": record.shapes["input_ids"], "attention_mask": ((1, 64), (1, 64), (4, 64))}
+    caches = Caches(64, {}, {})
+    for wanted, changed in (("tensorrt-rtx-sm86-sm89", caches), ("device-tensorrt-rtx-sm89/float16", None)):
+        content = json.loads(audit_path(engine).read_text())
+        content["engine"] = replace(record, shapes=shapes, caches=changed).to_json()
+        audit_path(engine).write_text(json.dumps(content))
+        sign(engine.parent)
+        kernels_path(engine, 89).write_bytes(b"kernels")
+        figures, _ = run(artifact, Recorder())
+        assert figures["engine_files"][1] == f"engines/{wanted}/model.engine"
 
 
 @pytest.mark.parametrize("damage", ["changed", "incomplete", "hidden"])

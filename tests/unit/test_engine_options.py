@@ -8,7 +8,8 @@ import pytest
 
 from bismooth.engines.base import Profile, Span
 from bismooth.export.errors import BismoothError
-from bismooth.tools.engines import check_options, find_profile, gather_sizes
+from bismooth.tools.engines import CAPACITY, check_options, find_profile, gather_sizes
+from tests.cached_model import cached_model
 from tests.quantized import make
 
 SIZES = (1, 2, 3)
@@ -51,6 +52,15 @@ def test_options_without_effect(
 ) -> None:
     with pytest.raises(BismoothError, match=message):
         check_options(engine, capabilities, sizes)
+
+
+def test_a_capacity_without_effect(graph: Path) -> None:
+    with pytest.raises(BismoothError, match=r"--batch, --capacity: has no effect on engine onnxruntime, which takes"):
+        check_options("onnxruntime", (), {"batch": SIZES}, 64)
+    with pytest.raises(
+        BismoothError, match=r"--capacity 64: has no effect on .*model\.onnx, which has no caches\. Leave"
+    ):
+        find_profile(graph, {"rows": SIZES, "cols": SIZES}, capacity=64)
 
 
 def test_a_capability_is_checked_before_anything_is_read() -> None:
@@ -100,3 +110,30 @@ def test_dimensions_that_are_fixed_or_have_no_name(tmp_path: Path) -> None:
     path.write_bytes(make("(float[?, 8] x) => (float[?, 8] y) { y = Relu(x) }").SerializeToString())
     with pytest.raises(BismoothError, match="dimension 0 of input 'x' is dynamic and has no name"):
         find_profile(path, {})
+
+
+def test_capacity_of_caches(tmp_path: Path) -> None:
+    """Bounds the sequence, is bounded by the model, and at least what --sequence asks for."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(cached_model().SerializeToString())
+    assert find_profile(path, {}) == Profile(sequence=Span(1, 512, 512), capacity=CAPACITY)
+    assert find_profile(path, {}, 1024).capacity == 1024
+    assert find_profile(path, {}, 1 << 17).capacity == CAPACITY
+    assert find_profile(path, {}, capacity=64) == Profile(sequence=Span(1, 64, 64), capacity=64)
+    assert find_profile(path, {"sequence": (1, 8, 4096)}).capacity == 4096
+    with pytest.raises(BismoothError, match=r"--capacity 65: the model has 64 positions .* maximum of 64 or less"):
+        find_profile(path, {}, 64, 65)
+    with pytest.raises(
+        BismoothError, match=r"--capacity 64: --sequence asks for 65 positions at once\. Expected 65 or"
+    ):
+        find_profile(path, {"sequence": (1, 8, 65)}, capacity=64)
+    with pytest.raises(
+        BismoothError, match=r"--dim past: .* no dynamic dimension 'past'\. Expected one of: batch, seq"
+    ):
+        find_profile(path, {"past": SIZES})
+
+
+def test_shapes_of_an_engine_with_caches() -> None:
+    profile = Profile(Span(1, 1, 2), Span(1, 4, 8), capacity=16)
+    assert profile.shapes("past", ("batch", 3, "past", 64)) == ((1, 3, 16, 64), (1, 3, 16, 64), (2, 3, 16, 64))
+    assert profile.shapes("mask", ("batch", "total")) == ((1, 16), (1, 16), (2, 16))

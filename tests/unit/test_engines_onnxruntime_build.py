@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from bismooth.engines.base import BuildRequest, Phase, audit_path
+from bismooth.engines.companions import place_companions
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.export.errors import BismoothError, GateError
-from bismooth.tools.engines import engine_file, find_builder
+from bismooth.tools.engine_folder import engine_file
+from bismooth.tools.engines import find_builder
 from tests.graphs import Builder
 from tests.quantized import make, save
 
@@ -38,8 +40,6 @@ def graph(folder: Path, *, quantized: bool = True) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "other.onnx").write_text("")
     return path
 
 
@@ -48,7 +48,7 @@ def test_folder_and_audit(tmp_path: Path) -> None:
     engine = tmp_path / "engine" / "model.onnx"
     request = BuildRequest(graph(tmp_path / "art"), engine, meant_int8=frozenset({"fc/MatMul"}), source={"recipe": "r"})
     result = OnnxRuntimeBuilder().build(request, phases.append)
-    assert {path.name for path in engine.parent.iterdir()} == {"model.onnx", "model.audit.json", "tokenizer.json"}
+    assert {path.name for path in engine.parent.iterdir()} == {"model.onnx", "model.audit.json"}
     assert result.audit_file == audit_path(engine)
     (linear,) = result.audit.linears
     assert (linear.int8, linear.meant_int8, result.audit.int8_gemms) == (True, True, 1)
@@ -85,12 +85,15 @@ def test_no_weight_is_written_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vocab.bin", "tokenizer.data"])
-def test_weights_that_are_called_like_a_companion(tmp_path: Path, name: str) -> None:
+def test_what_text_needs_comes_along_but_no_weights(tmp_path: Path, name: str) -> None:
     text = "(float[batch, 256] x) => (float[batch, 256] y) { y = MatMul(x, w) }"
     path = save(make(text, w=np.ones((256, 256), np.float32)), tmp_path / "art", name)
-    OnnxRuntimeBuilder().build(BuildRequest(path, tmp_path / "engine/model.onnx"))
-    assert {file.name for file in (tmp_path / "engine").iterdir()} == {"model.onnx", "model.audit.json", name}
-    assert (tmp_path / "engine" / name).samefile(path.parent / name)
+    files = {"tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json", "chat_template.jinja"}
+    for file in (*files, "statistics.safetensors", "tokenizer.onnx"):
+        (path.parent / file).touch()
+    (tmp_path / "engine").mkdir()
+    place_companions(path, tmp_path / "engine")
+    assert {file.name for file in (tmp_path / "engine").iterdir()} == files
 
 
 def test_a_graph_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -152,6 +152,11 @@ def test_prompts_that_cannot_be_continued(prompts: list[list[int]], message: str
         Generation(NumpyDecoder(11), prompts, GREEDY)
 
 
+def test_no_new_tokens() -> None:
+    with pytest.raises(BismoothError, match=r"generate: 0 new tokens were asked for\. Expected 1 or more\."):
+        Generation(NumpyDecoder(11), [[1]], GREEDY, limit=0)
+
+
 def test_a_prompt_that_does_not_fit() -> None:
     generation = Generation(NumpyDecoder(11, capacity=2), [[1, 2, 3]], GREEDY)
     with pytest.raises(BismoothError, match="numpy: has room for 2 positions per row, and 3 were asked for"):

@@ -12,14 +12,16 @@ import pytest
 
 from bismooth.calibrators.statistics import Provenance
 from bismooth.calibrators.writer import StatisticsWriter
-from bismooth.engines.audit import Audit
+from bismooth.engines.audit import Audit, Figures
 from bismooth.engines.base import BuildRequest, EngineRecord
-from bismooth.engines.publish import publish
+from bismooth.engines.publish import publish, read_record
 from bismooth.export.artifact import Manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import SafetensorsWriter
-from bismooth.tools.engines import engine_file, find_builder
+from bismooth.tools.engine_folder import engine_file
+from bismooth.tools.engines import find_builder
 from bismooth.tools.inspect import inspect_path
+from tests.fake_decoding import CAPACITY, write_decoding_engine
 from tests.quantized import channel_scaled_activation, make, per_token, save, weight_only
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -105,6 +107,21 @@ def test_an_engine_file_is_known_by_its_audit(tmp_path: Path) -> None:
     (folder / "model.audit.json").unlink()
     with pytest.raises(BismoothError, match=r"there is no model\.audit\.json beside it"):
         inspect_path(folder / "model.engine")
+
+
+def test_an_engine_with_caches(tmp_path: Path) -> None:
+    """Its capacity is told once, instead of the shape of each cache."""
+    engine = write_decoding_engine(tmp_path)
+    staged = tmp_path / "staged"
+    staged.write_bytes(engine.read_bytes())
+    audit = Audit({"kgen": 9}, 0, 0, 2, others=(Figures({"kgen": 7, "shape_call": 1}, 0, 0, 2),))
+    publish(staged, engine, read_record(engine), audit)
+    inspection = inspect_path(engine)
+    brief = inspection.brief()
+    assert brief["shapes"].keys() == {"input_ids", "attention_mask", "position_ids", "write_indices", "logits_at"}
+    assert (brief["capacity"], brief["kernels"]) == (CAPACITY, 9)
+    assert (brief["decode_kernels"], brief["decode_fused_attention"]) == (7, 2)
+    assert "past_key_values.0.key" in inspection.to_json()["engine"]["shapes"]
 
 
 def test_a_graph_for_onnx_runtime_is_judged_for_that_alone(tmp_path: Path) -> None:

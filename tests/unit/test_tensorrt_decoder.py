@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,15 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bismooth.engines import tensorrt_open
-from bismooth.engines.cuda import CudaRuntime
-from bismooth.engines.tensorrt import TENSORRT, TENSORRT_RTX
 from bismooth.engines.tensorrt_decoder import TensorRTDecoder
 from bismooth.engines.tensorrt_session import EngineSession
 from bismooth.export.errors import BismoothError
+from tests import fake_decoding
 from tests.cached_model import KV_HEADS, LAYERS, SIZE, VOCAB, expected_logits
 from tests.fake_cuda import FakeCuda, Status
-from tests.fake_decoding import CAPACITY, LONGEST, ROWS, FakeDecodingTensorRT, write_decoding_engine
+from tests.fake_decoding import CAPACITY, LONGEST, ROWS, write_decoding_engine
 from tests.fake_engine import write_engine
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, (ROWS, CAPACITY))
@@ -29,16 +28,8 @@ Install = Callable[..., FakeCuda]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put stand-ins in place of CUDA and TensorRT; their options are those of :class:`FakeDecodingTensorRT`."""
-
-    def put(cuda: FakeCuda | None = None, **options: Any) -> FakeCuda:
-        fake = cuda or FakeCuda()
-        trt = FakeDecodingTensorRT(fake, **options)
-        monkeypatch.setattr(tensorrt_open, "load_cuda", lambda: CudaRuntime(fake))
-        monkeypatch.setattr(tensorrt_open, "load_module", {TENSORRT: trt, TENSORRT_RTX: trt}.__getitem__)
-        return fake
-
-    return put
+    """See :func:`.fake_decoding.install`."""
+    return partial(fake_decoding.install, monkeypatch)
 
 
 def assert_close(logits: NDArray[np.float32], expected: NDArray[np.float64], atol: float = 1e-4) -> None:

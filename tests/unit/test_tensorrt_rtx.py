@@ -11,8 +11,11 @@ import onnx
 import pytest
 
 from bismooth.engines.base import BuildRequest, BuildResult, Phase, Profile, Span
+from bismooth.engines.kernel_log import Tensor, read_kernels
+from bismooth.engines.publish import read_record
 from bismooth.engines.tensorrt import TensorRTBuilder
 from bismooth.export.errors import BismoothError, GateError
+from tests.cached_model import LAYERS, SIZE, cached_model
 from tests.quantized import K, channel_scaled_activation, float_linear, make, per_token, save, weight_only
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx-cu12")
@@ -128,3 +131,51 @@ def test_graphs_that_cannot_be_read(tmp_path: Path, body: str, message: str) -> 
 def test_dimension_without_sizes(tmp_path: Path) -> None:
     with pytest.raises(BismoothError, match="no sizes for dimension 0 of input 'x', named 'rows'"):
         build(make("(float[rows, 8] x) => (float[rows, 8] y) { y = Relu(x) }"), tmp_path)
+
+
+DECODERS = pytest.mark.parametrize("capabilities", [(75,), (80, 86, 89, 120)])
+
+
+def cached(folder: Path, *capabilities: int, capacity: int | None = 64) -> BuildRequest:
+    """:func:`.cached_model` in float16, as 16-bit graphs of artifacts are."""
+    profile = Profile(sequence=Span(1, 16, 16), capacity=capacity)
+    onnx_file = save(cached_model(half=True, wide=True), folder)
+    return BuildRequest(onnx_file, folder / "model.engine", capabilities, profile, log=folder / "build.log")
+
+
+@DECODERS
+def test_caches_are_updated_in_place(tmp_path: Path, capabilities: tuple[int, ...]) -> None:
+    """With fused attention for prompts and tokens; for a token, no kernel writes a cache but those that update it."""
+    result = TensorRTBuilder().build(cached(tmp_path, *capabilities))
+    prompts, (tokens,) = result.audit, result.audit.others
+    assert (prompts.fused_attention, tokens.fused_attention) == (LAYERS, LAYERS)
+    names = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+    presents = {f"present.{name}" for name in names}
+    decoding = [kernel for kernel in read_kernels((tmp_path / "build.log").read_text()) if kernel.profile == 1]
+    written = [tensor.name.partition(" ")[0] for kernel in decoding for tensor in kernel.outputs if is_cache(tensor)]
+    assert sorted(written) == sorted(presents)
+    assert not [tensor for kernel in decoding for tensor in kernel.inputs if tensor.name.startswith("past_key_values")]
+    caches = result.record.caches
+    assert caches is not None
+    assert caches.capacity == 64
+    assert caches.aliases == {f"past_key_values.{name}": f"present.{name}" for name in names}
+    assert caches.decode == dict.fromkeys(["input_ids", "position_ids"], ((1, 1), (1, 1), (4, 1))) | {
+        "logits_at": ((1,), (1,), (1,))
+    }
+    assert result.record.shapes["logits_at"] == ((1,), (1,), (16,))
+    assert result.record.shapes["attention_mask"] == ((1, 64), (1, 64), (4, 64))
+    assert read_record(result.engine) == result.record
+
+
+def is_cache(tensor: Tensor) -> bool:
+    """Whether it has all positions of all heads, in any layout."""
+    return 64 in tensor.shape and SIZE in tensor.shape
+
+
+def test_sequences_that_the_caches_do_not_hold(tmp_path: Path) -> None:
+    with pytest.raises(
+        BismoothError, match=r"caches of 8 positions do not hold sequences of 16\. Expected a profile with"
+    ):
+        TensorRTBuilder().build(cached(tmp_path, 89, capacity=8))
+    with pytest.raises(BismoothError, match=r"caches of 0 positions do not hold sequences of 16"):
+        TensorRTBuilder().build(cached(tmp_path, 89, capacity=None))

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from bismooth.engines import bundle
 from bismooth.export.errors import BismoothError
 from bismooth.tools.text_model import open_decoder, open_text_model, stop_tokens
-from tests import artifacts
+from tests import artifacts, fake_decoding
 from tests import toy_tokenizers as toy
+from tests.bundles import FILES, make_bundle
+from tests.cached_model import VOCAB
 from tests.chat_engine import make_engine, run_on, words_engine
 from tests.numpy_decoder import NumpyDecoder
 
@@ -29,6 +32,25 @@ def test_an_engine_folder_is_opened_and_closed(tmp_path: Path, monkeypatch: pyte
     assert decoder.is_closed
     assert open_decoder(path) is decoder
     assert opened[1:] == [(path / "model.onnx", None)]
+
+
+def test_a_bundle_is_opened_with_its_best_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = NumpyDecoder(6)
+    opened = run_on(decoder, monkeypatch)
+    monkeypatch.setattr(bundle, "SMALL_BYTES", 8)
+    files = {**FILES, "tokenizer.json": toy.words().to_str().encode(), "config.json": b'{"eos_token_id": 4}'}
+    path = make_bundle(tmp_path / "bundle", files)
+    with open_text_model(path, 3) as model:
+        assert opened == [(path / "engines/onnxruntime/model.onnx", 3)]
+        assert (model.decoder, model.stop, model.path) == (decoder, {4}, path)
+        assert not decoder.is_closed
+    assert decoder.is_closed
+    assert open_decoder(path) is decoder
+    decoder.is_closed = False
+    (path / "engines/onnxruntime/weights.bin").write_bytes(b"weights of equal lengt")
+    with pytest.raises(BismoothError, match=r"weights\.bin: was changed: expected SHA-256"), open_text_model(path):
+        pass
+    assert decoder.is_closed, "an engine whose weights were changed computes nothing"
 
 
 def test_special_tokens_are_added_to_texts_but_not_to_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,14 +91,36 @@ def test_stop_tokens_that_are_no_numbers(value: object, tmp_path: Path) -> None:
         stop_tokens(path, toy.words())
 
 
+@pytest.mark.parametrize("engine", ["tensorrt-rtx", "tensorrt"])
+def test_an_engine_for_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_decoding.install(monkeypatch)
+    path = words_engine(tmp_path / "engine", engine=engine)
+    fake_decoding.write_decoding_engine(path, runtime=engine)
+    with open_decoder(path) as decoder:
+        assert (decoder.capacity, decoder.vocab_size) == (fake_decoding.CAPACITY, VOCAB)
+    with pytest.raises(BismoothError, match=f"--threads 2: has no effect on engine {engine}, which runs on a GPU"):
+        open_decoder(path, 2)
+
+
 def test_an_engine_that_cannot_decode(tmp_path: Path) -> None:
     path = words_engine(tmp_path / "engine", engine="null")
     message = (
-        f"{path}: engines of null cannot generate text. Expected one of: onnxruntime. "
-        "Run 'bismooth build ART --engine onnxruntime'."
+        f"{path}: engines of null cannot generate text. Expected one of: onnxruntime, tensorrt-rtx, tensorrt. "
+        "Run 'bismooth build ART --engine NAME' with one of these."
     )
     with pytest.raises(BismoothError, match=re.escape(message)), open_text_model(path):
         raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_engines_that_run_on_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr("bismooth.engines.tensorrt_decoder.TensorRTDecoder", opened.append)
+    path = words_engine(tmp_path / "engine", engine=engine)
+    open_decoder(path)
+    assert opened == [path / "model.engine"]
+    with pytest.raises(BismoothError, match=re.escape(f"--threads: has no effect: {path} runs on a GPU. Leave it")):
+        open_decoder(path, threads=2)
 
 
 def test_an_artifact_is_no_engine_but_may_have_some(tmp_path: Path) -> None:
