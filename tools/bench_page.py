@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .bench_result import BenchResult, Latency, Measured
+from .bench_result import BenchResult, Latency, Measured, in_ms
 from .bootstrap import CONFIDENCE
 from .page import Figure, Page, Panel, Section, Table, View
 from .roofline import ESTIMATE, Bound, Gpu
@@ -126,8 +126,8 @@ def _latency_table(items: Sequence[Measured]) -> Table:
         "prefill, ms": "",
         "first token, ms": "",
         "token, ms": "",
-        "p90": ",.4g",
-        "p99": ",.4g",
+        "p90": "",
+        "p99": "",
         "tokens/s": ",.4g",
         "weights and caches read, GB/s": "",
     }
@@ -138,8 +138,8 @@ def _latency_table(items: Sequence[Measured]) -> Table:
             _in_ms(item.prefill),
             _in_ms(item.first_token),
             _in_ms(item.token),
-            1e3 * item.token.p90,
-            1e3 * item.token.p99,
+            in_ms(item.token.p90),
+            in_ms(item.token.p99),
             item.decode_rate,
             "–" if item.read_rate is None else f"{item.read_rate / 1e9:.3g}",
         )
@@ -219,7 +219,7 @@ def _bounded(result: BenchResult) -> list[Section]:
         "GPU": "",
         "step": "",
         "batch × positions": "",
-        "at least, ms": ",.4g",
+        "at least, ms": "",
         "at most, tokens/s": ",.4g",
         "limit": "",
     }
@@ -289,8 +289,7 @@ def _points(place: int, phase: str, own: Sequence[tuple[int, Bound]], result: Be
         "x": [bound.cost.operations / bound.cost.bytes for bound in steps],
         "y": [bound.cost.operations / bound.seconds for bound in steps],
         "text": [
-            f"{bound.batch} × {bound.positions}: at least {1e3 * bound.seconds:.4g} ms, {bound.limit}"
-            for bound in steps
+            f"{bound.batch} × {bound.positions}: at least {in_ms(bound.seconds)} ms, {bound.limit}" for bound in steps
         ],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
         "marker": {"color": colour, "size": 11, "symbol": "circle" if phase == "decode" else "diamond"},

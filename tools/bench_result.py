@@ -36,7 +36,7 @@ class Latency:
 
     def in_ms(self) -> tuple[str, str]:
         """The median, and the span from the 5 % to the 95 % quantile."""
-        return f"{1e3 * self.p50:.4g}", f"{1e3 * self.p5:.4g}…{1e3 * self.p95:.4g}"
+        return in_ms(self.p50), f"{in_ms(self.p5)}…{in_ms(self.p95)}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Measured:
             "engine": str(self.subject.path),
             "batch_×_prompt": str(self.case),
             "prefill_ms": "\n".join(self.prefill.in_ms()),
-            "first_token_ms": f"{1e3 * self.first_token.p50:.4g}",
+            "first_token_ms": in_ms(self.first_token.p50),
             "token_ms": "\n".join(self.token.in_ms()),
             "tokens/s": self.decode_rate,
             **ratios,
@@ -219,7 +219,7 @@ class BenchResult:
             "gpu": bound.gpu.name,
             "step": bound.phase,
             "batch_×_positions": f"{bound.batch} × {bound.positions}",
-            "at_least_ms": 1e3 * bound.seconds,
+            "at_least_ms": in_ms(bound.seconds),
             "at_most_tokens/s": bound.tokens / bound.seconds,
             "limit": bound.limit,
         }
@@ -249,6 +249,11 @@ class BenchResult:
             "notes": list(self.notes),
             "tools": dict(self.tools),
         }
+
+
+def in_ms(seconds: float) -> str:
+    """Milliseconds with three digits, and all digits before the point."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def _ratio(ratios: Sequence[float]) -> Estimate:

@@ -67,8 +67,8 @@ def test_engines_side_by_side(made: Made, tmp_path: Path, capsys: pytest.Capture
         assert (row["token"]["count"], len(row["rounds"])) == (6, 2)
         assert 0 < row["token"]["p5"] <= row["token"]["p50"] <= row["token"]["p99"] < 10
         assert row["first_token"]["p50"] >= row["prefill"]["p5"] > 0
-        total = sum(item["decode"] for item in row["rounds"])
-        assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] * 6 / total, rel=0.9)
+        rates = [row["batch"] * 3 / item["decode"] for item in row["rounds"]]
+        assert row["decode_tokens_per_second"] == pytest.approx(sum(rates) / 2)
         assert (row["speedup"] is None) == (row["engine"] == str(made.float))
     assert bench(made.float, made.int8, *SIZES, *files) == 0, "reports are replaced"
     assert "random token ids, seed 0" in " ".join(capsys.readouterr().out.split())
