@@ -19,7 +19,7 @@ _SPAN = 10.0
 
 def bench_page(result: BenchResult) -> Page:
     """The page of a result."""
-    names = [str(engine.subject.path) for engine in result.engines]
+    names = [engine.subject.name for engine in result.engines]
     title = f"Latency of {', '.join(names)}" if result.measured else f"Bounds of {', '.join(names)}"
     facts = {key: str(value) for key, value in result.machine.items()}
     if result.measured:
@@ -36,8 +36,8 @@ def _verdict(result: BenchResult) -> str:
         best = max(compared, key=lambda item: item.speedups["decode"].value)
         ratio = best.speedups["decode"]
         sentences.append(
-            f"{best.subject.path} decodes {best.case} tokens {ratio.value:.2f} times as fast as "
-            f"{result.measured[0].subject.path} ({ratio.bounds('.2f') or 'one round'})."
+            f"{best.subject.name} decodes {best.case} tokens {ratio.value:.2f} times as fast as "
+            f"{result.measured[0].subject.name} ({ratio.bounds('.2f') or 'one round'})."
         )
     if not result.measured:
         sentences.append("Nothing was measured: these are bounds from published figures.")
@@ -62,7 +62,7 @@ def _measured(result: BenchResult) -> list[Section]:
     ]))  # fmt: skip
     compared = [item for item in items if item.first is not None]
     if compared:
-        first = items[0].subject.path
+        first = items[0].subject.name
         text = (
             f"Times as fast as {first}: medians of the ratios within rounds. Bars are {CONFIDENCE:.0%} intervals of a "
         )
@@ -88,8 +88,8 @@ def _over(items: Sequence[Measured], step: str) -> list[View]:
 
 def _lines(items: Sequence[Measured], step: str, axis: str, name: str) -> View:
     traces: list[dict[str, Any]] = []
-    for place, engine in enumerate(dict.fromkeys(str(item.subject.path) for item in items)):
-        own = [item for item in items if str(item.subject.path) == engine]
+    for place, engine in enumerate(dict.fromkeys(item.subject.name for item in items)):
+        own = [item for item in items if item.subject.name == engine]
         times: list[Latency] = [item.token if step == "token" else item.prefill for item in own]
         colour = _COLOURS[place % len(_COLOURS)]
         traces.append(
@@ -133,7 +133,7 @@ def _latency_table(items: Sequence[Measured]) -> Table:
     }
     rows = [
         (
-            str(item.subject.path),
+            item.subject.name,
             str(item.case),
             _in_ms(item.prefill),
             _in_ms(item.first_token),
@@ -198,7 +198,7 @@ def _ratios(items: Sequence[Measured], step: str) -> Figure:
 
 
 def _labels(items: Sequence[Measured]) -> list[str]:
-    return [f"{item.subject.path}, {item.case}" for item in items]
+    return [f"{item.subject.name}, {item.case}" for item in items]
 
 
 def _by_label(axis: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _bounded(result: BenchResult) -> list[Section]:
         "step": "",
         "batch × positions": "",
         "at least, ms": "",
-        "at most, tokens/s": ",.4g",
+        "at most, tokens/s": ",",
         "limit": "",
     }
     rows = [tuple(result.bound_row(*item).values()) for item in result.bounds]
@@ -285,7 +285,7 @@ def _points(place: int, phase: str, own: Sequence[tuple[int, Bound]], result: Be
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"{result.engines[place].subject.path}, {phase}",
+        "name": f"{result.engines[place].subject.name}, {phase}",
         "x": [bound.cost.operations / bound.cost.bytes for bound in steps],
         "y": [bound.cost.operations / bound.seconds for bound in steps],
         "text": [
@@ -297,10 +297,19 @@ def _points(place: int, phase: str, own: Sequence[tuple[int, Bound]], result: Be
 
 
 def _engines(result: BenchResult) -> Section:
-    columns = {"engine": "", "runtime": "", "recipe": "", "MB": ",.1f", "loaded in": "", "peak memory": ""}
+    columns = {
+        "engine": "",
+        "folder": "",
+        "runtime": "",
+        "recipe": "",
+        "MB": ",.1f",
+        "loaded in": "",
+        "peak memory": "",
+    }
     rows = [
         (
             row["engine"],
+            row["folder"],
             row["runtime"],
             row["recipe"],
             row["engine_bytes"] / 1e6,

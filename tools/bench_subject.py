@@ -44,11 +44,13 @@ class Subject:
 
     Attributes:
         path: the folder, as it was given.
+        name: what of the path tells it from the others.
         engine: which engine it is, as ``build --engine`` names it.
         cost: of its steps; None where that cannot be told, and ``problem`` says why.
     """
 
     path: Path
+    name: str
     engine: str
     record: EngineRecord
     cost: CostModel | None
@@ -108,7 +110,25 @@ def load_subjects(engines: Sequence[str | Path], *, estimate: bool = False) -> t
     for path in map(Path, engines):
         if (first := seen.setdefault(path.resolve(), path)) is not path:
             raise BismoothError(f"{path}: is given twice, as {first} before. Expected each engine once.")
-    return tuple(_load(Path(path), estimate=estimate) for path in engines)
+    paths = [Path(path) for path in engines]
+    names = short_names(paths)
+    return tuple(_load(path, name, estimate=estimate) for path, name in zip(paths, names, strict=True))
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders that all begin with, and without those that all end with; of one its last part."""
+    parts = [path.parts for path in paths]
+    if len(parts) == 1:
+        return [paths[0].resolve().name]
+    start = _common(parts)
+    end = _common([part[start:][::-1] for part in parts])
+    return [str(Path(*part[start : len(part) - end])) for part in parts]
+
+
+def _common(parts: Sequence[tuple[str, ...]]) -> int:
+    """How many first parts are those of all, but for one that each keeps."""
+    shortest = min(map(len, parts)) - 1
+    return next((place for place in range(shortest) if len({part[place] for part in parts}) > 1), max(shortest, 0))
 
 
 def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
@@ -122,14 +142,14 @@ def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
             )
 
 
-def _load(path: Path, *, estimate: bool) -> Subject:
+def _load(path: Path, name: str, *, estimate: bool) -> Subject:
     if (path / BUNDLE).is_file():
         bundle = Bundle.load(path, "size")
         chosen = _of_bundle(bundle, estimate=estimate)
-        return _subject(path, chosen.runtime, path / chosen.file, bundle.manifest["dims"])
+        return _subject(path, name, chosen.runtime, path / chosen.file, bundle.manifest["dims"])
     folder = engine_folder(path)
     engine = engine_of(folder)
-    return _subject(path, engine, path / engine_file(engine), folder.manifest.dims)
+    return _subject(path, name, engine, path / engine_file(engine), folder.manifest.dims)
 
 
 def _of_bundle(bundle: Bundle, *, estimate: bool) -> BundledEngine:
@@ -142,9 +162,9 @@ def _of_bundle(bundle: Bundle, *, estimate: bool) -> BundledEngine:
         return bundle.engines[0]
 
 
-def _subject(path: Path, engine: str, file: Path, dims: Mapping[str, int]) -> Subject:
+def _subject(path: Path, name: str, engine: str, file: Path, dims: Mapping[str, int]) -> Subject:
     record, audit = read_record(file), read_audit(audit_path(file))
     try:
-        return Subject(path, engine, record, CostModel.of(audit, dims, str(path)))
+        return Subject(path, name, engine, record, CostModel.of(audit, dims, str(path)))
     except BismoothError as error:
-        return Subject(path, engine, record, None, str(error))
+        return Subject(path, name, engine, record, None, str(error))

@@ -131,5 +131,5 @@ def test_estimates_alone() -> None:
 def test_engines() -> None:
     (table,) = section(bench_page(result()), "Engines").blocks
     assert isinstance(table, Table)
-    assert table.rows[0] == ("a", "onnxruntime 1.2", "w8a8", 2.0, "0.50 s", "100 MB")
+    assert table.rows[0] == ("a", "a", "onnxruntime 1.2", "w8a8", 2.0, "0.50 s", "100 MB")
     assert [row[-2:] for row in table.rows[1:]] == [("0.25 s", "–"), ("–", "–")]

@@ -10,7 +10,7 @@ import pytest
 
 from bismooth.engines import bundle_choice
 from bismooth.export.errors import BismoothError
-from bismooth.tools.bench_subject import Case, Subject, check_room, load_subjects
+from bismooth.tools.bench_subject import Case, Subject, check_room, load_subjects, short_names
 from bismooth.tools.engine_folder import engine_file
 from bismooth.tools.roofline import find_gpus
 from tests import artifacts, bundles
@@ -79,6 +79,21 @@ def test_for_which_gpus_an_engine_is() -> None:
     assert [made.is_for(l4) for made in (rtx("a", 86, 89), rtx("a", 86), subject())] == [True, False, False]
     built_here = replace(rtx(), engine="tensorrt", record=replace(rtx().record, capabilities=()))
     assert built_here.is_for(l4)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ("art/engines/onnxruntime art8/engines/onnxruntime", "art art8"),
+        ("/x/art/engines/a /x/art/engines/b", "a b"),
+        ("/x/a/b /x/a/b/c", "b b/c"),
+        ("a/b b", "a/b b"),
+        ("a/x b/c/x", "a b/c"),
+        ("/x/art/engines/onnxruntime", "onnxruntime"),
+    ],
+)
+def test_names_tell_engines_apart(paths: str, names: str) -> None:
+    assert short_names(list(map(Path, paths.split()))) == names.split()
 
 
 def refused(made: Subject, case: Case, message: str) -> None:
