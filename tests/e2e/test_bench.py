@@ -127,6 +127,15 @@ def test_bad_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str
     fails(capsys, "--new-tokens", made.int8, "--new-tokens", 1)
     fails(capsys, "has room for", made.int8, "--prompt-length", 10**6, "--new-tokens", 2)
     fails(capsys, "engines of null cannot generate text", made.null)
+    for options, message in (
+        ({"batch": []}, "batch: Expected numbers from 1, got none."),
+        ({"prompt_length": [8, 0]}, "prompt_length: Expected numbers from 1, got 8, 0."),
+        ({"new_tokens": 1}, "new_tokens: Expected numbers from 2, got 1."),
+        ({"repeat": 0}, "repeat: Expected numbers from 1, got 0."),
+    ):
+        sizes: dict[str, Any] = options
+        with pytest.raises(BismoothError, match=f"^bench: {message}$"):
+            bismooth.bench([made.int8], **sizes)
     with pytest.raises(BismoothError, match="bench: Expected one or more engine folders or bundles, got none"):
         bismooth.bench([])
 
