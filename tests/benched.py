@@ -45,7 +45,7 @@ COST = CostModel.of(audit(), DIMS, "engine")
 
 
 def subject(path: str = "a", engine: str = "onnxruntime", cost: CostModel | None = COST, **record: Any) -> Subject:
-    return Subject(Path(path), engine, replace(RECORD, **record), cost, "" if cost else f"{path}: no cost.")
+    return Subject(Path(path), path, engine, replace(RECORD, **record), cost, "" if cost else f"{path}: no cost.")
 
 
 def rtx(path: str = "rtx", *capabilities: int, capacity: int | None = 64) -> Subject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def bench(
     Ctrl-C ends the measurement; the result then has the rounds that all engines had done.
 
     Args:
-        engines: engine folders; ratios are to the first that can be measured.
+        engines: engine folders or bundles; ratios are to the first that can be measured.
         batch: numbers of rows.
         prompt_length: tokens of a prompt. Every batch is measured with every length.
         new_tokens: that follow each prompt, at least 2. No token ends a text.
@@ -64,7 +64,10 @@ def bench(
             written or is a file of another kind.
     """
     _check_files(output, html)
-    subjects, chosen = load_subjects(engines), find_gpus(gpus)
+    _check_sizes({"batch": batch, "prompt_length": prompt_length}, 1)
+    _check_sizes({"new_tokens": [new_tokens]}, 2)
+    _check_sizes({"repeat": [repeat]}, 1)
+    subjects, chosen = load_subjects(engines, estimate=estimate), find_gpus(gpus)
     cases = [Case(*sizes, new_tokens) for sizes in product(dict.fromkeys(batch), dict.fromkeys(prompt_length))]
     for subject in subjects:
         subject.check(cases)
@@ -103,6 +106,13 @@ def _check_files(output: str | Path | None, html: str | Path | None) -> None:
             raise BismoothError(f"--html {html}: is the file that -o writes. Expected another one.")
 
 
+def _check_sizes(sizes: Mapping[str, Sequence[int]], least: int) -> None:
+    for name, values in sizes.items():
+        if not values or min(values) < least:
+            got = ", ".join(map(str, values)) or "none"
+            raise BismoothError(f"bench: {name}: Expected numbers from {least}, got {got}.")
+
+
 def _check_gpus(subjects: Sequence[Subject], gpus: Sequence[Gpu], *, estimate: bool) -> None:
     """Refuse what gives no bound."""
     for gpu in gpus:
@@ -110,7 +120,7 @@ def _check_gpus(subjects: Sequence[Subject], gpus: Sequence[Gpu], *, estimate: b
             built = "; ".join(f"{subject.path}: {_targets(subject)}" for subject in subjects)
             raise BismoothError(
                 f"--gpu {gpu.name}: none of the engines is for its compute capability {gpu.capability}: {built}. "
-                f"Build one with: bismooth build ART --engine tensorrt-rtx --capability {gpu.capability}"
+                "Choose another GPU, or build an engine for this one."
             )
     if estimate and not any(subject.is_for(gpu) for subject in subjects for gpu in gpus or known_gpus()):
         built = "; ".join(f"{subject.path}: {_targets(subject)}" for subject in subjects)

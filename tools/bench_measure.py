@@ -191,7 +191,8 @@ class _Engine:
         return Benched(self.subject, tuple(self._load_seconds), max(self._peaks, default=None), self.reason)
 
     def _open(self) -> EngineProcess:
-        self._process = self._open_engine(self.subject.path, self._settings.threads)
+        threads = None if self.subject.runs_on_gpu else self._settings.threads
+        self._process = self._open_engine(self.subject.path, threads)
         self._load_seconds.append(self._process.opened.seconds)
         return self._process
 

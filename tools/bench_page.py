@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .bench_result import BenchResult, Latency, Measured
+from .bench_result import BenchResult, Latency, Measured, in_ms
 from .bootstrap import CONFIDENCE
 from .page import Figure, Page, Panel, Section, Table, View
 from .roofline import ESTIMATE, Bound, Gpu
 
-_COLOURS = ("--plain", "--second", "--third", "--good", "--bad")
+_COLOURS = ("--second", "--bad", "--third", "--good")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 _MARGIN, _ROW = 96, 34
 _SPAN = 10.0
@@ -19,7 +19,7 @@ _SPAN = 10.0
 
 def bench_page(result: BenchResult) -> Page:
     """The page of a result."""
-    names = [str(engine.subject.path) for engine in result.engines]
+    names = [engine.subject.name for engine in result.engines]
     title = f"Latency of {', '.join(names)}" if result.measured else f"Bounds of {', '.join(names)}"
     facts = {key: str(value) for key, value in result.machine.items()}
     if result.measured:
@@ -36,8 +36,8 @@ def _verdict(result: BenchResult) -> str:
         best = max(compared, key=lambda item: item.speedups["decode"].value)
         ratio = best.speedups["decode"]
         sentences.append(
-            f"{best.subject.path} decodes {best.case} tokens {ratio.value:.2f} times as fast as "
-            f"{result.measured[0].subject.path} ({ratio.bounds('.2f') or 'one round'})."
+            f"{best.subject.name} decodes {best.case} tokens {ratio.value:.2f} times as fast as "
+            f"{result.measured[0].subject.name} ({ratio.bounds('.2f') or 'one round'})."
         )
     if not result.measured:
         sentences.append("Nothing was measured: these are bounds from published figures.")
@@ -62,7 +62,7 @@ def _measured(result: BenchResult) -> list[Section]:
     ]))  # fmt: skip
     compared = [item for item in items if item.first is not None]
     if compared:
-        first = items[0].subject.path
+        first = items[0].subject.name
         text = (
             f"Times as fast as {first}: medians of the ratios within rounds. Bars are {CONFIDENCE:.0%} intervals of a "
         )
@@ -88,8 +88,8 @@ def _over(items: Sequence[Measured], step: str) -> list[View]:
 
 def _lines(items: Sequence[Measured], step: str, axis: str, name: str) -> View:
     traces: list[dict[str, Any]] = []
-    for place, engine in enumerate(dict.fromkeys(str(item.subject.path) for item in items)):
-        own = [item for item in items if str(item.subject.path) == engine]
+    for place, engine in enumerate(dict.fromkeys(item.subject.name for item in items)):
+        own = [item for item in items if item.subject.name == engine]
         times: list[Latency] = [item.token if step == "token" else item.prefill for item in own]
         colour = _COLOURS[place % len(_COLOURS)]
         traces.append(
@@ -126,20 +126,20 @@ def _latency_table(items: Sequence[Measured]) -> Table:
         "prefill, ms": "",
         "first token, ms": "",
         "token, ms": "",
-        "p90": ",.4g",
-        "p99": ",.4g",
+        "p90": "",
+        "p99": "",
         "tokens/s": ",.4g",
         "weights and caches read, GB/s": "",
     }
     rows = [
         (
-            str(item.subject.path),
+            item.subject.name,
             str(item.case),
             _in_ms(item.prefill),
             _in_ms(item.first_token),
             _in_ms(item.token),
-            1e3 * item.token.p90,
-            1e3 * item.token.p99,
+            in_ms(item.token.p90),
+            in_ms(item.token.p99),
             item.decode_rate,
             "–" if item.read_rate is None else f"{item.read_rate / 1e9:.3g}",
         )
@@ -198,7 +198,7 @@ def _ratios(items: Sequence[Measured], step: str) -> Figure:
 
 
 def _labels(items: Sequence[Measured]) -> list[str]:
-    return [f"{item.subject.path}, {item.case}" for item in items]
+    return [f"{item.subject.name}, {item.case}" for item in items]
 
 
 def _by_label(axis: str) -> dict[str, Any]:
@@ -219,8 +219,8 @@ def _bounded(result: BenchResult) -> list[Section]:
         "GPU": "",
         "step": "",
         "batch × positions": "",
-        "at least, ms": ",.4g",
-        "at most, tokens/s": ",.4g",
+        "at least, ms": "",
+        "at most, tokens/s": ",",
         "limit": "",
     }
     rows = [tuple(result.bound_row(*item).values()) for item in result.bounds]
@@ -231,11 +231,8 @@ def _bounded(result: BenchResult) -> list[Section]:
     figures = {"GPU": "", "capability": "", "GB/s": ",g", "float16 TOPS": ",g", "INT8 TOPS": ",g", "published at": ""}
     text = f"{ESTIMATE} Points are steps: as many operations per second as their bytes and operations allow at most."
     return [
-        Section(
-            "Rooflines (estimates)",
-            text,
-            [Panel("roofline", "GPU", views, 420), Table(columns, rows), Table(figures, published)],
-        )
+        Section("Rooflines (estimates)", text, [Panel("roofline", "GPU", views, 420), Table(columns, rows)]),
+        Section("Published figures", "Dense products on tensor cores.", [Table(figures, published)]),
     ]
 
 
@@ -285,12 +282,11 @@ def _points(place: int, phase: str, own: Sequence[tuple[int, Bound]], result: Be
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"{result.engines[place].subject.path}, {phase}",
+        "name": f"{result.engines[place].subject.name}, {phase}",
         "x": [bound.cost.operations / bound.cost.bytes for bound in steps],
         "y": [bound.cost.operations / bound.seconds for bound in steps],
         "text": [
-            f"{bound.batch} × {bound.positions}: at least {1e3 * bound.seconds:.4g} ms, {bound.limit}"
-            for bound in steps
+            f"{bound.batch} × {bound.positions}: at least {in_ms(bound.seconds)} ms, {bound.limit}" for bound in steps
         ],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
         "marker": {"color": colour, "size": 11, "symbol": "circle" if phase == "decode" else "diamond"},
@@ -298,10 +294,19 @@ def _points(place: int, phase: str, own: Sequence[tuple[int, Bound]], result: Be
 
 
 def _engines(result: BenchResult) -> Section:
-    columns = {"engine": "", "runtime": "", "recipe": "", "MB": ",.1f", "loaded in": "", "peak memory": ""}
+    columns = {
+        "engine": "",
+        "folder": "",
+        "runtime": "",
+        "recipe": "",
+        "MB": ",.1f",
+        "loaded in": "",
+        "peak memory": "",
+    }
     rows = [
         (
             row["engine"],
+            row["folder"],
             row["runtime"],
             row["recipe"],
             row["engine_bytes"] / 1e6,

@@ -36,7 +36,7 @@ class Latency:
 
     def in_ms(self) -> tuple[str, str]:
         """The median, and the span from the 5 % to the 95 % quantile."""
-        return f"{1e3 * self.p50:.4g}", f"{1e3 * self.p5:.4g}…{1e3 * self.p95:.4g}"
+        return in_ms(self.p50), f"{in_ms(self.p5)}…{in_ms(self.p95)}"
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class Measured:
             for name, ratio in self.speedups.items()
         }
         return {
-            "engine": str(self.subject.path),
+            "engine": self.subject.name,
             "batch_×_prompt": str(self.case),
             "prefill_ms": "\n".join(self.prefill.in_ms()),
-            "first_token_ms": f"{1e3 * self.first_token.p50:.4g}",
+            "first_token_ms": in_ms(self.first_token.p50),
             "token_ms": "\n".join(self.token.in_ms()),
-            "tokens/s": self.decode_rate,
+            "tokens/s": _shown(self.decode_rate),
             **ratios,
         }
 
@@ -160,7 +160,8 @@ class Benched:
 
     def to_row(self) -> dict[str, Any]:
         row = {
-            "engine": str(self.subject.path),
+            "engine": self.subject.name,
+            "folder": str(self.subject.path),
             "runtime": self.subject.runtime,
             "recipe": self.subject.recipe or "float",
             "engine_bytes": self.subject.record.bytes,
@@ -215,12 +216,12 @@ class BenchResult:
 
     def bound_row(self, engine: int, bound: Bound) -> dict[str, Any]:
         return {
-            "engine": str(self.engines[engine].subject.path),
+            "engine": self.engines[engine].subject.name,
             "gpu": bound.gpu.name,
             "step": bound.phase,
             "batch_×_positions": f"{bound.batch} × {bound.positions}",
-            "at_least_ms": 1e3 * bound.seconds,
-            "at_most_tokens/s": bound.tokens / bound.seconds,
+            "at_least_ms": in_ms(bound.seconds),
+            "at_most_tokens/s": _shown(bound.tokens / bound.seconds),
             "limit": bound.limit,
         }
 
@@ -249,6 +250,16 @@ class BenchResult:
             "notes": list(self.notes),
             "tools": dict(self.tools),
         }
+
+
+def in_ms(seconds: float) -> str:
+    """Milliseconds with three digits, and all digits before the point."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _shown(rate: float) -> float:
+    """A rate that a table shows with three digits, and all digits before the point."""
+    return rate if rate < 1000 else round(rate)
 
 
 def _ratio(ratios: Sequence[float]) -> Estimate:

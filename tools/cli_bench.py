@@ -16,7 +16,9 @@ _MEASURING = ("repeat", "warm_up", "threads", "one_at_a_time", "data")
 
 def bench(
     context: typer.Context,
-    engines: Annotated[list[Path], typer.Argument(metavar="ENGINE", help="Engine folders; ratios are to the first.")],
+    engines: Annotated[
+        list[Path], typer.Argument(metavar="ENGINE", help="Engine folders or bundles; ratios are to the first.")
+    ],
     batch: Annotated[list[int], typer.Option("--batch", min=1, metavar="N...", help="Rows.")] = [1],
     prompt_length: Annotated[
         list[int], typer.Option("--prompt-length", min=1, metavar="N...", help="Tokens of a prompt.")

@@ -153,7 +153,8 @@ def test_an_interrupt_before_the_first_round() -> None:
 def test_an_engine_for_a_gpu_that_is_not_here() -> None:
     host = Host()
     host.broken["rtx"] = "rtx: there is no GPU."
-    result = run(host, rtx("rtx"), subject("a"), subject("b"))
+    result = run(host, rtx("rtx"), subject("a"), subject("b"), threads=2)
+    assert host.log[:2] == ["open rtx None", "open a 2"], "threads are for the CPU"
     assert [engine.reason for engine in result.engines] == ["rtx: there is no GPU.", None, None]
     a, b = result.measured
     assert (a.first, b.first) == (None, a.rounds), "ratios are to the first that is measured"

@@ -52,7 +52,7 @@ def traces(panel: Panel, view: str) -> list[Mapping[str, Any]]:
 def test_the_page_is_plain_data() -> None:
     page = bench_page(result())
     assert json.dumps(asdict(page), allow_nan=False)
-    titles = ["Latency", "Throughput", "Ratios", "Rooflines (estimates)", "Engines"]
+    titles = ["Latency", "Throughput", "Ratios", "Rooflines (estimates)", "Published figures", "Engines"]
     assert [section.title for section in page.sections] == titles
     assert page.facts == {"cores": "2", "new tokens": "5", "prompts": "random token ids, seed 0"}
 
@@ -116,7 +116,9 @@ def test_rooflines_are_called_estimates() -> None:
     assert (prefill["name"], decode["name"]) == ("c, prefill", "c, decode")
     for x, y in zip(decode["x"], decode["y"], strict=True):
         assert y == pytest.approx(x * 300e9), "what reads stands on the slope"
-    table, published = (block for block in rooflines.blocks if isinstance(block, Table))
+    table, published = rooflines.blocks[1], section(bench_page(result()), "Published figures").blocks[0]
+    assert isinstance(table, Table)
+    assert isinstance(published, Table)
     assert table.rows[0][:4] == ("c", "L4", "prefill", "1 × 8")
     assert published.rows[0][-1] == "https://www.nvidia.com/en-us/data-center/l4/"
 
@@ -125,11 +127,11 @@ def test_estimates_alone() -> None:
     page = bench_page(replace(result(), measured=(), settings={"new_tokens": 5}, machine={}, notes=()))
     assert page.title == "Bounds of a, b, c"
     assert page.verdict == "Nothing was measured: these are bounds from published figures."
-    assert [section.title for section in page.sections] == ["Rooflines (estimates)", "Engines"]
+    assert [section.title for section in page.sections] == ["Rooflines (estimates)", "Published figures", "Engines"]
 
 
 def test_engines() -> None:
     (table,) = section(bench_page(result()), "Engines").blocks
     assert isinstance(table, Table)
-    assert table.rows[0] == ("a", "onnxruntime 1.2", "w8a8", 2.0, "0.50 s", "100 MB")
+    assert table.rows[0] == ("a", "a", "onnxruntime 1.2", "w8a8", 2.0, "0.50 s", "100 MB")
     assert [row[-2:] for row in table.rows[1:]] == [("0.25 s", "–"), ("–", "–")]

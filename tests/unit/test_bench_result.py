@@ -34,7 +34,8 @@ def test_quantiles_are_those_of_linear_interpolation() -> None:
     found = Latency.of([float(number) for number in range(101)])
     assert vars(found) == {"count": 101, "p5": 5.0, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
     assert Latency.of([0.25]).p5 == Latency.of([0.25]).p99 == 0.25
-    assert Latency.of([0.0101, 0.0099, 0.0100]).in_ms() == ("10", "9.91…10.09")
+    assert Latency.of([0.0101, 0.0099, 0.0100]).in_ms() == ("10", "9.91…10.1")
+    assert Latency.of([1.23456]).in_ms() == ("1235", "1235…1235")
 
 
 def test_times_of_one_engine() -> None:

@@ -33,8 +33,8 @@ COMMANDS = [
     "diagnose",
     "standin",
     "generate",
-    "package",
     "bench",
+    "package",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -47,8 +47,8 @@ USAGE = {
     "diagnose": "diagnose model",
     "standin": "standin model -o bad",
     "generate": "generate engine --prompt text",
-    "package": "package art -o bundle",
     "bench": "bench engine --gpu L4",
+    "package": "package art -o bundle",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
