@@ -28,6 +28,7 @@ from .cache_names import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
 from .subgraph import cut
 
 _BATCH = "batch"
+_IN_PLACE = "in_place"
 _OPSET = 24
 _REMEDY = "Export the model with --no-kv-cache, and build an engine without caches."
 
@@ -79,25 +80,35 @@ class _Rewrite:
         return self.aliases
 
     def _uncast(self) -> None:
-        """Drop the Casts of a graph in 16 bits whose pasts and presents are float32: they are 16 bits then."""
+        """Drop the Casts of a graph in 16 bits around its caches of float32: they are 16 bits then.
+
+        Where new keys are float32 as well, they are cast instead of all that attention reads.
+        """
         inputs = {value.name for value in self.model.graph.input if is_past(value.name)}
         outputs = {value.name for value in self.model.graph.output if is_present(value.name)}
         renamed: dict[str, str] = {}
+        wide: set[str] = set()
         kept: list[onnx.NodeProto] = []
         for node in self.model.graph.node:
-            if node.op_type == "Cast" and node.input[0] in inputs:
+            if node.op_type == "Cast" and node.input[0] in inputs | outputs:
                 renamed[node.output[0]] = node.input[0]
+                wide.update(outputs.intersection(node.input))
                 self.type = node.attribute[0].i
             elif node.op_type == "Cast" and node.output[0] in outputs:
                 renamed[node.input[0]] = node.output[0]
             else:
                 kept.append(node)
+        del self.model.graph.node[:]
         for node in kept:
             for values in (node.input, node.output):
                 for index, value in enumerate(values):
                     values[index] = renamed.get(value, value)
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(kept)
+            if node.op_type == "Concat" and node.output[0] in wide:
+                new = f"{node.name}/{_IN_PLACE}"
+                cast = helper.make_node("Cast", [node.input[1]], [new], name=new, to=self.type)
+                node.input[1] = new
+                self.model.graph.node.append(cast)
+            self.model.graph.node.append(node)
 
     def _scatter(self) -> None:
         """Replace each Concat of a past with what is new."""
@@ -262,4 +273,4 @@ class _MaskProgram:
 
 
 def _renamed(mask: str) -> str:
-    return f"in_place/{mask}"
+    return f"{_IN_PLACE}/{mask}"

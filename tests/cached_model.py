@@ -152,6 +152,9 @@ class _Maker:
         present, axis = past.replace("past_key_values", "present"), 3 if self.oddity == "longer heads" else -2
         if self.oddity == "second past" and past.endswith("1.value"):
             past, new = new, past
+        if self.oddity == "wide keys" and past.endswith("key"):  # they come from a norm, say
+            self.op("Concat", past, self.op("Cast", new, to=_FLOAT), at=at, output=present, axis=axis)
+            return self.op("Cast", present, to=self.type)
         if not self.wide:
             return self.op("Concat", past, new, at=at, output=present, axis=axis)
         joined = self.op("Concat", self.op("Cast", past, to=self.type), new, at=at, axis=axis)

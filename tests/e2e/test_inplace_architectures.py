@@ -1,4 +1,4 @@
-"""Caches in place, of every architecture: the logits of prompts in pieces and of single tokens are those of whole texts."""
+"""Caches in place, of every architecture: logits of prompts in pieces and of single tokens are those of whole texts."""
 
 from __future__ import annotations
 

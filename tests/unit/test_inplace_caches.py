@@ -104,14 +104,18 @@ def test_names_of_linears_stay() -> None:
     assert {node.name for node in model.graph.node if node.op_type in ("MatMul", "Attention")} == before
 
 
-def test_caches_of_a_graph_in_16_bits_have_16_bits() -> None:
-    model = cached_model(half=True, wide=True)
+@pytest.mark.parametrize("oddity", ["", "wide keys"])
+def test_caches_of_a_graph_in_16_bits_have_16_bits(oddity: str) -> None:
+    """Also where the graph joins keys in float32 and casts the whole of them for attention."""
+    model = cached_model(half=True, wide=True, oddity=oddity)
     aliases = update_in_place(model, CAPACITY, "m.onnx")
     check(model)
     values = [*model.graph.input, *model.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     assert {types[name] for name in (*aliases, *aliases.values())} == {TensorProto.FLOAT16}
     np.testing.assert_allclose(run_in_pieces(model, aliases, 3, 8), expected_logits(IDS, MASK), atol=0.5)
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    assert not [node for node in casts if {*node.input, *node.output}.intersection((*aliases, *aliases.values()))]
 
 
 def test_a_window_that_the_caches_do_not_fill_is_none() -> None:
