@@ -11,7 +11,6 @@ log to that one, and a fault in its compiler kills the process.
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any, TextIO
 from ..export.errors import BismoothError
 from .base import Phase, PhaseCallback, Profile, Shapes, Span
 from .kernel_log import HEADER
+from .memory import peak_rss
 from .tensorrt_runtime import Runtime, check_capabilities, known_capabilities
 
 Spans = dict[str, tuple[int, int, int]]
@@ -94,19 +94,6 @@ def _build(
     if not log.listed:
         sink.write(_inspect(trt, runtime, log, plan))
     return shapes
-
-
-def peak_rss() -> int | None:
-    """Peak resident memory of this process in bytes, ``None`` where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage: on Linux it starts from the parent's peak
-        match = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-        return int(match[1]) * 1024 if match else None
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _network_flags(trt: Any, runtime: Runtime) -> int:

@@ -19,9 +19,10 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, cast
 
 from ..export.errors import BismoothError
+from .answers import claim_stdout
 from .base import Phase, PhaseCallback, shapes_from_json
 from .tensorrt_build import PlanReport, PlanRequest, build_plan
 from .tensorrt_runtime import RUNTIMES, load_module
@@ -104,7 +105,7 @@ def _crash(request: PlanRequest, status: int, noise: IO[bytes]) -> BismoothError
 def main() -> None:
     """Serve one request; the entry point of the builder process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends this process
-    answers = _claim_stdout()
+    answers = claim_stdout()
     request = _read_request(sys.stdin.readline())
     threading.Thread(target=_end_with_caller, args=[request], daemon=True).start()
 
@@ -127,13 +128,6 @@ def main() -> None:
         )
     except Exception:  # a defect: the parent process shows it
         answer("bug", traceback.format_exc())
-
-
-def _claim_stdout() -> TextIO:
-    """The real stdout, for answers alone: what native code prints there goes to stderr instead."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
 
 
 def _read_request(line: str) -> PlanRequest:

@@ -20,6 +20,7 @@ from ..passes.spec import ComputeType, StandinKind
 from . import cli_options as o
 from . import console
 from .cli_app import app, command, finish
+from .cli_bench import bench
 from .cli_bundle import package
 from .cli_errors import Interrupted, report
 from .cli_run import generate
@@ -154,6 +155,7 @@ def build(
     sequence: o.Sequence = None,
     dim: o.Dims = [],
     capacity: o.Capacity = None,
+    logits: o.LogitsOption = None,
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -175,6 +177,7 @@ def build(
         sequence=sequences,
         dims=dims,
         capacity=capacity,
+        logits=None if logits is None else logits.value,
         allow_float=allow_float,
         force=force,
     )
@@ -377,5 +380,5 @@ def standin(
     finish(result, as_json)
 
 
-for function in (inspect, package, generate, recipes):
+for function in (inspect, package, generate, bench, recipes):
     command(function)

@@ -27,6 +27,13 @@ class EngineName(StrEnum):
     NULL = "null"
 
 
+class Logits(StrEnum):
+    """Positions to compute logits of."""
+
+    LAST = "last"
+    ALL = "all"
+
+
 _ENGINES = ", ".join(EngineName)
 
 Artifact = Annotated[Path, typer.Argument(metavar="ART", help="Artifact folder.")]
@@ -84,6 +91,13 @@ Capacity = Annotated[
         help="Positions per row that an engine has room for, text and padding, if it keeps keys and values.",
     ),
 ]
+LogitsOption = Annotated[
+    Logits | None,
+    typer.Option(
+        metavar="last|all",
+        help="Positions that an engine for a CPU computes logits of; by default the last, if it keeps keys and values.",
+    ),
+]
 AllowFloat = Annotated[
     bool, typer.Option("--allow-float", help="Accept linears that run in float although the recipe says INT8.")
 ]
@@ -130,6 +144,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Html = Annotated[
     Path | None,
     typer.Option("--html", metavar="FILE", help="Draw the result as a page too. Needs bismooth[report]."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Threads on a CPU; one per core by default.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

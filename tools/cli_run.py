@@ -40,9 +40,7 @@ def generate(
     min_p: Annotated[float, typer.Option(metavar="P", help="Draw among those that have P times the largest.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Chooses the tokens that are drawn.")] = 0,
     stop: Annotated[list[str], typer.Option("--stop", metavar="TEXT...", help="Texts to end before.")] = [],
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads on a CPU; one per core by default.")
-    ] = None,
+    threads: o.Threads = None,
     as_json: o.AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="The text alone: no progress, no rates.")] = False,
 ) -> None:

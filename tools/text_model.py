@@ -107,7 +107,7 @@ def _opening(path: Path) -> Opening:
     """What loads the engine at ``path``, once it is known which one that is."""
     if (path / BUNDLE).is_file():
         return _opening_of_bundle(Bundle.load(path, "size"))
-    engine = engine_of(_engine_folder(path))
+    engine = engine_of(engine_folder(path))
     return partial(_open, path, engine, path / engine_file(engine))
 
 
@@ -167,7 +167,7 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset() if token is None else frozenset({token})
 
 
-def _engine_folder(path: Path) -> Artifact:
+def engine_folder(path: Path) -> Artifact:
     folder = Artifact.load(path)
     if folder.manifest.kind != "engine":
         engines = ", ".join(map(str, engine_folders(folder))) or "none; run 'bismooth build' first"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .export.artifact import Artifact
     from .export.errors import BismoothError, GateError
     from .passes.recipe import Recipe
+    from .tools.bench_engines import bench
     from .tools.compare import compare
     from .tools.diagnose import diagnose
     from .tools.generate import generate
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "Sampling",
     "__version__",
+    "bench",
     "build",
     "calibrate",
     "compare",
@@ -59,6 +61,7 @@ _HOME = {
     "GateError": ("bismooth.export.errors", "GateError"),
     "Recipe": ("bismooth.passes.recipe", "Recipe"),
     "Sampling": ("bismooth.engines.sampling", "Sampling"),
+    "bench": ("bismooth.tools.bench_engines", "bench"),
     "build": (_STAGES, "build"),
     "calibrate": (_STAGES, "calibrate"),
     "compare": ("bismooth.tools.compare", "compare"),

@@ -34,6 +34,7 @@ COMMANDS = [
     "standin",
     "generate",
     "package",
+    "bench",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -47,6 +48,7 @@ USAGE = {
     "standin": "standin model -o bad",
     "generate": "generate engine --prompt text",
     "package": "package art -o bundle",
+    "bench": "bench engine --gpu L4",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
@@ -82,7 +84,8 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    for module in ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "package"):
+    names = ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "bench_engines", "package")
+    for module in names:
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
     return fake
@@ -170,6 +173,28 @@ def test_generate_passes_its_options_on(stages: Stages) -> None:
     assert run("generate ENGINE --prompt one --json") == 0
     assert stages.named["sampling"] == Sampling()
     assert (stages.named["chat"], stages.named["write"]) == (None, None)
+
+
+def test_bench_passes_its_options_on(stages: Stages) -> None:
+    sizes = "--batch 1 4 --prompt-length 128 512 --new-tokens 32 --repeat 9 --warm-up 2 --threads 3"
+    assert run(f"bench A B {sizes} --one-at-a-time --data a.txt --gpu L4 T4 -o r.json --html r.html") == 0
+    assert (stages.name, stages.positional) == ("bench", ([Path("A"), Path("B")],))
+    assert stages.named == {
+        "batch": [1, 4],
+        "prompt_length": [128, 512],
+        "new_tokens": 32,
+        "repeat": 9,
+        "warm_up": 2,
+        "threads": 3,
+        "one_at_a_time": True,
+        "data": ["a.txt"],
+        "gpus": ["L4", "T4"],
+        "estimate": False,
+        "output": Path("r.json"),
+        "html": Path("r.html"),
+    }
+    assert run("bench A --estimate") == 0
+    assert (stages.named["estimate"], stages.named["gpus"], stages.named["batch"]) == (True, [], [1])
 
 
 @pytest.mark.parametrize("line", re.findall(rf"^bismooth ((?:{'|'.join(COMMANDS)}) .+)$", README, re.MULTILINE))

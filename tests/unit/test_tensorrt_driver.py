@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from bismooth.engines.base import Phase
-from bismooth.engines.tensorrt_build import PlanReport, PlanRequest, build_plan, peak_rss
+from bismooth.engines.memory import peak_rss
+from bismooth.engines.tensorrt_build import PlanReport, PlanRequest, build_plan
 from bismooth.engines.tensorrt_runtime import TENSORRT, TENSORRT_RTX, Runtime, check_capabilities, load_module
 from bismooth.export.errors import BismoothError
 from tests.fake_tensorrt import LISTING, NO_GPU, Capability, Fake, Input, ParserError
