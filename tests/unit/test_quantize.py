@@ -192,7 +192,9 @@ def test_a_tied_head_that_stays_float_keeps_the_embedding_too(tmp_path: Path) ->
     expected, got = plain(made.folder / "reference.onnx", b), made.run(feeds(b))
     close(expected, got, 0.2)
     model = onnx.ModelProto.FromString((made.folder / "model.onnx").read_bytes())
-    reads = {node.name: node.input[0] for node in model.graph.node if "lm_head" in node.input[0] or "embed" in node.name}
+    reads = {
+        node.name: node.input[0] for node in model.graph.node if "lm_head" in node.input[0] or "embed" in node.name
+    }
     assert reads["model.embed_tokens/Gather"] == "lm_head.weight"
     assert "lm_head.weight.folded" in {tensor.name for tensor in model.graph.initializer}
 
