@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..export.errors import BismoothError
 from .audit import Audit
 from .cache_names import CACHE_LENGTHS
 
 Shape = tuple[int, ...]
+Logits = Literal["last", "all"]
+"""Positions for which an engine computes logits."""
+
 Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
 """Of each input by name: minimum, optimum and maximum shape."""
 
@@ -88,7 +91,8 @@ class BuildRequest:
         log: where to keep the builder's whole verbose log; ``None`` drops it.
         source: what the engine was made of (source hash, recipe, …), recorded with it.
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
-        last_logits: compute the logits of the last position alone, where the engine lets its builder choose.
+        logits: ``all`` positions, or the ``last`` of each row alone; ``None``: the last, if the graph has caches. For
+            engines on a CPU: on a GPU a decoder says which it wants.
     """
 
     onnx: Path
@@ -100,7 +104,7 @@ class BuildRequest:
     log: Path | None = None
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
-    last_logits: bool = False
+    logits: Logits | None = None
 
 
 @dataclass(frozen=True)

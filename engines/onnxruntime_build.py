@@ -19,6 +19,7 @@ from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
 from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
+from .cache_names import has_caches
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
 from .onnxruntime import PROVIDERS, entries_of, import_onnxruntime, reason_of
@@ -47,7 +48,8 @@ class OnnxRuntimeBuilder:
         check_meant(summary.linears, request.meant_int8)
         with scratch_folder(request.engine) as folder:
             staged = folder / request.engine.name
-            _lower(request, staged)
+            last = (request.logits or ("last" if has_caches(summary.inputs) else "all")) == "last"
+            _lower(request.onnx, staged, last_logits=last)
             optimized = _optimize(runtime, request.onnx, staged.read_bytes(), folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
@@ -69,14 +71,14 @@ class OnnxRuntimeBuilder:
         return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, None)
 
 
-def _lower(request: BuildRequest, target: Path) -> None:
+def _lower(source: Path, target: Path, *, last_logits: bool) -> None:
     """Write the graph as ONNX Runtime runs it fastest."""
     from ..passes.driver import run_passes
     from ..passes.for_onnxruntime import passes_for_onnxruntime
     from ..passes.graph import load, save
 
-    graph = load(request.onnx)
-    run_passes(graph, passes_for_onnxruntime(last_logits=request.last_logits))
+    graph = load(source)
+    run_passes(graph, passes_for_onnxruntime(last_logits=last_logits))
     save(graph, target)
 
 

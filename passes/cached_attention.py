@@ -9,6 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from ..export.cache_names import is_past
 from ._gs import Array, Dim, Graph, Node, Tensor, dtype_of, export_model, shape_of
 from .graph import Index
+from .patterns import axis_of
 
 _BATCH, _PAST, _NEW = 2, 3, 4
 """Sizes for which masks are computed."""
@@ -90,7 +91,8 @@ def _cache(present: Tensor, reader: Node, index: Index) -> Cache | None:
     joined = present.inputs[0]
     past = joined.inputs[0]
     others = [node for node in past.outputs if node is not joined]
-    return Cache(past, joined.inputs[1], present) if len(joined.inputs) == 2 and all(map(_is_length, others)) else None
+    is_appended = len(joined.inputs) == 2 and axis_of(joined, 4) == 2
+    return Cache(past, joined.inputs[1], present) if is_appended and all(map(_is_length, others)) else None
 
 
 def _is_length(node: Node) -> bool:

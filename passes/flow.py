@@ -147,8 +147,9 @@ class _Walk:
                 self.emit(tensor.name, _State(labels, crossed))
 
     def absorb(self, linear: Linear, state: _State) -> None:
-        if linear.shared_with:
-            self.pin(state.labels, _shared(linear, self.index), linear.node)
+        if others := [name for name in linear.shared_with if not _looks_up(name, self.index)]:
+            reason = f"the weight {linear.weight} of {linear.name} is shared with another node ({others[0]})"
+            self.pin(state.labels, reason, linear.node)
             return
         rows = state.labels.reshape(-1, linear.k)
         varies = (rows != rows[0]).any(axis=0)
@@ -228,8 +229,7 @@ def _transfer(visit: Visit) -> list[Labels | None]:
     return outputs
 
 
-def _shared(linear: Linear, index: Index) -> str:
-    first = linear.shared_with[0]
-    node = index.nodes.get(first)
-    what = "the embedding" if node is not None and node.op == "Gather" else "another node"
-    return f"the weight {linear.weight} of {linear.name} is shared with {what} ({first})"
+def _looks_up(name: str, index: Index) -> bool:
+    """Whether a node is an embedding: it keeps the weight as it was when a linear gets a weight of its own."""
+    node = index.nodes.get(name)
+    return node is not None and node.op == "Gather"

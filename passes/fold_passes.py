@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ._gs import Graph, Node, Tensor
+from ._gs import Graph, Node, Tensor, is_constant
 from .fold import Edit, fold_constants
 from .graph import Index
-from .linears import Linear
+from .linears import WEIGHT_OPERAND, Linear
 from .qdq import Store
 
 
@@ -49,11 +49,7 @@ class StoreFolded:
             if linear.weight in self.edits:
                 shape = (linear.n, linear.k) if linear.layout == "NK" else (linear.k, linear.n)
                 new = self.store(folded_name(linear), np.dtype(np.float32), shape)
-                for node in index.users(linear.weight):
-                    if node.op == "Cast":
-                        _replace_reads(node.outputs[0], new)
-                    else:
-                        _replace_reads(index.values[linear.weight], new, node)
+                _replace_weight(index.nodes[linear.node], new)
         graph.cleanup()
 
 
@@ -62,8 +58,10 @@ def folded_name(linear: Linear) -> str:
     return f"{linear.name}.weight.folded"
 
 
-def _replace_reads(old: Tensor, new: Tensor, *readers: Node) -> None:
-    for node in readers or list(old.outputs):
-        for place, tensor in enumerate(node.inputs):
-            if tensor is old:
-                node.inputs[place] = new
+def _replace_weight(node: Node, new: Tensor) -> None:
+    """Let a linear read ``new`` in place of its weight, or of the Cast of it. Others that read the weight keep it."""
+    place, weight = WEIGHT_OPERAND, node.inputs[WEIGHT_OPERAND]
+    while not is_constant(weight) and weight.inputs[0].op != "Cast":
+        place, node = 0, weight.inputs[0]
+        weight = node.inputs[0]
+    node.inputs[place] = new

@@ -17,7 +17,7 @@ class MergeRescale:
     """MatMul(DQ(xq, 1), DQ(Wq, s0)) · r becomes MatMul(DQ(xq, s0), DQ(Wq, r)), one INT8 kernel of ONNX Runtime.
 
     Needs: products as ``InsertQdq`` makes them. Those with groups of a size, whose r is no vector, stay, with all that
-    read the same activation. Promises: the same numbers to the last bit, since s0 is a power of two.
+    read the same activation. Promises: INT8 kernels give the same bits, since s0 is a power of two.
     """
 
     name: ClassVar[str] = "merge rescale"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engines.bundle import Bundle
 from . import console
 from .cli_errors import report
 
@@ -48,13 +49,14 @@ else:
 took("load")
 session.logits(np.zeros((1, 1), np.int64))
 took("first_token")
+seconds["cpu"] = time.process_time()
 print(json.dumps(seconds))
 """
 
 
 @dataclass(frozen=True)
 class StartResult:
-    """Medians per way to check the files: seconds from the first import to the end of each step."""
+    """Medians per way to check the files, in seconds: from the first import to the end of each step, and CPU time."""
 
     rows: tuple[dict[str, Any], ...]
 
@@ -63,7 +65,12 @@ class StartResult:
 
 
 def measure(bundle: Path, rounds: int = ROUNDS) -> StartResult:
-    """Start ``rounds`` times with each of :data:`CHECKS`, in turns."""
+    """Start ``rounds`` times with each of :data:`CHECKS`, in turns.
+
+    Raises:
+        BismoothError: it is no sound bundle, or has no engine called onnxruntime.
+    """
+    Bundle.load(bundle).engine("onnxruntime")
     runs: dict[str, list[dict[str, float]]] = {check: [] for check in CHECKS}
     for _ in range(rounds):
         for check in CHECKS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.tensorrt_runtime import RUNTIMES
+from ..passes.gates import Hop
 
 CARD = "README.md"
 _TEMPLATE = "card.md"
@@ -50,9 +51,12 @@ def limits(manifest: Mapping[str, Any]) -> Iterator[str]:
     else:
         for hop in verdict["hops"]:
             if hop["verdict"] == "skipped":
-                yield f"The hop `{hop['hop']}` ({hop['compared']}) was not judged: {hop['note']}."
+                yield f"The hop `{hop['hop']}` ({hop['compared']}) was not judged: {hop['note'].removesuffix('.')}."
             elif hop["verdict"] == "measured":
                 yield f"The hop `{hop['hop']}` ({hop['compared']}) was measured, and held against no gate."
+        ran = any(hop["hop"] == Hop.DEVICE and hop["verdict"] != "skipped" for hop in verdict["hops"])
+        if not ran and any(engine["runtime"] in RUNTIMES for engine in manifest["engines"].values()):
+            yield "The engines of TensorRT were not run: what a GPU computes with them was compared with nothing."
         for name in sorted(manifest["engines"].keys() - {*verdict["engines"]}):
             yield f"The engine `{name}` was built after the verification; its own audit lies beside it."
         yield (

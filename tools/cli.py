@@ -155,6 +155,7 @@ def build(
     sequence: o.Sequence = None,
     dim: o.Dims = [],
     capacity: o.Capacity = None,
+    logits: o.LogitsOption = None,
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -176,6 +177,7 @@ def build(
         sequence=sequences,
         dims=dims,
         capacity=capacity,
+        logits=None if logits is None else logits.value,
         allow_float=allow_float,
         force=force,
     )

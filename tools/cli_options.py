@@ -27,6 +27,13 @@ class EngineName(StrEnum):
     NULL = "null"
 
 
+class Logits(StrEnum):
+    """Positions to compute logits of."""
+
+    LAST = "last"
+    ALL = "all"
+
+
 _ENGINES = ", ".join(EngineName)
 
 Artifact = Annotated[Path, typer.Argument(metavar="ART", help="Artifact folder.")]
@@ -82,6 +89,13 @@ Capacity = Annotated[
         min=1,
         metavar="N",
         help="Positions per row that an engine has room for, text and padding, if it keeps keys and values.",
+    ),
+]
+LogitsOption = Annotated[
+    Logits | None,
+    typer.Option(
+        metavar="last|all",
+        help="Positions that an engine for a CPU computes logits of; by default the last, if it keeps keys and values.",
     ),
 ]
 AllowFloat = Annotated[

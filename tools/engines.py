@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..engines.base import EngineBuilder, Profile, Span
+from ..engines.base import EngineBuilder, Logits, Profile, Span
 from ..engines.cache_names import CACHE_LENGTHS, has_caches
 from ..engines.linears import summarize
 from ..engines.null import NullBuilder
@@ -68,7 +68,11 @@ def gather_sizes(batch: Sizes | None, sequence: Sizes | None, dims: Mapping[str,
 
 
 def check_options(
-    engine: str, capabilities: Sequence[int], sizes: Mapping[str, Sizes], capacity: int | None = None
+    engine: str,
+    capabilities: Sequence[int],
+    sizes: Mapping[str, Sizes],
+    capacity: int | None = None,
+    logits: Logits | None = None,
 ) -> None:
     """Refuse what the engine could only ignore, and what it cannot do without.
 
@@ -91,6 +95,11 @@ def check_options(
     if given and not has_profile(engine):
         raise BismoothError(
             f"{', '.join(given)}: has no effect on engine {engine}, which takes inputs of any size. Leave it out."
+        )
+    if logits is not None and engine != "onnxruntime":
+        raise BismoothError(
+            f"--logits {logits}: has no effect on engine {engine}, whose decoder chooses positions in each run. "
+            "Leave it out."
         )
 
 

@@ -24,6 +24,7 @@ from .verify import VerifyResult, check_gates, find_hops, is_report, verify_arti
 
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
+    from ..engines.base import Logits
     from .engines import Sizes
 
 __all__ = [
@@ -233,6 +234,7 @@ def build(
     sequence: Sizes | None = None,
     dims: Mapping[str, Sizes] | None = None,
     capacity: int | None = None,
+    logits: Logits | None = None,
     allow_float: bool = False,
     force: bool = False,
 ) -> BuildStageResult:
@@ -247,6 +249,7 @@ def build(
         sequence: see ``dims``, for the dimension ``sequence``.
         dims: minimum, optimum and maximum of the graph's dynamic dimensions, by their names.
         capacity: positions that the caches of a row hold, of a graph that has caches.
+        logits: ``all`` positions or the ``last`` of each row, in an engine for a CPU; ``None``: the last, with caches.
         allow_float: accept linears that were meant to be INT8 and run in float.
         force: replace an engine at ``output``.
 
@@ -272,7 +275,7 @@ def build(
     builder = find_builder(engine)
     sizes = gather_sizes(batch, sequence, dims)
     capabilities = tuple(dict.fromkeys(capabilities))
-    check_options(engine, capabilities, sizes, capacity)
+    check_options(engine, capabilities, sizes, capacity, logits)
     loaded = Artifact.load(artifact, "float", "quantized")
     graph = deployment_graph(loaded, engine)
     profile = find_profile(graph, sizes, positions(loaded), capacity) if has_profile(engine) else Profile()
@@ -289,6 +292,7 @@ def build(
             allow_float=allow_float,
             source=engine_source(loaded) | {"architecture": loaded.manifest.architecture},
             copy_weights=copies_weights(loaded),
+            logits=logits,
         )
         result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
         place_companions(graph, folder)

@@ -23,14 +23,19 @@ def torch_outputs(folder: Path, ids: NDArray[np.int64]) -> Iterator[NDArray[np.f
     """
     import torch
 
-    model = _load(folder)
+    model = load_model(folder)
     with torch.no_grad():
         for window in ids:
             tokens = torch.from_numpy(window[None])  # pyright: ignore[reportUnknownMemberType]
             yield model(input_ids=tokens)[0][0].float().numpy()
 
 
-def _load(folder: Path) -> Any:
+def load_model(folder: Path) -> Any:
+    """The transformers model in ``folder``, in float32 and whole.
+
+    Raises:
+        BismoothError: transformers cannot load it.
+    """
     import torch
     from transformers import AutoConfig
 

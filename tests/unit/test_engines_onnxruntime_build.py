@@ -7,15 +7,21 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from bismooth.engines.base import BuildRequest, Phase, audit_path
+from bismooth.engines.base import BuildRequest, Logits, Phase, audit_path
 from bismooth.engines.companions import place_companions
+from bismooth.engines.onnxruntime import Session
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.export.errors import BismoothError, GateError
+from bismooth.passes.quantize import quantize_graph
+from bismooth.passes.recipe import Recipe
 from bismooth.tools.engine_folder import engine_file
 from bismooth.tools.engines import find_builder
 from tests.graphs import Builder
+from tests.lowered import assert_close
+from tests.models import exported, tokens
 from tests.quantized import make, save
 
 K, N = 8, 6
@@ -52,17 +58,60 @@ def test_folder_and_audit(tmp_path: Path) -> None:
     assert result.audit_file == audit_path(engine)
     (linear,) = result.audit.linears
     assert (linear.int8, linear.meant_int8, result.audit.int8_gemms) == (True, True, 1)
-    assert engine.read_bytes() == request.onnx.read_bytes()
+    assert result.record.bytes == engine.stat().st_size
     assert len(phases) == 1
+
+
+def shapes_of(engine: Path) -> dict[str, list[int | str]]:
+    outputs = onnx.load(engine, load_external_data=False).graph.output
+    return {port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in outputs}
+
+
+@pytest.mark.parametrize(
+    ("name", "logits", "kept"),
+    [("llama", None, 1), ("llama", "last", 1), ("llama", "all", "sequence"), ("plain", None, "sequence")],
+)
+def test_positions_with_logits(tmp_path: Path, name: str, logits: Logits | None, kept: int | str) -> None:
+    """The last, if there are caches and nothing else is asked for."""
+    if name == "plain":
+        head = "(float[batch, sequence, 8] x) => (float[batch, sequence, 6] logits) { logits = MatMul(x, w) }"
+        source = tmp_path / "source.onnx"
+        source.write_bytes(make(head, w=np.ones((8, 6), np.float32)).SerializeToString())
+    else:
+        source = exported(name).graph
+    engine = tmp_path / "engine" / "model.onnx"
+    result = OnnxRuntimeBuilder().build(BuildRequest(source, engine, logits=logits))
+    assert shapes_of(engine)["logits"][:2] == ["batch", kept]
+    assert result.audit.fused_attention == (0 if name == "plain" else 3)
+
+
+def test_a_quantized_model_with_caches(tmp_path: Path) -> None:
+    """Every linear is an INT8 kernel, rescaled in it; attention is found; plain sessions run the folder."""
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    for file in exported("llama").folder.glob("*.safetensors"):
+        (folder / file.name).hardlink_to(file)
+    recipe = Recipe.from_dict({"extends": "w8a8-per-channel", "compute_dtype": "float32"}, name="test")
+    made = quantize_graph(exported("llama").graph, folder, recipe, None)
+    meant = frozenset(linear.node for linear in made.linears)
+    engine = tmp_path / "engine" / "model.onnx"
+    result = OnnxRuntimeBuilder().build(BuildRequest(folder / "model.onnx", engine, meant_int8=meant))
+    assert len(meant) == 21
+    assert sum(linear.int8 for linear in result.audit.linears) == result.audit.int8_gemms == 21
+    assert result.audit.fused_attention == 3
+    ids = tokens(1, 9)["input_ids"]
+    with Session(folder / "model.onnx") as whole, Session(engine) as last:
+        expected, got = whole.logits(ids), last.logits(ids)
+    assert_close(got, expected[:, -1:], 0.02)  # a float that rounds otherwise moves an INT8 value by one
 
 
 def test_a_fallback_fails_and_writes_nothing(tmp_path: Path) -> None:
     engine = tmp_path / "engine" / "model.onnx"
-    onnx = graph(tmp_path / "art", quantized=False)
+    source = graph(tmp_path / "art", quantized=False)
     with pytest.raises(GateError, match=r"1 of the 1 linears .* fell back to float"):
-        OnnxRuntimeBuilder().build(BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"})))
+        OnnxRuntimeBuilder().build(BuildRequest(source, engine, meant_int8=frozenset({"fc/MatMul"})))
     assert list(engine.parent.iterdir()) == []
-    request = BuildRequest(onnx, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True)
+    request = BuildRequest(source, engine, meant_int8=frozenset({"fc/MatMul"}), allow_float=True)
     result = OnnxRuntimeBuilder().build(request)
     assert [linear.node for linear in result.audit.fallbacks] == ["fc/MatMul"]
 

@@ -73,7 +73,7 @@ def decoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.1, 2.5))
 def test_random_factors_leave_a_decoder_unchanged(decoder_path: Path, seed: int, spread: float) -> None:
     factors = random_factors(sites_of(decoder_path), seed, spread)
-    assert len(factors) == 8
+    assert len(factors) == 9
     assert largest_error(decoder_path, folded(decoder_path, factors)) <= 1e-5
 
 

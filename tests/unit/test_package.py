@@ -174,6 +174,7 @@ def test_the_card(artifact: Path, tmp_path: Path) -> None:
         "- **Failed**: reference: kl is 0.5. Expected at most 0.02.",
         "- The hop `half` (c→d) was measured, and held against no gate.",
         "- The hop `device` (e→f) was not judged: there is no GPU.",
+        "- The engines of TensorRT were not run: what a GPU computes with them was compared with nothing.",
         "- The engine `tensorrt-rtx-sm86-sm89` was built after the verification; its own audit lies beside it.",
     ):
         assert f"\n{line}\n" in f"\n{text}", line

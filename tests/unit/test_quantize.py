@@ -179,6 +179,24 @@ def test_a_tied_head_keeps_the_embedding(tmp_path: Path) -> None:
     model = onnx.ModelProto.FromString((made.folder / "model.onnx").read_bytes())
     (gather,) = [node for node in model.graph.node if node.name == "model.embed_tokens/Gather"]
     assert gather.input[0] == "lm_head.weight"
+    assert "model.norm" in made.result.fold_errors
+
+
+def test_a_tied_head_that_stays_float_keeps_the_embedding_too(tmp_path: Path) -> None:
+    """Beside a quantized linear that reads the same norm, it gets a weight of its own."""
+    b = decoder(tied=True)
+    head = next(node for node in b.nodes if node.name == "lm_head/MatMul")
+    b.outputs.append(b.linear(head.input[0], "other", 5, b.initializers["lm_head.weight"].shape[1]))
+    made = made_of(b, tmp_path, {"match": "lm_head", "weights": None})
+    assert "model.norm" in made.result.fold_errors
+    expected, got = plain(made.folder / "reference.onnx", b), made.run(feeds(b))
+    close(expected, got, 0.2)
+    model = onnx.ModelProto.FromString((made.folder / "model.onnx").read_bytes())
+    reads = {
+        node.name: node.input[0] for node in model.graph.node if "lm_head" in node.input[0] or "embed" in node.name
+    }
+    assert reads["model.embed_tokens/Gather"] == "lm_head.weight"
+    assert "lm_head.weight.folded" in {tensor.name for tensor in model.graph.initializer}
 
 
 def test_biases_are_folded(tmp_path: Path) -> None:

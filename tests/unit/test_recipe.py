@@ -59,12 +59,18 @@ def test_the_builtin_recipes_are_those_above() -> None:
     assert list(BUILTIN) == [
         "fp16",
         "w8a16",
+        "w8a8-head",
         "w8a8-mixed+bismooth",
         "w8a8-mixed",
         "w8a8-per-channel",
         "w8a8-static",
         "w8a8",
     ]
+
+
+def test_the_head_is_computed_as_all_other_linears() -> None:
+    specs = Recipe.load("w8a8-head").resolve([*LINEARS, *HEADS], SELECTED)
+    assert set(specs.values()) == {Recipe.load("w8a8").resolve(LINEARS, SELECTED)[Q0]}
 
 
 @pytest.mark.parametrize(("name", "base"), [("w8a8-mixed", "w8a8-per-channel"), ("w8a8-mixed+bismooth", "w8a8")])

@@ -85,6 +85,15 @@ def test_a_prompt_longer_than_the_longest_sequence_runs_in_pieces(tmp_path: Path
         assert cuda.called("execute") == [(0, 2, LONGEST), (0, 2, LONGEST), (1, 2, 1)]
 
 
+def test_padding_that_reaches_into_a_second_piece(tmp_path: Path, install: Install) -> None:
+    install()
+    mask = np.ones((ROWS, 13), np.int64)
+    mask[0, :9] = 0
+    mask[2, :2] = 0
+    with TensorRTDecoder(write_decoding_engine(tmp_path)) as decoder:
+        assert_close(decoder.prefill(IDS[:, :13], mask), expected_logits(IDS[:, :13], mask)[:, -1])
+
+
 def test_pieces_that_are_too_short_run_token_by_token(tmp_path: Path, install: Install) -> None:
     cuda = install()
     with TensorRTDecoder(write_decoding_engine(tmp_path, shortest=4)) as decoder:

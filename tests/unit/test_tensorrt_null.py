@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bismooth.engines.base import BuildRequest, EngineBuilder, Phase, Profile, Span, audit_path
+from bismooth.engines.audit import Figures
+from bismooth.engines.base import BuildRequest, Caches, EngineBuilder, Phase, Profile, Span, audit_path
 from bismooth.engines.null import NullBuilder
 from bismooth.engines.tensorrt import TensorRTBuilder
 from bismooth.export.errors import BismoothError, GateError
@@ -50,7 +52,10 @@ def test_documented_keys_are_those_written(tmp_path: Path) -> None:
     example = text[text.index('{\n     "format"') : text.index("Every build runs")]
     result = NullBuilder().build(BuildRequest(save(float_linear(), tmp_path), tmp_path / "m.engine"))
     content = json.loads(result.audit_file.read_text())
-    keys = {*content, *content["engine"], *content["audit"], *content["audit"]["linears"][0]}
+    record = replace(result.record, caches=Caches(1, {}, {})).to_json()
+    audit = replace(result.audit, others=(Figures({}, 0, 0, 0),)).to_json()
+    parts = (record["caches"], audit["linears"][0], audit["others"][0])
+    keys = {*content, *record, *audit}.union(*parts)
     assert set(re.findall(r'"([a-z0-9_]+)"', example)) == keys
 
 

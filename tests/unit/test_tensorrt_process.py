@@ -21,6 +21,7 @@ from bismooth.engines.tensorrt_build import PlanRequest
 from bismooth.engines.tensorrt_worker import run_worker
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.export.hashing import file_sha256
+from tests.cached_model import cached_model
 from tests.fake_tensorrt import LISTING
 from tests.quantized import float_linear, save
 
@@ -150,20 +151,26 @@ def test_full_disk(request_: BuildRequest, tmp_path: Path) -> None:
 
 
 @POSIX
-def test_killed_caller_leaves_nothing(request_: BuildRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [set[str](), {"graph.onnx"}])
+def test_killed_caller_leaves_nothing(request_: BuildRequest, tmp_path: Path, files: set[str]) -> None:
+    """Neither of a graph as it is, nor of one with caches, which is rewritten."""
+    if files:
+        request_.onnx.write_bytes(cached_model().SerializeToString())
     (tmp_path / "tensorrt.py").write_text(
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
     script = f"""
 from pathlib import Path
-from bismooth.engines.base import BuildRequest
+from bismooth.engines.base import BuildRequest, Profile
 from bismooth.engines.tensorrt import TENSORRT, TensorRTBuilder
-TensorRTBuilder(TENSORRT).build(BuildRequest(Path({str(request_.onnx)!r}), Path({str(request_.engine)!r})))
+onnx, engine = Path({str(request_.onnx)!r}), Path({str(request_.engine)!r})
+TensorRTBuilder(TENSORRT).build(BuildRequest(onnx, engine, profile=Profile(capacity=512)))
 """
     with subprocess.Popen([sys.executable, "-c", script]) as caller:
         _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
         (temporary,) = written(request_)
         assert temporary.startswith(".model.engine.tmp-")
+        assert files <= {file.name for file in (request_.engine.parent / temporary).iterdir()}
         caller.kill()
     builder = int((tmp_path / "pid").read_text())
     _wait(lambda: _ended(builder))

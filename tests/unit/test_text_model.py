@@ -98,7 +98,7 @@ def test_an_engine_for_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.Mo
     fake_decoding.write_decoding_engine(path, runtime=engine)
     with open_decoder(path) as decoder:
         assert (decoder.capacity, decoder.vocab_size) == (fake_decoding.CAPACITY, VOCAB)
-    with pytest.raises(BismoothError, match=f"--threads 2: has no effect on engine {engine}, which runs on a GPU"):
+    with pytest.raises(BismoothError, match=r"--threads: has no effect: .* runs on a GPU"):
         open_decoder(path, 2)
 
 
