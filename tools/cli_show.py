@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..passes.recipe import Recipe
 from ..passes.recipe_file import BUILTIN
 from . import cli_options as o
@@ -26,9 +27,14 @@ def inspect(
 
     In a Q/DQ graph: whatever TensorRT rejects, misreads or runs in float. In a bundle: every file that was changed.
     """
+    console.show_progress(not quiet)
+    if (path / BUNDLE).is_file():  # for which the extra 'runtime' is enough
+        from .inspect_bundle import inspect_bundle
+
+        finish(inspect_bundle(path), as_json)
+        return
     from . import stages
 
-    console.show_progress(not quiet)
     finish(stages.inspect(path), as_json)
 
 

@@ -27,9 +27,8 @@ FORBIDDEN = [
     *("torch", "transformers", "onnx", "onnx_graphsurgeon", "onnx_ir", "onnxscript", "safetensors", "gguf"),
     *("ml_dtypes", "threadpoolctl", "plotly"),
 ]
-RUN = f"""
+REFUSE = f"""
 import sys
-from pathlib import Path
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -37,6 +36,8 @@ class Refuse:
             raise ModuleNotFoundError(f"{{name}} was imported", name=name)
 
 sys.meta_path.insert(0, Refuse())
+"""
+RUN = f"""{REFUSE}
 import numpy as np
 from bismooth import Bundle
 from bismooth.engines.bundle_choice import choose_engine
@@ -116,6 +117,25 @@ def test_it_runs_without_what_made_it(bundle: Path, made: Path, tmp_path: Path) 
     assert done.stdout == "onnxruntime on the CPU 96\n"
     with Session(made / "art/engines/onnxruntime/model.onnx", threads=1) as session:
         np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), session.logits(IDS))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["inspect"], ["generate", "--prompt", "w3 w4", "--no-chat", "--max-new-tokens", "3"]],
+    ids=["inspect", "generate"],
+)
+def test_commands_that_run_without_what_made_it(bundle: Path, words: list[str]) -> None:
+    command, *options = words
+    script = (
+        f"{REFUSE}\nfrom bismooth.tools.cli import main; sys.exit(main({[command, str(bundle), *options, '--json']}))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    if command == "inspect":
+        assert document["failures"] == []
+    else:
+        assert document["continuations"][0]["tokens"] == 3
 
 
 def flip(path: Path) -> None:
