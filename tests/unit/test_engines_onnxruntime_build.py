@@ -63,7 +63,8 @@ def test_folder_and_audit(tmp_path: Path) -> None:
 
 
 def shapes_of(engine: Path) -> dict[str, list[int | str]]:
-    outputs = onnx.load(engine, load_external_data=False).graph.output
+    model = onnx.load(engine, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
+    outputs = model.graph.output
     return {port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in outputs}
 
 

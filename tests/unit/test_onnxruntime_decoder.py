@@ -160,7 +160,7 @@ def test_a_closed_decoder(folder: Path) -> None:
 def test_graphs_without_caches_and_with_other_inputs(tmp_path: Path) -> None:
     with pytest.raises(BismoothError, match=r"cannot generate text\. .* and caches as inputs, got none\. Export"):
         OnnxRuntimeDecoder(exported("bert").graph)
-    model = onnx.load(exported("llama").graph, load_external_data=False)
+    model = onnx.load(exported("llama").graph, load_external_data=False)  # pyright: ignore[reportUnknownMemberType]
     model.graph.input.append(helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, [1]))
     for file in exported("llama").folder.glob("*.safetensors"):
         (tmp_path / file.name).hardlink_to(file)
