@@ -53,6 +53,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, mode: Mode, saturates: bool) 
     settings = entries_of(None, mode)
     assert (EXACT.items() <= settings.items()) == (saturates and mode == "int8")
     assert engine.MODES[mode].items() <= settings.items()
+    assert entries_of(None, mode, "cuda") == engine.MODES[mode]
 
 
 def test_the_trial_is_the_product_it_says_it_is() -> None:
