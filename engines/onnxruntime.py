@@ -260,10 +260,11 @@ def import_onnxruntime() -> Any:
         ) from error
 
 
-def entries_of(runtime: Any, mode: Mode) -> dict[str, str]:
-    """Session settings of a mode on this CPU."""
-    exact = {"session.x64quantprecision": "1"} if mode == "int8" and products_saturate(runtime) else {}
-    return {**MODES[mode], **exact}
+def entries_of(runtime: Any, mode: Mode, provider: Provider = "cpu") -> dict[str, str]:
+    """Session settings of a mode, on a CPU those that it needs."""
+    if provider == "cpu" and mode == "int8" and products_saturate(runtime):
+        return {**MODES[mode], "session.x64quantprecision": "1"}
+    return dict(MODES[mode])
 
 
 def _installed(package: str) -> bool:
@@ -282,7 +283,7 @@ def _session_options(
     options.intra_op_num_threads = threads or 0
     # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
-    entries = entries_of(runtime, mode) | {
+    entries = entries_of(runtime, mode, provider) | {
         "session.intra_op.allow_spinning": str(int(spinning)),
         "session.set_denormal_as_zero": "1",  # in the operators' threads; ``flush_subnormals`` does it in the session's
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -127,36 +128,64 @@ def test_bad_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str
     fails(capsys, "--new-tokens", made.int8, "--new-tokens", 1)
     fails(capsys, "has room for", made.int8, "--prompt-length", 10**6, "--new-tokens", 2)
     fails(capsys, "engines of null cannot generate text", made.null)
-    for options, message in (
+    sizes: list[tuple[dict[str, Any], str]] = [
         ({"batch": []}, "batch: Expected numbers from 1, got none."),
         ({"prompt_length": [8, 0]}, "prompt_length: Expected numbers from 1, got 8, 0."),
         ({"new_tokens": 1}, "new_tokens: Expected numbers from 2, got 1."),
         ({"repeat": 0}, "repeat: Expected numbers from 1, got 0."),
-    ):
-        sizes: dict[str, Any] = options
+    ]
+    for options, message in sizes:
         with pytest.raises(BismoothError, match=f"^bench: {message}$"):
-            bismooth.bench([made.int8], **sizes)
+            bismooth.bench([made.int8], **options)
     with pytest.raises(BismoothError, match="bench: Expected one or more engine folders or bundles, got none"):
         bismooth.bench([])
+
+
+def measuring(*words: object) -> subprocess.Popen[str]:
+    """A command that measures without end, and is at it for a second."""
+    sizes = ("--prompt-length", 5, "--new-tokens", 2, "--repeat", 10**6)
+    command = [sys.executable, "-m", "bismooth", "bench", *map(str, (*words, *sizes))]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    while "measure" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    return process
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
 def test_an_interrupt_shows_what_there_is(made: Made, tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
-    words = ("bench", made.int8, "--prompt-length", 5, "--new-tokens", 2, "--repeat", 10**6, "-o", report)
-    command = [sys.executable, "-m", "bismooth", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "measure" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process = measuring(made.int8, "-o", report)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the processes of engines too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
     assert re.search(r"interrupted +yes", out)
     document = json.loads(report.read_text("utf-8"))
     assert document["interrupted"]
     assert len(document["measured"][0]["rounds"]) >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the processes")
+def test_no_engine_outlives_a_command_that_was_killed(made: Made) -> None:
+    process = measuring(made.int8)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("utf-8").split()
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 30
+    while is_running(child):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(process: str) -> bool:
+    """Whether there is such a process, and not only what nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(scope="module")

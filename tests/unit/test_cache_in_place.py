@@ -87,9 +87,11 @@ def test_input_and_output_have_one_axis_of_positions(tmp_path: Path) -> None:
     assert [tensor.name for tensor in graph.outputs][:2] == ["logits", "present.0.key"]
 
 
-@pytest.mark.parametrize("extra", ["future", "other_axis", "no_mask", "past_length"])
-def test_what_stays(tmp_path: Path, extra: str) -> None:
-    graph = open_graph(cached_model(extra=extra), tmp_path)
+@pytest.mark.parametrize(
+    "oddity", ["sees the future", "no mask", "scale by the past's size", "longer heads", "second past"]
+)
+def test_what_stays(tmp_path: Path, oddity: str) -> None:
+    graph = open_graph(cached_model(oddity=oddity), tmp_path)
     before = ops(graph)
     assert UpdateCachesInPlace().apply(graph) == 0
     assert ops(graph) == before

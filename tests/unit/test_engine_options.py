@@ -63,6 +63,13 @@ def test_a_capacity_without_effect(graph: Path) -> None:
         find_profile(graph, {"rows": SIZES, "cols": SIZES}, capacity=64)
 
 
+@pytest.mark.parametrize("engine", ["tensorrt", "null"])
+def test_positions_of_logits_are_chosen_for_a_cpu_alone(engine: str) -> None:
+    check_options("onnxruntime", (), {}, logits="all")
+    with pytest.raises(BismoothError, match=rf"--logits last: has no effect on engine {engine}, whose decoder chooses"):
+        check_options(engine, (), {}, logits="last")
+
+
 def test_a_capability_is_checked_before_anything_is_read() -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(BismoothError, match="unknown compute capability 87"):

@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 
 from bismooth.engines.base import BuildRequest, Logits, Phase, audit_path
 from bismooth.engines.companions import place_companions
 from bismooth.engines.onnxruntime import Session
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
+from bismooth.engines.subgraph import load_graph
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.quantize import quantize_graph
 from bismooth.passes.recipe import Recipe
@@ -63,7 +63,7 @@ def test_folder_and_audit(tmp_path: Path) -> None:
 
 
 def shapes_of(engine: Path) -> dict[str, list[int | str]]:
-    outputs = onnx.load(engine, load_external_data=False).graph.output
+    outputs = load_graph(engine).graph.output
     return {port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in outputs}
 
 

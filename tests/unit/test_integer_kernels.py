@@ -46,10 +46,14 @@ def test_both_outcomes_are_found_once(saturates: bool) -> None:
 @pytest.mark.parametrize("saturates", [False, True])
 @pytest.mark.parametrize("mode", ["int8", "reference", "plain"])
 def test_settings(monkeypatch: pytest.MonkeyPatch, mode: Mode, saturates: bool) -> None:
-    monkeypatch.setattr(engine, "products_saturate", lambda runtime: saturates)  # pyright: ignore[reportUnknownLambdaType]
+    def found(runtime: None) -> bool:
+        return saturates
+
+    monkeypatch.setattr(engine, "products_saturate", found)
     settings = entries_of(None, mode)
     assert (EXACT.items() <= settings.items()) == (saturates and mode == "int8")
     assert engine.MODES[mode].items() <= settings.items()
+    assert entries_of(None, mode, "cuda") == engine.MODES[mode]
 
 
 def test_the_trial_is_the_product_it_says_it_is() -> None:

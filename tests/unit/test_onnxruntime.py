@@ -364,6 +364,36 @@ def test_wrong_feeds(tmp_path: Path) -> None:
         session.logits(IDS)
 
 
+def test_buffers_of_the_caller(tmp_path: Path) -> None:
+    logits = np.empty((1, 3, VOCAB), np.float32)
+    feeds = {"input_ids": IDS[:1].copy(), "attention_mask": np.ones((1, 3), np.int64)}
+    session = Session(language_model(tmp_path), spinning=True)
+    binding = session.bind()
+    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+    session.run_bound(binding, feeds)
+    np.testing.assert_allclose(logits, expected_logits(tmp_path, IDS[:1]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(BismoothError, match=r"ONNX Runtime failed: .*out of (data )?bounds.* It was fed: input_ids"):
+        session.run_bound(binding, feeds | {"input_ids": feeds["input_ids"] + VOCAB})
+    session.close()
+    with pytest.raises(BismoothError, match=r"model\.onnx: the session was closed"):
+        session.bind()
+
+
+def test_spinning_is_off_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    options = engine._session_options  # pyright: ignore[reportPrivateUsage]
+
+    def keep(*args: Any, **named: Any) -> Any:
+        made.append(options(*args, **named))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "_session_options", keep)
+    for spinning in (False, True):
+        Session(language_model(tmp_path), spinning=spinning).close()
+    key = "session.intra_op.allow_spinning"
+    assert [item.get_session_config_entry(key) for item in made] == ["0", "1"]
+
+
 def test_input_that_text_does_not_determine(tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto) -> None:
         model.graph.input.append(helper.make_tensor_value_info("past.0.key", TensorProto.FLOAT, [1]))

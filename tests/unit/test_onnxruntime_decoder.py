@@ -20,6 +20,7 @@ from bismooth.engines.base import BuildRequest, Logits
 from bismooth.engines.decoder import Decoder
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
 from bismooth.engines.onnxruntime_decoder import OnnxRuntimeDecoder
+from bismooth.engines.subgraph import load_graph
 from bismooth.export.artifact import finish_folder
 from bismooth.export.errors import BismoothError
 from tests.artifacts import FLOAT
@@ -160,7 +161,7 @@ def test_a_closed_decoder(folder: Path) -> None:
 def test_graphs_without_caches_and_with_other_inputs(tmp_path: Path) -> None:
     with pytest.raises(BismoothError, match=r"cannot generate text\. .* and caches as inputs, got none\. Export"):
         OnnxRuntimeDecoder(exported("bert").graph)
-    model = onnx.load(exported("llama").graph, load_external_data=False)
+    model = load_graph(exported("llama").graph)
     model.graph.input.append(helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, [1]))
     for file in exported("llama").folder.glob("*.safetensors"):
         (tmp_path / file.name).hardlink_to(file)
