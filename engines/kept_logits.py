@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from .cache_names import KEPT, LOGITS, LOGITS_AT
+from ..export.graph_names import LOGITS
+from .base import KEPT, LOGITS_AT
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _BY_POSITION = _PRODUCTS | {
