@@ -10,13 +10,15 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ..export.errors import BismoothError
 from ..export.folder import recover
 from ..export.hashing import file_sha256, hashing
 from .bundle_manifest import MANIFEST, REMEDY, read_manifest
+from .kernel_cache import is_kernels
+from .tensorrt_runtime import TENSORRT_RTX
 
 Check = Literal["size", "full"]
 """How much is read when a bundle is loaded: of files above :data:`SMALL_BYTES` their sizes alone, or everything."""
@@ -125,7 +127,8 @@ class Bundle:
             else:
                 sound.append(name)
         for name in sorted(_entries(self.path) - {MANIFEST, *self.manifest["files"]}):
-            yield f"{self.path / name}: is not on record in {MANIFEST}. Expected no such file. Remove it. {REMEDY}"
+            if not self._was_made_here(name):
+                yield f"{self.path / name}: is not on record in {MANIFEST}. Expected no such file. Remove it. {REMEDY}"
         for name in sorted(sound, key=self._size):
             if check == "full" or self._size(name) <= SMALL_BYTES:
                 progress(name)
@@ -136,9 +139,7 @@ class Bundle:
     def hashing(self, engine: BundledEngine) -> Generator[Callable[[], None]]:
         """Hash large files on a thread while the block loads ``engine``; a call waits, and checks them.
 
-        Files of other engines are left out.
-
-        Nothing that the engine computes is to be trusted before that call.
+        Files of other engines are left out. Nothing that the engine computes is to be trusted before that call.
 
         Raises:
             BismoothError: from the call: a file was changed.
@@ -152,6 +153,12 @@ class Bundle:
                 _refuse(self._changed(name, digest) for name, digest in digests().items())
 
             yield check
+
+    def _was_made_here(self, name: str) -> bool:
+        """Whether running an engine of TensorRT-RTX has put a file beside it, which has a hash of its own."""
+        engines = [PurePosixPath(engine.file) for engine in self.engines if engine.runtime == TENSORRT_RTX.name]
+        is_of_engine = any(is_kernels(PurePosixPath(name), engine) for engine in engines)
+        return is_of_engine and not (self.path / name).is_symlink()
 
     def _size(self, name: str) -> int:
         return self.manifest["files"][name]["size"]

@@ -7,19 +7,28 @@ whole. It is a cache: without it, or where it cannot be written, nothing but tim
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..export.errors import BismoothError
 from ..export.replacing import replacing
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_NAME = re.compile(r"\.?(.+)\.sm\d+\.kernels(\.tmp-[0-9a-f]{8})?")
+"""Of such a file, also while it is being written."""
 
 
 def kernels_path(engine: Path, capability: int) -> Path:
     """The file with an engine's kernels for a GPU of this compute capability: ``model.sm89.kernels``."""
     return engine.with_name(f"{engine.stem}.sm{capability}.kernels")
+
+
+def is_kernels(path: PurePath, engine: PurePath) -> bool:
+    """Whether ``path`` is such a file of this engine, for whatever GPU."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and match[1] == engine.stem and path.parent == engine.parent
 
 
 def load_kernels(cache: Any, path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -204,8 +204,9 @@ class Session:
         """Call ONNX Runtime in the session's thread."""
         session, options = self._open(), self._run_options()
         options.log_severity_level = 4
+        running = self._thread.submit(call, session, options)
         try:
-            return self._thread.submit(call, session, options).result()
+            return running.result()
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             shapes = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in feeds.items())
             raise BismoothError(
@@ -214,6 +215,7 @@ class Session:
             ) from error
         except BaseException:  # an interrupt, which the run would hold up
             options.terminate = True
+            wait([running])  # it ends after the present operator, and writes into buffers of the caller until then
             raise
 
     def token_feeds(

@@ -247,20 +247,25 @@ class _Verifier:
                 return [judge.skip("the graph has no cache")]
             with judge.timed():
                 track = self._stepwise(session)
+                if track is None:
+                    return [judge.skip("the graph gives no numbers to compare with")]
                 figures = track.figures()
                 figures |= _renamed(figures, {"decode_kl": "kl"})
                 if quantized and not track.failure:
                     figures |= self._continuations(session)
         return [judge.result(figures, _failures(Hop.DECODE, track), min(DECODE_WINDOWS, len(self._ids)))]
 
-    def _stepwise(self, session: Session) -> Track:
+    def _stepwise(self, session: Session) -> Track | None:
+        """The same graph on whole windows and with a cache; None if its outputs are not finite."""
         windows = self._ids[:DECODE_WINDOWS]
         count = min(DECODE_STEPS, windows.shape[1] - 1)
         counter = Counter(self._progress, "decode with a cache", count * len(windows))
         track = Track(self._make())
         for window in windows:
-            values = stepwise_logits(session, window, len(window) - count, counter)
-            track.update(window, session.logits(window[None])[0], values)
+            whole = session.logits(window[None])[0]
+            if not np.isfinite(whole).all():
+                return None
+            track.update(window, whole, stepwise_logits(session, window, len(window) - count, counter))
         return track
 
     def _continuations(self, session: Session) -> Figures:

@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_after_its_export(tiny: Tiny, complete: Path, tmp_
         ({"rows": 9}, r"statistics\.safetensors: .* calibrate\.rows is 8, and would be 9"),
         ({"length": 17}, r"calibrate\.data_sha256 is "),
         ({"data": (), "verify_data": ["random"]}, r"out/quantized: .* statistics is .*, and would be not set"),
-        ({"batch": (1, 2, 3)}, r"engines/null: .* shapes\.input_ids is \[\[1, 1\], \[1, 64\], \[4, 64\]\], and"),
+        ({"batch": (1, 2, 3)}, r"engines/null: .* shapes\.input_ids is \[\[1, 1\], \[1, 96\], \[4, 96\]\], and"),
     ],
 )
 def test_what_differs_is_named_and_nothing_is_changed(

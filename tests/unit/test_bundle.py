@@ -96,6 +96,22 @@ def test_a_file_that_is_not_on_record(folder: Path, name: str, check: Any) -> No
         Bundle.load(folder, check)
 
 
+def test_kernels_that_were_compiled_here(tmp_path: Path) -> None:
+    """They are no part of the bundle, and beside another engine they are not on record either."""
+    files = {**FILES, "engines/rtx/model.engine": b"plan"}
+    entry = engine("tensorrt-rtx", "rtx") | {"files": ["engines/rtx/model.engine"]}
+    folder = make_bundle(tmp_path / "bundle", files, engines={"onnxruntime": engine("onnxruntime"), "rtx": entry})
+    for name in ("model.sm89.kernels", "model.sm120.kernels", ".model.sm89.kernels.tmp-01234567"):
+        (folder / "engines/rtx" / name).touch()
+    assert len(Bundle.load(folder).engines) == 2
+    (folder / "engines/rtx/model.sm86.kernels").symlink_to(tmp_path / "elsewhere")
+    for name in ("rtx/model.sm86.kernels", "rtx/other.sm89.kernels", "onnxruntime/model.sm89.kernels"):
+        (folder / "engines" / name).touch()
+        with pytest.raises(BismoothError, match=rf"{name}: is not on record in bundle\.json"):
+            Bundle.load(folder)
+        (folder / "engines" / name).unlink()
+
+
 def test_a_link_that_is_not_on_record(folder: Path, tmp_path: Path) -> None:
     (folder / "more").symlink_to(tmp_path)
     with pytest.raises(BismoothError, match=r"more: is not on record in bundle\.json"):

@@ -139,6 +139,24 @@ def test_an_interrupt_ends_the_run() -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_an_interrupted_run_has_ended_before_its_caller_goes_on(tmp_path: Path) -> None:
+    """It writes into bound buffers, which the caller may free then."""
+    thread, ended = main_thread().ident, list[bool]()
+    assert thread is not None
+
+    def run(_session: object, options: Any) -> None:
+        while not options.terminate:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        ended.append(True)
+
+    with Session(language_model(tmp_path)) as session:
+        Timer(0.1, pthread_kill, (thread, SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            session._run(run, {})  # pyright: ignore[reportPrivateUsage]
+        assert ended
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_windows_come_in_order_whatever_the_batch_size(tmp_path: Path, batch_size: int) -> None:
     with Session(language_model(tmp_path)) as session:
