@@ -137,8 +137,8 @@ def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
         if case.positions > capacity:
             raise BismoothError(
                 f"{path}: has room for {capacity} positions per row. --prompt-length {case.prompt_length} with "
-                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less, or build the engine with a "
-                "larger --capacity."
+                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less. Engines for a GPU can "
+                "be built with a larger --capacity."
             )
 
 
