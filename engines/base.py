@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..export.errors import BismoothError
+from ..export.graph_names import BATCH, PAST_LENGTH, SEQUENCE, TOTAL
 from .audit import Audit
-from .cache_names import CACHE_LENGTHS
 
 Shape = tuple[int, ...]
 Logits = Literal["last", "all"]
@@ -53,8 +53,8 @@ class Profile:
     def spans(self) -> dict[str, Span]:
         """Sizes of every dimension; where there are caches, they and the mask are as long as the capacity."""
         fixed = Span(self.capacity, self.capacity, self.capacity) if self.capacity else None
-        lengths = dict.fromkeys(CACHE_LENGTHS, fixed) if fixed else {}
-        return {"batch": self.batch, "sequence": self.sequence, **lengths, **self.others}
+        lengths = dict.fromkeys((PAST_LENGTH, TOTAL), fixed) if fixed else {}
+        return {BATCH: self.batch, SEQUENCE: self.sequence, **lengths, **self.others}
 
     def shapes(self, tensor: str, dimensions: tuple[int | str | None, ...]) -> tuple[Shape, Shape, Shape]:
         """Minimum, optimum and maximum shape of the input ``tensor``, whose dimensions are sizes or symbolic names.
@@ -105,6 +105,13 @@ class BuildRequest:
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
     logits: Logits | None = None
+
+
+WRITE_INDICES, LOGITS_AT = "write_indices", "logits_at"
+"""Inputs of engines that keep caches, see :class:`Caches`."""
+
+KEPT = "kept"
+"""The dimension of logits in place of ``sequence``: as many positions as ``logits_at`` lists."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 
 from ..export.external_data import weight_files
+from ..export.source import side_files
 
 _PATTERNS = ("tokenizer*", "config.json", "generation_config.json", "special_tokens_map.json", "*.jinja", "vocab.*")
 
 
 def place_companions(graph: Path, target: Path) -> None:
     """Copy them from the folder of the ONNX file ``graph`` into ``target``; its weights may be called like them."""
-    weights = weight_files(graph)
-    for pattern in _PATTERNS:
-        for file in graph.parent.glob(pattern):
-            if file.is_file() and file.suffix != ".onnx" and file.name not in weights:
-                shutil.copyfile(file, target / file.name)
+    for file in side_files(graph.parent, weight_files(graph).values(), _PATTERNS):
+        if file.suffix != ".onnx":
+            shutil.copyfile(file, target / file.name)

@@ -100,7 +100,7 @@ class Positions:
             raise BismoothError(
                 f"{self._label}: has room for {self.capacity} positions per row, and {total} were asked for: "
                 f"{self.length} that are there and {size} more. Expected {self.capacity} at most. "
-                "Shorten the text, or build the engine with a larger capacity."
+                "Shorten the text. Engines for a GPU can be built with a larger --capacity."
             )
         if not self.rows:
             self._mask = np.zeros((rows, self.capacity), np.int64)

@@ -22,12 +22,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..export.cache_names import is_past, is_present
 from ..export.errors import BismoothError
-from .cache_names import ATTENTION_MASK, INPUT_IDS, WRITE_INDICES
+from ..export.graph_names import ATTENTION_MASK, BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL, is_past, is_present
+from .base import WRITE_INDICES
 from .subgraph import cut
 
-_BATCH = "batch"
 _IN_PLACE = "in_place"
 _OPSET = 24
 _REMEDY = "Export the model with --no-kv-cache, and build an engine without caches."
@@ -180,7 +179,7 @@ class _Rewrite:
                     value.type.tensor_type.elem_type = self.type
             if value.name == ATTENTION_MASK:
                 dims[1].dim_value = self.capacity
-        graph.input.append(helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, [_BATCH]))
+        graph.input.append(helper.make_tensor_value_info(WRITE_INDICES, TensorProto.INT64, [BATCH]))
         for entry in self.model.opset_import:
             if not entry.domain:
                 entry.version = max(entry.version, _OPSET)
@@ -257,10 +256,10 @@ class _MaskProgram:
 
     def __call__(self, past: int, real: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask [batch, 1, new, all] for ``real`` [batch, all], of which the first ``past`` lie in the caches."""
-        sizes = {"batch": len(real), "past": past, "total": real.shape[1], "sequence": real.shape[1] - past}
+        sizes = {BATCH: len(real), PAST_LENGTH: past, TOTAL: real.shape[1], SEQUENCE: real.shape[1] - past}
         feeds = {value.name: self._feed(value, sizes, real) for value in self._inputs}
         (mask,) = self._evaluator.run(None, feeds)
-        return np.broadcast_to(mask, (len(real), 1, sizes["sequence"], sizes["total"]))
+        return np.broadcast_to(mask, (len(real), 1, sizes[SEQUENCE], sizes[TOTAL]))
 
     @staticmethod
     def _feed(value: onnx.ValueInfoProto, sizes: dict[str, int], real: NDArray[np.int64]) -> NDArray[np.generic]:

@@ -6,10 +6,13 @@ small model's time, and the logits of all positions of a prompt are the largest 
 
 from __future__ import annotations
 
-import onnx
-from onnx import TensorProto, helper
+from collections.abc import Mapping
 
-from .cache_names import KEPT, LOGITS, LOGITS_AT
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ..export.graph_names import LOGITS
+from .base import KEPT, LOGITS_AT
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _BY_POSITION = _PRODUCTS | {
@@ -48,18 +51,23 @@ def keep_logits(model: onnx.ModelProto) -> None:
 
 def _find_place(graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
     """The value [batch, sequence, …] before the head, and the nodes that compute the logits from it alone."""
-    varying = _varying(graph)
+    varying, constants = _varying(graph), {tensor.name: tensor for tensor in graph.initializer}
     frontier, tail = {LOGITS}, list[onnx.NodeProto]()
     for node in reversed(graph.node):
         if frontier.isdisjoint(node.output):
             continue
-        if node.op_type not in _BY_POSITION:
+        if node.op_type not in _BY_POSITION or (node.op_type == "ReduceMax" and not _is_over_channels(node, constants)):
             break
         tail.append(node)
         frontier = (frontier - set(node.output)) | varying.intersection(node.input)
         if len(frontier) == 1 and any(node.op_type in _PRODUCTS for node in tail):
             return frontier.pop(), tail
     return LOGITS, []
+
+
+def _is_over_channels(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    axes = constants.get(node.input[1]) if len(node.input) > 1 else None
+    return axes is not None and numpy_helper.to_array(axes).tolist() == [-1]
 
 
 def _varying(graph: onnx.GraphProto) -> set[str]:

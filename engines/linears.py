@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..export.errors import BismoothError
+from ..export.graph_names import LOGITS
 from .external_data import check_external_data
 
 if TYPE_CHECKING:
     import onnx
-
-LOGITS = "logits"
-"""The output that the head computes."""
 
 _PRODUCTS = ("MatMul", "Gemm")
 #: What may stand between an initializer and the product that reads it.

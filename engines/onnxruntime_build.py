@@ -15,11 +15,11 @@ from typing import Any
 
 from ..export.artifact import place_file
 from ..export.errors import BismoothError
+from ..export.graph_names import has_caches
 from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
 from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
-from .cache_names import has_caches
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
 from .onnxruntime import PROVIDERS, entries_of, import_onnxruntime, reason_of

@@ -15,9 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.artifact import MANIFEST, Artifact
-from ..export.cache_names import is_past, is_present, past_of
 from ..export.errors import BismoothError
-from .cache_names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, has_caches
+from ..export.graph_names import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    has_caches,
+    is_past,
+    is_present,
+    past_of,
+)
 from .decoder import Positions
 from .onnxruntime import Session
 from .token_feeds import Port

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..export.errors import BismoothError
+from ..export.graph_names import has_caches
 from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
 from .audit import audit_log, check_meant
-from .base import BuildRequest, BuildResult, Caches, EngineRecord, PhaseCallback, Profile, Span
-from .cache_names import KEPT, has_caches
+from .base import KEPT, BuildRequest, BuildResult, Caches, EngineRecord, PhaseCallback, Profile, Span
 from .linears import summarize
 from .publish import publish
 from .tensorrt_build import PlanReport, PlanRequest, Spans

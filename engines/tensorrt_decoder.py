@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
-from .base import Caches
-from .cache_names import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_AT, POSITION_IDS, WRITE_INDICES
+from ..export.graph_names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from .base import LOGITS_AT, WRITE_INDICES, Caches
 from .decoder import Positions
 from .kernel_cache import kernels_path, load_kernels, save_kernels
 from .tensorrt_context import EngineContext, EngineTensor, Jit, LoadedEngine, to_float32

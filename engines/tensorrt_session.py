@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
-from .base import Shape
-from .cache_names import ATTENTION_MASK, LOGITS_AT, WRITE_INDICES
+from ..export.graph_names import ATTENTION_MASK
+from .base import LOGITS_AT, WRITE_INDICES, Shape
 from .tensorrt_context import EngineTensor, to_float32
 from .tensorrt_open import EngineFile, open_engine
 from .token_feeds import Port, token_feeds

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..export.cache_names import PAST, is_past
 from ..export.errors import BismoothError
+from ..export.graph_names import ATTENTION_MASK, INPUT_IDS, PAST, POSITION_IDS, is_past
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def token_feeds(
     empty = {port.name: np.zeros(_empty(port, len(ids)), port.dtype) for port in inputs if is_past(port.name)}
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
     known: dict[str, NDArray[Any]] = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "position_ids": positions,
+        INPUT_IDS: ids,
+        ATTENTION_MASK: np.ones_like(ids),
+        POSITION_IDS: positions,
         "token_type_ids": np.zeros_like(ids),
         **empty,
         **(others or {}),

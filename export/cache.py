@@ -12,8 +12,8 @@ import torch
 from torch.utils import _pytree
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .cache_names import PARTS, cache_name
 from .errors import BismoothError
+from .graph_names import PARTS, cache_name
 
 
 class _Layer(DynamicLayer):

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .artifact import Blocks
-from .cache_names import PAST, PRESENT, cache_name, is_present
+from .graph_names import PAST, PRESENT, cache_name, is_present
 from .scopes import scopes_of, set_scopes
 
 

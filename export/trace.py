@@ -17,13 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import _trace as _export_trace
 
 from .cache import KvCache, example_cache
-from .cache_names import PAST, PRESENT, is_present
 from .errors import BismoothError
+from .graph_names import (
+    ATTENTION_MASK,
+    BATCH,
+    INPUT_IDS,
+    PAST,
+    PAST_LENGTH,
+    POSITION_IDS,
+    PRESENT,
+    SEQUENCE,
+    TOTAL,
+    is_present,
+)
 from .scopes import SCOPES
 
 OPSET = 23
-BATCH, SEQUENCE, PAST_LENGTH, TOTAL = "batch", "sequence", "past", "total"
-"""Names of dynamic axes; total = past + sequence."""
 _LOGGERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "transformers", "torch.fx")
 
 
@@ -68,15 +77,15 @@ def fake_transformer(cls: Any, config: Any, *, kv_cache: bool = False) -> Genera
         with no_init_weights():
             model = cls(config).eval()
         inputs = {
-            "input_ids": torch.zeros(batch, sequence, dtype=torch.int64),
-            "attention_mask": torch.ones(batch, sequence, dtype=torch.int64),
+            INPUT_IDS: torch.zeros(batch, sequence, dtype=torch.int64),
+            ATTENTION_MASK: torch.ones(batch, sequence, dtype=torch.int64),
         }
         cache = None
         if kv_cache:
             cache = example_cache(model, past, inputs)
-            inputs["attention_mask"] = torch.ones(batch, past + sequence, dtype=torch.int64)
-            if "position_ids" in inspect.signature(cls.forward).parameters:
-                inputs["position_ids"] = torch.zeros(batch, sequence, dtype=torch.int64)
+            inputs[ATTENTION_MASK] = torch.ones(batch, past + sequence, dtype=torch.int64)
+            if POSITION_IDS in inspect.signature(cls.forward).parameters:
+                inputs[POSITION_IDS] = torch.zeros(batch, sequence, dtype=torch.int64)
         yield FakeTransformer(model, inputs, cache)
 
 
@@ -102,7 +111,7 @@ def trace_transformer(
         shapes: dict[str, Any] = {name: {0: BATCH, 1: SEQUENCE} for name in fake.inputs}
         names = list(fake.inputs)
         if fake.cache is not None:
-            shapes["attention_mask"] = {0: BATCH, 1: TOTAL}
+            shapes[ATTENTION_MASK] = {0: BATCH, 1: TOTAL}
             shapes[PAST] = [{0: BATCH, 2: PAST_LENGTH} for _ in fake.cache.tensors]
             names += fake.cache.names(PAST)
             outputs += fake.cache.names(PRESENT)

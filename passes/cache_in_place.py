@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import onnx
 
+from ..export.graph_names import ATTENTION_MASK, BATCH, INPUT_IDS
 from ._gs import Dim, Graph, Node, Tensor, dtype_of, empty_tensor, make_node, make_variable, set_type, shape_of
 from .cached_attention import Cache, CachedAttention, find_cached_attention
 from .graph import Index
@@ -56,14 +57,14 @@ class _Lowering:
 
     def lengths(self) -> list[Node]:
         """The nodes that count positions."""
-        make, ids, mask = self._make, self._index.values["input_ids"], self._index.values["attention_mask"]
+        make, ids, mask = self._make, self._index.values[INPUT_IDS], self._index.values[ATTENTION_MASK]
         rows = make.node("Shape", "caches/rows", [ids], [1], _INT64, start=0, end=1)
         new = make.node("Shape", "caches/new", [ids], [1], _INT64, start=1, end=2)
         total = make.node("Shape", "caches/total", [mask], [1], _INT64, start=1, end=2)
         self._past = make.node("Sub", "caches/past", [total, new], [1], _INT64)
         narrow = make.node("Cast", "caches/total/int32", [total], [1], _INT32, to=int(onnx.TensorProto.INT32))
         last = make.node("Sub", "caches/last", [narrow, make.constant(np.array([1], np.int32))], [1], _INT32)
-        self._last = make.node("Expand", "caches/last/rows", [last, rows], ["batch"], _INT32)
+        self._last = make.node("Expand", "caches/last/rows", [last, rows], [BATCH], _INT32)
         self._total = make.node("Squeeze", "caches/total/scalar", [narrow], [], _INT32)
         return make.take()
 

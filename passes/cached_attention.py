@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from onnx.reference import ReferenceEvaluator
 
-from ..export.cache_names import is_past
+from ..export.graph_names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, is_past
 from ._gs import Array, Dim, Graph, Node, Tensor, dtype_of, export_model, shape_of
 from .graph import Index
 from .patterns import axis_of
@@ -57,7 +57,7 @@ def find_cached_attention(graph: Graph, index: Index) -> list[CachedAttention]:
     found = [item for node in nodes if (item := _describe(node, index)) is not None]
     used = {cache.present.name for item in found for cache in (item.key, item.value)}
     inputs = {tensor.name for tensor in graph.inputs}
-    if used != index.caches.keys() or not {"input_ids", "attention_mask"} <= inputs:
+    if used != index.caches.keys() or not {INPUT_IDS, ATTENTION_MASK} <= inputs:
         return []
     masks = {item.mask.name for item in found}
     return found if all(is_causal(graph, mask) for mask in masks) else []
@@ -116,10 +116,10 @@ def is_causal(graph: Graph, mask: str) -> bool:
 
 def _example(tensor: Tensor) -> Array:
     """Values of an input: ones, positions counted up, or an empty cache's zeros."""
-    length = {"attention_mask": _PAST + _NEW, "input_ids": _NEW, "position_ids": _NEW}.get(tensor.name, _PAST)
+    length = {ATTENTION_MASK: _PAST + _NEW, INPUT_IDS: _NEW, POSITION_IDS: _NEW}.get(tensor.name, _PAST)
     dims = enumerate(shape_of(tensor) or ())
     shape = [dim if isinstance(dim, int) else (length if axis else _BATCH) for axis, dim in dims]
-    if tensor.name == "position_ids":
+    if tensor.name == POSITION_IDS:
         values = np.broadcast_to(np.arange(_PAST, _PAST + _NEW), shape)
     else:
         values = np.full(shape, not is_past(tensor.name))

@@ -10,8 +10,8 @@ import onnx
 import onnx.shape_inference
 from google.protobuf.message import DecodeError
 
-from ..export.cache_names import is_present, past_of
 from ..export.errors import BismoothError
+from ..export.graph_names import is_present, past_of
 from ..export.replacing import replacing
 from ..passes import constants
 from ..passes._gs import (

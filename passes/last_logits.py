@@ -5,11 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..export.graph_names import LOGITS
 from ._gs import Dim, Graph, Node, Tensor, dtype_of, make_constant, make_node, make_variable, set_type, shape_of
 from .graph import Index
 from .patterns import Names
-
-LOGITS = "logits"
 
 _BOUNDS = {"start": -1, "end": int(np.iinfo(np.int64).max), "axis": 1}
 """Of the slice that keeps the last position."""

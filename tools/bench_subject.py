@@ -10,10 +10,10 @@ from ..engines.base import EngineRecord, audit_path
 from ..engines.bundle import Bundle, BundledEngine
 from ..engines.bundle_choice import choose_engine
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
-from ..engines.cache_names import INPUT_IDS
 from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES
 from ..export.errors import BismoothError
+from ..export.graph_names import INPUT_IDS
 from .cost import CostModel
 from .engine_folder import engine_file, engine_of
 from .roofline import Gpu
@@ -137,8 +137,8 @@ def check_room(path: Path, capacity: int, cases: Sequence[Case]) -> None:
         if case.positions > capacity:
             raise BismoothError(
                 f"{path}: has room for {capacity} positions per row. --prompt-length {case.prompt_length} with "
-                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less, or build the engine with a "
-                "larger --capacity."
+                f"--new-tokens {case.new_tokens} takes {case.positions}. Choose less. Engines for a GPU can "
+                "be built with a larger --capacity."
             )
 
 

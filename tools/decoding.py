@@ -9,15 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.onnxruntime import Session
-from ..export.cache_names import is_past, is_present, past_of
+from ..export.graph_names import ATTENTION_MASK, POSITION_IDS, is_present, past_of
 
 Ids = NDArray[np.int64]
 _BATCH = 16
-
-
-def has_cache(session: Session) -> bool:
-    """Whether the graph takes keys and values of earlier positions."""
-    return any(is_past(port.name) for port in session.inputs)
 
 
 class CachedRun:
@@ -37,8 +32,8 @@ class CachedRun:
         feeds = self._session.token_feeds(
             ids,
             {
-                "attention_mask": np.ones((len(ids), total), np.int64),
-                "position_ids": np.broadcast_to(positions, ids.shape),
+                ATTENTION_MASK: np.ones((len(ids), total), np.int64),
+                POSITION_IDS: np.broadcast_to(positions, ids.shape),
                 **self._caches,
             },
         )

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.base import BuildRequest, EngineBuilder, EngineRecord, Profile, Span
-from ..engines.cache_names import INPUT_IDS
 from ..engines.cuda import Device, cuda_available, load_cuda
 from ..engines.publish import read_record
 from ..engines.tensorrt_runtime import RUNTIMES, Runtime, known_capabilities, load_module
 from ..engines.tensorrt_session import EngineSession
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
+from ..export.graph_names import INPUT_IDS
 from ..export.hashing import file_sha256
 from .comparison import Figures, Ids, Values, WindowFile
 from .engines import find_builder, lint_for

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..engines.base import EngineBuilder, Logits, Profile, Span
-from ..engines.cache_names import CACHE_LENGTHS, has_caches
 from ..engines.linears import summarize
 from ..engines.null import NullBuilder
 from ..engines.onnxruntime_build import OnnxRuntimeBuilder
@@ -14,6 +13,7 @@ from ..engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTBuilder
 from ..engines.tensorrt_runtime import check_capabilities, known_capabilities, load_module, require_package
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
+from ..export.graph_names import PAST_LENGTH, TOTAL, has_caches
 from ..passes.lint import Severity, Target, lint
 
 Sizes = tuple[int, int, int]
@@ -126,7 +126,7 @@ def find_profile(
     inputs = summarize(graph).inputs
     cached = has_caches(inputs)
     dynamic = list(dict.fromkeys(size for shape in inputs.values() for size in shape if isinstance(size, str)))
-    choices = [name for name in dynamic if not cached or name not in CACHE_LENGTHS]
+    choices = [name for name in dynamic if not cached or name not in (PAST_LENGTH, TOTAL)]
     if unknown := [name for name in sizes if name not in choices]:
         raise BismoothError(
             f"{', '.join(_options(unknown))}: the inputs of {graph} have no dynamic dimension {unknown[0]!r}. "

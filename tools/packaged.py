@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from ..engines.base import audit_path
 from ..export.artifact import Artifact
-from ..export.cache_names import is_past
 from ..export.errors import BismoothError
+from ..export.graph_names import INPUT_IDS, has_caches
 from ..passes.gates import Hop
 from .hops import FORMAT, HopResult
 from .licence import Licence
@@ -118,7 +118,7 @@ def _decodes(artifact: Artifact) -> bool:
     """Whether the graph takes keys and values of earlier tokens."""
     from ..export.external_data import load_model
 
-    return any(is_past(value.name) for value in load_model(artifact.graph("float32")).graph.input)
+    return has_caches(value.name for value in load_model(artifact.graph("float32")).graph.input)
 
 
 def _engine(engine: ShippedEngine, artifact: Artifact, files: Plain) -> dict[str, Any]:
@@ -148,6 +148,6 @@ def _capacity(engine: ShippedEngine, artifact: Artifact) -> int | None:
     """The most positions of a row: of the engine's caches, else of its longest input, else of the model."""
     if engine.record.caches is not None:
         return engine.record.caches.capacity
-    if shapes := engine.record.shapes.get("input_ids"):
+    if shapes := engine.record.shapes.get(INPUT_IDS):
         return shapes[2][-1]
     return artifact.manifest.dims.get("max_position_embeddings")

@@ -20,11 +20,12 @@ from ..engines.base import audit_path
 from ..engines.onnxruntime import Session
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
+from ..export.graph_names import has_caches
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter
 from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
-from .decoding import common_prefix, cut_prompts, greedy, has_cache, stepwise_logits
+from .decoding import common_prefix, cut_prompts, greedy, stepwise_logits
 from .hops import FORMAT, HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
@@ -243,7 +244,7 @@ class _Verifier:
         judge = self._judge(Hop.DECODE)
         quantized = "reference" in self._graphs
         with Session(self._artifact.graph("float32"), mode="int8" if quantized else "plain") as session:
-            if not has_cache(session):
+            if not has_caches(port.name for port in session.inputs):
                 return [judge.skip("the graph has no cache")]
             with judge.timed():
                 track = self._stepwise(session)

@@ -106,8 +106,8 @@ def test_what_an_engine_has_no_room_for() -> None:
     made.check([Case(4, 60, 5)])
     refused(made, Case(5, 8, 2), "--batch 5: rtx takes 1 to 4 rows. Choose another size, or build the engine for more")
     message = (
-        "rtx: has room for 64 positions per row. --prompt-length 60 with --new-tokens 6 takes 65. Choose less, or "
-        "build the engine with a larger --capacity."
+        "rtx: has room for 64 positions per row. --prompt-length 60 with --new-tokens 6 takes 65. Choose less. "
+        "Engines for a GPU can be built with a larger --capacity."
     )
     refused(made, Case(1, 60, 6), message)
     refused(rtx(capacity=None), Case(1, 8, 2), "rtx: has no caches, so it cannot generate text. Export the model with")

@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     positions.append(np.ones((2, 3), np.int64))
     message = (
         "art/model.onnx: has room for 4 positions per row, and 5 were asked for: 3 that are there and 2 more. "
-        "Expected 4 at most. Shorten the text, or build the engine with a larger capacity."
+        "Expected 4 at most. Shorten the text. Engines for a GPU can be built with a larger --capacity."
     )
     with pytest.raises(BismoothError, match=re.escape(message)):
         positions.append(np.ones((2, 2), np.int64))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bismooth.engines.onnxruntime import Session
-from bismooth.tools.decoding import common_prefix, cut_prompts, greedy, has_cache, stepwise_logits
+from bismooth.export.graph_names import has_caches
+from bismooth.tools.decoding import common_prefix, cut_prompts, greedy, stepwise_logits
 from tests.models import VOCAB, export, exported, make_model
 
 IDS = np.random.default_rng(1).integers(3, VOCAB, (3, 12))
@@ -38,7 +39,7 @@ def test_greedy_continuations_are_those_of_transformers() -> None:
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_which_graphs_have_a_cache(name: str) -> None:
     with Session(exported(name).graph) as session:
-        assert has_cache(session) == (name == "llama")
+        assert has_caches(port.name for port in session.inputs) == (name == "llama")
 
 
 def test_a_model_that_generates_can_be_exported_without_a_cache(tmp_path: Path) -> None:
@@ -46,8 +47,8 @@ def test_a_model_that_generates_can_be_exported_without_a_cache(tmp_path: Path) 
     model = export(module, tmp_path / "source", tmp_path / "artifact", kv_cache=False)
     with Session(model.graph) as session, Session(exported("llama").graph) as other:
         assert [port.name for port in session.inputs] == ["input_ids", "attention_mask"]
-        assert not has_cache(session)
-        assert has_cache(other)
+        assert not has_caches(port.name for port in session.inputs)
+        assert has_caches(port.name for port in other.inputs)
 
 
 def test_the_common_prefix_ends_with_the_first_difference() -> None:

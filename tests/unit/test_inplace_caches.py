@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from bismooth.engines.cache_names import has_caches
 from bismooth.engines.inplace_caches import update_in_place
 from bismooth.engines.kept_logits import keep_logits
 from bismooth.export.errors import BismoothError
+from bismooth.export.graph_names import has_caches
 from tests.cached_model import KV_HEADS, LAYERS, SIZE, VOCAB, cached_model, empty_past, expected_logits
 from tests.quantized import make
 
@@ -185,19 +185,23 @@ QUANTIZED_HEAD = """
     wd = DequantizeLinear(w, one, zero)
     acc = MatMul(xd, wd)
     logits = Mul(acc, t)"""
+HEAD_OVER_POSITIONS = QUANTIZED_HEAD.replace("last)", "positions)")
 SORTED_HEAD = """
     product = MatMul(hidden, wf)
     wide = Reshape(product, shape)
     logits = Softmax(wide)"""
 
 
-@pytest.mark.parametrize(("head", "place"), [(QUANTIZED_HEAD, "hidden"), (SORTED_HEAD, "logits")])
+@pytest.mark.parametrize(
+    ("head", "place"), [(QUANTIZED_HEAD, "hidden"), (HEAD_OVER_POSITIONS, "logits"), (SORTED_HEAD, "logits")]
+)
 def test_heads_of_other_forms(head: str, place: str) -> None:
     """A value that the whole head follows from; behind the head where it does what is not known to go by positions."""
     rng = np.random.default_rng(0)
     model = make(
         f"(float[batch, sequence, 4] x) => (float[batch, sequence, 5] logits) {{ hidden = Softmax(x) {head} }}",
         last=np.array([-1]),
+        positions=np.array([1, 2]),
         one=np.float32(1),
         zero=np.int8(0),
         shape=np.array([0, 0, 5]),

@@ -1,9 +1,16 @@
-"""Names of a graph's inputs and outputs that hold keys and values: ``past_key_values.0.key``, ``present.0.key``."""
+"""Names of the inputs, outputs and dimensions of language models' graphs; each has one place here, and no other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+LOGITS = "logits"
 PAST, PRESENT = "past_key_values", "present"
 PARTS = ("key", "value")
+
+BATCH, SEQUENCE, PAST_LENGTH, TOTAL = "batch", "sequence", "past", "total"
+"""Dynamic dimensions; total = past + sequence."""
 
 
 def cache_name(prefix: str, number: int, part: str) -> str:
@@ -24,3 +31,8 @@ def is_present(name: str) -> bool:
 def past_of(present: str) -> str:
     """The input that takes what the output ``present`` gave in the run before."""
     return PAST + present.removeprefix(PRESENT)
+
+
+def has_caches(inputs: Iterable[str]) -> bool:
+    """Whether a graph with these inputs takes the keys and values of earlier positions."""
+    return any(map(is_past, inputs))
