@@ -97,7 +97,8 @@ def test_onnxruntime_engine_is_a_folder_of_its_own(
     moved = shutil.copytree(engine, tmp_path / "moved")
     ids = np.arange(3, 15)[None]
     with Session(moved / "model.onnx") as alone, Session(artifacts.quantized / "model.onnx") as whole:
-        np.testing.assert_allclose(alone.logits(ids), whole.logits(ids)[:, -1:], atol=1e-3)
+        last, expected = alone.logits(ids), whole.logits(ids)[:, -1:]
+    np.testing.assert_allclose(last, expected, atol=0.02 * np.abs(expected).max())  # a float may round to another INT8
 
 
 @pytest.mark.parametrize(

@@ -29,20 +29,20 @@ from tests.models import ARCHITECTURES, VOCAB, exported
 from tests.quantizing import Array, relative_error
 
 SITES = {
-    "llama": {"norm": 6, "attention_value": 3, "gated_product": 3},
+    "llama": {"norm": 7, "attention_value": 3, "gated_product": 3},
     "qwen2": {"norm": 7, "attention_value": 3, "gated_product": 3},
     "qwen3": {"norm": 7, "attention_value": 3, "gated_product": 3},
     "mistral": {"norm": 7, "attention_value": 3, "gated_product": 3},
-    "gemma2": {"norm": 10, "attention_value": 5, "gated_product": 5},
-    "gemma3": {"norm": 10, "attention_value": 5, "gated_product": 5},
+    "gemma2": {"norm": 11, "attention_value": 5, "gated_product": 5},
+    "gemma3": {"norm": 11, "attention_value": 5, "gated_product": 5},
     "phi3": {"norm": 7, "attention_value": 3, "gated_product": 3},
-    "gpt2": {"norm": 6, "attention_value": 3},
-    "opt": {"norm": 6, "attention_value": 3, "elementwise": 3},
+    "gpt2": {"norm": 7, "attention_value": 3},
+    "opt": {"norm": 7, "attention_value": 3, "elementwise": 3},
     "gpt_neox": {"norm": 7, "attention_value": 3},
     "bert": {"attention_value": 3},
 }
-"""Fold sites by kind, in 3 layers (Gemma: 5). Two norms a layer, and the last one where the head is not tied; none
-where norms feed the residual (BERT)."""
+"""Fold sites by kind, in 3 layers (Gemma: 5). Two norms a layer, and the last one, before the head; none where norms
+feed the residual (BERT)."""
 
 EVERYWHERE = [(name, "w8a8") for name in SITES]
 ELSEWHERE = [
