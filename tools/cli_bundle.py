@@ -32,6 +32,6 @@ def package(
 
     console.show_progress(not quiet)
     result = run(artifact, output, engines=tuple(engine), licence=licence, force=force)
-    for sentence in result.warnings:
+    for sentence in result.to_json().get("warnings", ()):
         console.show_warning(sentence)
     finish(result, as_json)
