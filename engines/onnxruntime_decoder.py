@@ -153,14 +153,15 @@ class _InPlace:
         if rows == self._rows and total <= self._room:
             return
         kept = self._length  # 0 if the rows are others
-        room = min(self._capacity, max(total, ROOM, 2 * self._room))
+        room = min(self._capacity, max(total, ROOM, 2 * self._room if kept else 0))
+        self._rows = 0  # until all is bound: after an interrupt the binding may be to buffers that are gone
         for port in self._ports:
             grown = np.zeros((rows, _size(port, 1), room, _size(port, 3)), port.dtype)
             if kept:
                 grown[:, :, :kept] = self._caches[port.name][:, :, :kept]
             self._caches[port.name] = grown
-        self._rows, self._room = rows, room
         self._binding = self._bind(slice(None))
+        self._rows, self._room = rows, room
 
     def _bind(self, rows: slice) -> Any:
         """Some rows of the caches as input and output."""

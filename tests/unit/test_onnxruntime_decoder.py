@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx
@@ -112,6 +113,37 @@ def test_caches_grow_and_keep_what_is_in_them(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(decoding, "ROOM", 2)
     with OnnxRuntimeDecoder(build("qwen3", folder)) as decoder:
         np.testing.assert_array_equal(greedy(decoder, IDS, MASK), generate("qwen3", IDS, MASK))
+
+
+def test_caches_grow_for_longer_texts_alone(folder: Path) -> None:
+    """Not each time that a batch has other rows."""
+    with OnnxRuntimeDecoder(build("llama", folder)) as decoder:
+        for rows in (1, 4, 1, 4):
+            decoder.reset()
+            decoder.prefill(IDS[:rows], MASK[:rows])
+        runner: Any = decoder._run  # pyright: ignore[reportPrivateUsage]
+        assert {cache.shape[2] for cache in runner._caches.values()} == {decoding.ROOM}
+
+
+def test_an_interrupt_while_caches_grow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers that were bound before are gone then."""
+    monkeypatch.setattr(decoding, "ROOM", 6)
+
+    def interrupt(_session: object) -> None:
+        raise KeyboardInterrupt
+
+    with OnnxRuntimeDecoder(build("llama", folder)) as decoder:
+        token = decoder.prefill(IDS, MASK).argmax(-1)
+        decoder.decode(token)
+        runner: Any = decoder._run  # pyright: ignore[reportPrivateUsage]
+        before = runner._binding
+        with monkeypatch.context() as patched:
+            patched.setattr(decoding.Session, "bind", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                decoder.decode(token)
+        decoder.reset()
+        np.testing.assert_array_equal(greedy(decoder, IDS, MASK, 1), generate("llama", IDS, MASK, 1))
+        assert runner._binding is not before
 
 
 def test_batches_of_any_size_after_a_reset(folder: Path) -> None:
