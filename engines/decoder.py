@@ -82,6 +82,20 @@ class Positions:
         """The attention mask [B, total]: 1 for text, 0 for padding. A view that later calls do not change."""
         return self._mask[:, : self.length]
 
+    def mask_of(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """``mask``, or one without padding, of token ids [B, S].
+
+        Raises:
+            BismoothError: the ids are no integers [B, S], or the mask has another shape.
+        """
+        known = np.ones(ids.shape, np.int64) if mask is None else mask
+        if ids.ndim != 2 or ids.dtype.kind != "i" or known.shape != ids.shape:
+            raise BismoothError(
+                f"{self._label}: expected token ids [batch, sequence] of integers and a mask of their shape, "
+                f"got {ids.dtype} {list(ids.shape)} and {list(known.shape)}."
+            )
+        return known
+
     def append(self, mask: NDArray[np.int64]) -> NDArray[np.int64]:
         """Position ids [B, S] of S more positions, whose mask is [B, S]: the number of tokens before, at least 0.
 

@@ -78,7 +78,7 @@ class OnnxRuntimeDecoder:
     def prefill(self, ids: Ids, mask: Ids | None = None) -> NDArray[np.float32]:
         """See :class:`.decoder.Decoder`."""
         begin = self.length
-        positions = self._positions.append(np.ones_like(ids) if mask is None else mask)
+        positions = self._positions.append(self._positions.mask_of(ids, mask))
         pieces = [slice(start, start + PIECE) for start in range(0, ids.shape[1], PIECE)]
         seen = self._positions.mask
         return [self._run(ids[:, piece], seen[:, : begin + piece.stop], positions[:, piece]) for piece in pieces][-1]

@@ -154,8 +154,8 @@ class TensorRTDecoder:
         Raises:
             BismoothError: as there; also if the engine takes another number of rows, or the GPU failed.
         """
-        real = np.ones(ids.shape, np.int64) if mask is None else mask
-        self._check(ids, real)
+        real = self._positions.mask_of(ids, mask)
+        self._check(len(ids))
         start = self._positions.length
         positions = self._positions.append(real)
         if not start or not real.all():
@@ -171,17 +171,12 @@ class TensorRTDecoder:
     def reset(self) -> None:
         self._positions.reset()
 
-    def _check(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
+    def _check(self, rows: int) -> None:
         if not self._addresses:
             raise BismoothError(f"{self.label}: the decoder was closed. Use it inside its 'with' block.")
-        if ids.ndim != 2 or ids.dtype.kind != "i" or mask.shape != ids.shape:
+        if rows not in self._batches:
             raise BismoothError(
-                f"{self.label}: expected token ids [batch, sequence] of integers and a mask of their shape, "
-                f"got {ids.dtype} {list(ids.shape)} and {list(mask.shape)}."
-            )
-        if len(ids) not in self._batches:
-            raise BismoothError(
-                f"{self.label}: a batch of {len(ids)} is outside of the engine's profile. "
+                f"{self.label}: a batch of {rows} is outside of the engine's profile. "
                 f"Expected {self._batches[0]} to {self._batches[-1]} rows. Build it for more with --batch."
             )
 

@@ -47,7 +47,7 @@ class NumpyDecoder:
         self.close()
 
     def prefill(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        places = self._positions.append(np.ones_like(ids) if mask is None else mask)
+        places = self._positions.append(self._positions.mask_of(ids, mask))
         self.calls.append(ids.shape[1])
         x = self._embedding[ids] + np.sin(places[..., None] * np.arange(1, HIDDEN + 1) / HIDDEN)
         self._keys = _join(self._keys, x @ self._key)

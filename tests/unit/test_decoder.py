@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from random import Random
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -77,3 +78,18 @@ def test_the_numpy_decoder_computes_the_same_in_one_go_in_parts_and_padded() -> 
     logits = decoder.prefill(padded, np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7]))
     np.testing.assert_allclose(logits[:1], whole, rtol=1e-5)
     assert not np.allclose(logits[1], whole)
+
+
+def test_a_mask_has_the_shape_of_its_ids() -> None:
+    positions = Positions("engine", 8)
+    ids = np.array([[5, 6, 7]])
+    assert positions.mask_of(ids, None).tolist() == [[1, 1, 1]]
+    assert positions.mask_of(ids, np.array([[0, 1, 1]])).tolist() == [[0, 1, 1]]
+    message = r"^engine: expected token ids \[batch, sequence\] of integers and a mask of their shape, got {} and {}\.$"
+    for wrong, mask, got, seen in (
+        (ids[0], None, r"int64 \[3\]", r"\[3\]"),
+        (ids.astype(np.float64), None, r"float64 \[1, 3\]", r"\[1, 3\]"),
+        (ids, np.ones((1, 2), np.int64), r"int64 \[1, 3\]", r"\[1, 2\]"),
+    ):
+        with pytest.raises(BismoothError, match=message.format(got, seen)):
+            positions.mask_of(cast(Any, wrong), mask)
