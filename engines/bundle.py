@@ -81,6 +81,14 @@ class Bundle:
             raise BismoothError(problem)
         return bundle
 
+    @classmethod
+    def is_alone(cls, path: Path) -> bool:
+        """Whether a folder is a bundle, whole or not, and holds no file that is not the bundle's."""
+        try:
+            return not cls(path, read_manifest(path))._unknown()
+        except BismoothError:
+            return False
+
     @property
     def name(self) -> str:
         """Of the model, and of the recipe by which it was quantized."""
@@ -126,14 +134,18 @@ class Bundle:
                 yield problem
             else:
                 sound.append(name)
-        for name in sorted(_entries(self.path) - {MANIFEST, *self.manifest["files"]}):
-            if not self._was_made_here(name):
-                yield f"{self.path / name}: is not on record in {MANIFEST}. Expected no such file. Remove it. {REMEDY}"
+        for name in self._unknown():
+            yield f"{self.path / name}: is not on record in {MANIFEST}. Expected no such file. Remove it. {REMEDY}"
         for name in sorted(sound, key=self._size):
             if check == "full" or self._size(name) <= SMALL_BYTES:
                 progress(name)
                 if problem := self._changed(name, file_sha256(self.path / name)):
                     yield problem
+
+    def _unknown(self) -> list[str]:
+        """Files that the manifest does not list and that running an engine does not make."""
+        names = sorted(_entries(self.path) - {MANIFEST, *self.manifest["files"]})
+        return [name for name in names if not self._was_made_here(name)]
 
     @contextmanager
     def hashing(self, engine: BundledEngine) -> Generator[Callable[[], None]]:

@@ -142,7 +142,7 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArr
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if not prompts:
         raise BismoothError("generate: Expected one or more prompts, got none.")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise BismoothError(
                 f"generate: prompt {number} has no tokens. Expected some text: the model has to begin from something."

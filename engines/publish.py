@@ -42,3 +42,15 @@ def read_record(engine: Path) -> EngineRecord:
         return EngineRecord.from_json(json.loads(path.read_text("utf-8"))["engine"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BismoothError(f"{path}: not a record of an engine: {error}. Build the engine again.") from error
+
+
+def read_audit(path: Path) -> Audit:
+    """The audit beside an engine.
+
+    Raises:
+        BismoothError: the file cannot be read.
+    """
+    try:
+        return Audit.from_json(json.loads(path.read_text("utf-8"))["audit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BismoothError(f"{path}: not an audit file: {error}. Build the engine again.") from error

@@ -193,7 +193,8 @@ class Artifact:
                 f"{manifest_path}: the manifest cannot be read: {error}. Make the artifact again."
             ) from error
         if kinds and manifest.kind not in kinds:
-            raise BismoothError(f"{path}: expected a {' or '.join(kinds)} artifact, got a {manifest.kind} one.")
+            article = "an" if manifest.kind == "engine" else "a"
+            raise BismoothError(f"{path}: expected a {' or '.join(kinds)} artifact, got {article} {manifest.kind} one.")
         artifact = Artifact(path, manifest)
         artifact.check_files()
         return artifact

@@ -51,6 +51,14 @@ def replacing(path: Path) -> Generator[Path]:
             raise  # another file, which the block reads
 
 
+def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
+    if path.is_file() and not is_one(path):
+        raise BismoothError(
+            f"{path}: exists and is not {what}, so it is not replaced. Choose another place with --output."
+        )
+
+
 def _find(path: Path) -> tuple[Path, bool]:
     """What ``path`` names, symbolic links followed; and whether it is a pipe or a character device."""
     try:

@@ -45,12 +45,12 @@ def make_engine(
     return path
 
 
-def run_on(decoder: NumpyDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, int | None]]:
-    """Let ``decoder`` be what every ONNX Runtime engine is opened as; the result lists what is opened."""
-    opened: list[tuple[Path, int | None]] = []
+def run_on(decoder: NumpyDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, int | None, int | None]]:
+    """Let ``decoder`` be what every ONNX Runtime engine is opened as; the result lists file, threads and capacity."""
+    opened: list[tuple[Path, int | None, int | None]] = []
 
-    def open_file(file: Path, *, threads: int | None = None) -> NumpyDecoder:
-        opened.append((file, threads))
+    def open_file(file: Path, *, threads: int | None = None, capacity: int | None = None) -> NumpyDecoder:
+        opened.append((file, threads, capacity))
         return decoder
 
     module = ModuleType("bismooth.engines.onnxruntime_decoder")

@@ -137,7 +137,8 @@ def test_stages_behind_the_export_do_without_its_libraries(stage: str) -> None:
 def test_generating_takes_no_library_but_numpy_and_tokenizers() -> None:
     others = [name for name in HEAVY if name not in ("numpy", "tokenizers")]
     script = (
-        f"import sys; sys.modules.update(dict.fromkeys({others})); import bismooth.tools.chat, bismooth.tools.generate"
+        f"import sys; sys.modules.update(dict.fromkeys({others})); import bismooth.tools.chat, "
+        "bismooth.tools.generate, bismooth.tools.bench_engines, bismooth.tools.bench_worker"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..export.errors import BismoothError
-from ..export.replacing import replacing
+from ..export.replacing import check_replaceable, replacing
 from ..export.versions import tool_versions
 from . import console
 from .bench_measure import Measurement, Settings, machine, measure
 from .bench_page import bench_page
 from .bench_result import FORMAT, Benched, BenchResult
 from .bench_subject import Case, Subject, load_subjects
+from .hops import is_report
 from .page import check_page, write_page
 from .roofline import Bound, Gpu, bounds, find_gpus, known_gpus
-from .stages import check_replaceable
-from .verify import is_report
 
 
 def bench(

@@ -10,7 +10,7 @@ from ..engines.base import EngineRecord, audit_path
 from ..engines.bundle import Bundle, BundledEngine
 from ..engines.bundle_choice import choose_engine
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
-from ..engines.publish import read_record
+from ..engines.publish import read_audit, read_record
 from ..engines.tensorrt_runtime import RUNTIMES
 from ..export.errors import BismoothError
 from ..export.graph_names import INPUT_IDS
@@ -18,7 +18,6 @@ from .cost import CostModel
 from .engine_folder import engine_file, engine_of
 from .roofline import Gpu
 from .text_model import engine_folder
-from .verify import read_audit
 
 
 @dataclass(frozen=True)

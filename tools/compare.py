@@ -19,19 +19,19 @@ from ..engines.token_feeds import Port
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.hashing import array_sha256
-from ..export.replacing import replacing
+from ..export.replacing import check_replaceable, replacing
 from ..export.versions import tool_versions
 from . import console
 from .bootstrap import Resampling, Rows, difference, interval
 from .compare_page import comparison_page
 from .compared import FORMAT, Compared, CompareResult, Estimate
 from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
+from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
 from .resume import finished_engine
 from .shipped import find_engines
-from .stages import check_length, check_replaceable
-from .verify import is_report
+from .stages import check_length
 
 _LOGITS = ("kl", "kl_p99", "perplexity", "perplexity_ratio", "log_perplexity", "top1")
 _FEATURES = ("cosine_p5", "sqnr_db")

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..passes.gates import Gates, Hop
 
 FORMAT, FORMAT_VERSION = "bismooth-verify", 1
+
+
+def is_report(path: Path, format: str = FORMAT) -> bool:
+    """Whether a file is a report of that format, as an earlier run has written it."""
+    try:
+        document: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == format
 
 
 @dataclass(frozen=True)

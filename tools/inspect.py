@@ -12,7 +12,7 @@ from typing import Any, cast
 from ..engines.audit import Audit
 from ..engines.base import audit_path
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
-from ..engines.publish import read_record
+from ..engines.publish import read_audit, read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
@@ -23,7 +23,6 @@ from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
 from .results import decode_figures
-from .verify import read_audit
 
 VERDICT = "verify.json"
 _VERDICT_KEYS = ("verdict", "windows", "perplexity_ratio", "kl", "top1")

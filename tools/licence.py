@@ -11,9 +11,13 @@ from typing import Any, cast
 import yaml
 
 from ..export.artifact import Artifact
+from ..export.errors import BismoothError
 
 FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _CARD = "README.md"
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*(?: (?:AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]*)*")
+"""An identifier or an expression of SPDX, without parentheses."""
+
 _HEADER = re.compile(r"---\s*\n(.*?\n)---\s*(?:\n|$)", re.DOTALL)
 
 
@@ -38,8 +42,10 @@ def find_licence(artifact: Artifact, stated: str | None = None) -> Licence:
     Looked for in the artifact, and beside the source if that is still there.
 
     Raises:
-        BismoothError: the source is a GGUF file that is damaged.
+        BismoothError: ``stated`` is no identifier, or the source is a GGUF file that is damaged.
     """
+    if stated is not None and not _IDENTIFIER.fullmatch(stated):
+        raise BismoothError(f"--licence {stated!r}: Expected an identifier such as apache-2.0 or 'MIT OR Apache-2.0'.")
     source = _source(artifact)
     folders = [artifact.path]
     if source is not None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engines.bundle import SMALL_BYTES
-from ..engines.bundle_manifest import is_bundle, write_manifest
+from ..engines.bundle import SMALL_BYTES, Bundle
+from ..engines.bundle_manifest import write_manifest
 from ..export.artifact import MANIFEST, Artifact, place_file
 from ..export.errors import BismoothError
 from ..export.folder import new_folder
@@ -93,8 +93,8 @@ def package(
     verdict = read_verdict(loaded)
     found = find_licence(loaded, licence)
     warnings += _doubts(found, verdict)
-    what = "a bundle of 'bismooth package'"
-    with new_folder(output, what, force=force, replaceable=is_bundle) as folder:
+    what = "a bundle of 'bismooth package' with nothing else in it"
+    with new_folder(output, what, force=force, replaceable=Bundle.is_alone) as folder:
         files = _fill(folder, _plan(loaded, chosen, found), chosen, copy=copies_weights(loaded))
         _trim(folder, chosen, files)
         _share(folder, files)

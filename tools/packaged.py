@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..engines.base import audit_path
+from ..engines.publish import read_audit
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.graph_names import INPUT_IDS, has_caches
@@ -16,7 +17,6 @@ from .hops import FORMAT, HopResult
 from .licence import Licence
 from .meant import engine_source, quantize_stage
 from .shipped import ShippedEngine
-from .verify import read_audit
 
 VERDICT = "verify.json"
 _FIGURES = ("reference_perplexity", "perplexity", "perplexity_ratio", "kl", "top1")

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ..engines.base import BuildResult, Profile, audit_path
 from ..engines.linears import summarize
+from ..engines.publish import read_audit
 from ..engines.tensorrt_runtime import RUNTIMES, load_module
 from ..export.artifact import Artifact, Manifest
 from ..export.hashing import file_sha256
@@ -21,7 +22,6 @@ from ..passes.recipe import Recipe
 from .meant import quantize_stage, statistics_record
 from .results import BuildStageResult
 from .shipped import ShippedEngine
-from .verify import read_audit
 
 _ENGINE_PACKAGES = frozenset({"tensorrt", "tensorrt-rtx-cu12"})
 """Their versions decide about engines alone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ..export.artifact import Artifact, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
 from ..export.hashing import array_sha256, file_sha256, hashing
-from ..export.replacing import replacing
+from ..export.replacing import check_replaceable, replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import WALLS, Recipe
 from . import console
 from .exporting import copies_weights, export, export_module
+from .hops import is_report
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
 from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
-from .verify import VerifyResult, check_gates, find_hops, is_report, verify_artifact
+from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
 if TYPE_CHECKING:
     from ..calibrators.statistics import Statistics
@@ -381,12 +382,4 @@ def check_length(artifact: Artifact, length: int) -> None:
     if most is not None and length > most:
         raise BismoothError(
             f"--length {length}: the model has {most} positions (max_position_embeddings). Choose {most} or less."
-        )
-
-
-def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
-    """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
-    if path.is_file() and not is_one(path):
-        raise BismoothError(
-            f"{path}: exists and is not {what}, so it is not replaced. Choose another place with --output."
         )

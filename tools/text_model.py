@@ -18,7 +18,7 @@ from ..engines.bundle_choice import choose_engine
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
 from ..engines.chat import ChatTemplate, Message, read_json, special_tokens
 from ..engines.decoder import Decoder
-from ..export.artifact import Artifact
+from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from . import console
 from .engine_folder import engine_file, engine_folders, engine_of
@@ -118,7 +118,8 @@ def _opening_of_bundle(bundle: Bundle) -> Opening:
     def opening(threads: int | None) -> Decoder:
         with bundle.hashing(choice.engine) as check, ExitStack() as stack:
             file = bundle.path / choice.engine.file
-            decoder = stack.enter_context(_open(bundle.path, choice.engine.runtime, file, threads))
+            engine = choice.engine
+            decoder = stack.enter_context(_open(bundle.path, engine.runtime, file, threads, engine.capacity))
             check()
             stack.pop_all()
         return decoder
@@ -126,7 +127,8 @@ def _opening_of_bundle(bundle: Bundle) -> Opening:
     return opening
 
 
-def _open(path: Path, engine: str, file: Path, threads: int | None) -> Decoder:
+def _open(path: Path, engine: str, file: Path, threads: int | None, capacity: int | None = None) -> Decoder:
+    """``capacity`` is that of a bundle's engine, beside which no manifest tells it."""
     if engine not in DECODERS:
         raise BismoothError(
             f"{path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
@@ -136,7 +138,7 @@ def _open(path: Path, engine: str, file: Path, threads: int | None) -> Decoder:
         raise BismoothError(f"--threads: has no effect: {path} runs on a GPU. Leave it out.")
     module, name = DECODERS[engine]
     decoder: Any = getattr(importlib.import_module(f"..engines.{module}", __package__), name)
-    options = {"threads": threads} if engine in _ON_CPU else {}
+    options = {"threads": threads, "capacity": capacity} if engine in _ON_CPU else {}
     return decoder(file, **options)
 
 
@@ -168,6 +170,17 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def engine_folder(path: Path) -> Artifact:
+    """The engine folder at ``path``.
+
+    Raises:
+        BismoothError: it is none.
+    """
+    if not (path / MANIFEST).is_file():
+        what = "is not an engine folder or a bundle" if path.exists() else "does not exist"
+        raise BismoothError(
+            f"{path}: {what}. Expected one of the folders that 'bismooth build' makes in ART/engines, or what "
+            "'bismooth package' makes."
+        )
     folder = Artifact.load(path)
     if folder.manifest.kind != "engine":
         engines = ", ".join(map(str, engine_folders(folder))) or "none; run 'bismooth build' first"

@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 from onnx import TensorProto
 
 from ..engines.base import audit_path
-from ..engines.publish import publish, read_record
+from ..engines.publish import publish, read_audit, read_record
 from ..export.external_data import Extent, check_locations, external_tensors, find_extent, find_locations, load_model
 from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
-from .verify import read_audit
 
 _WORTH = 0.1
 """Share of a file that has to be unread: below it, a link that takes no space is worth more."""

@@ -5,19 +5,18 @@ Each hop compares two programs on the same token windows, one window at a time.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from ..engines.audit import Audit
 from ..engines.base import audit_path
 from ..engines.onnxruntime import Session
+from ..engines.publish import read_audit
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.graph_names import has_caches
@@ -26,11 +25,11 @@ from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter
 from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
 from .decoding import common_prefix, cut_prompts, greedy, stepwise_logits
-from .hops import FORMAT, HopResult, Judge, VerifyResult
+from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .shipped import find_engines
 
-__all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "read_audit", "verify_artifact"]
+__all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "verify_artifact"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,15 +82,6 @@ def verify_artifact(
     return VerifyResult(
         artifact.path, len(ids), ids.shape[1], results, gates, layers, engine_source(artifact), tools=tool_versions()
     )
-
-
-def is_report(path: Path, format: str = FORMAT) -> bool:
-    """Whether a file is a report of that format, as an earlier run has written it."""
-    try:
-        document: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == format
 
 
 def find_hops(artifact: Artifact, hops: Sequence[Hop] = ()) -> list[Hop]:
@@ -372,15 +362,3 @@ def _failures(hop: Hop, track: Track) -> list[str]:
 def _renamed(figures: Figures, names: Mapping[str, str]) -> Figures:
     """Figures under the names of their gates."""
     return {gate: figures[name] for gate, name in names.items() if name in figures}
-
-
-def read_audit(path: Path) -> Audit:
-    """The audit beside an engine.
-
-    Raises:
-        BismoothError: the file cannot be read.
-    """
-    try:
-        return Audit.from_json(json.loads(path.read_text("utf-8"))["audit"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BismoothError(f"{path}: not an audit file: {error}. Build the engine again.") from error

@@ -204,4 +204,4 @@ def test_a_prompt_that_does_not_fit_is_bad_input(run: Run) -> None:
 def test_an_empty_prompt_is_bad_input(run: Run) -> None:
     status, _, err = run(NumpyDecoder(6), "--prompt", "", "--no-chat")
     assert status == 2
-    assert "error: generate: prompt 0 has no tokens." in err
+    assert "error: generate: prompt 1 has no tokens." in err

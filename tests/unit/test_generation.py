@@ -140,10 +140,10 @@ def test_samples_are_those_of_the_seed() -> None:
     ("prompts", "message"),
     [
         ([], "generate: Expected one or more prompts, got none."),
-        ([[1], []], "generate: prompt 1 has no tokens. Expected some text"),
+        ([[1], []], "generate: prompt 2 has no tokens. Expected some text"),
         (
             [[1, 11]],
-            "generate: prompt 0 has the token 11, but the model knows 11. Expected the tokenizer of the model.",
+            "generate: prompt 1 has the token 11, but the model knows 11. Expected the tokenizer of the model.",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,3 +108,15 @@ def test_a_gguf_file(source: Path, tmp_path: Path) -> None:
     path.write_bytes(b"no GGUF")
     with pytest.raises(BismoothError, match=r"model\.gguf"):
         find_licence(artifact_of(path, {"model.gguf": 7}, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("stated", ["", "not a licence!!", "mit\nfoo: bar", " mit"])
+def test_what_is_no_identifier_is_refused(source: Path, tmp_path: Path, stated: str) -> None:
+    message = f"--licence {stated!r}: Expected an identifier such as apache-2.0 or 'MIT OR Apache-2.0'."
+    with pytest.raises(BismoothError, match=re.escape(message)):
+        find_licence(artifact_of(source, {}, tmp_path / "art"), stated)
+
+
+def test_expressions_are_identifiers(source: Path, tmp_path: Path) -> None:
+    artifact = artifact_of(source, {}, tmp_path / "art")
+    assert find_licence(artifact, "GPL-2.0-only WITH Classpath-exception-2.0 OR MIT").id is not None

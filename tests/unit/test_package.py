@@ -332,14 +332,15 @@ def test_only_a_bundle_is_replaced(artifact: Path, tmp_path: Path) -> None:
     package(artifact, tmp_path / "bundle")
     with pytest.raises(BismoothError, match=r"bundle: already exists\. Choose another output folder, or pass --force"):
         package(artifact, tmp_path / "bundle")
-    (tmp_path / "bundle/stray").touch()
+    (tmp_path / "bundle/config.json").unlink()
     package(artifact, tmp_path / "bundle", force=True)
-    assert not (tmp_path / "bundle/stray").exists()
-    for output in (artifact, artifact / "engines"):
-        with pytest.raises(
-            BismoothError, match=r"exists and is not a bundle of 'bismooth package', so --force does not"
-        ):
+    assert (tmp_path / "bundle/config.json").exists()
+    (tmp_path / "bundle/stray").touch()
+    message = r"exists and is not a bundle of 'bismooth package' with nothing else in it, so --force does not"
+    for output in (artifact, artifact / "engines", tmp_path / "bundle"):
+        with pytest.raises(BismoothError, match=message):
             package(artifact, output, force=True)
+    assert (tmp_path / "bundle/stray").exists()
 
 
 def test_inspect(artifact: Path, tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ def test_an_engine_folder_is_opened_and_closed(tmp_path: Path, monkeypatch: pyte
     opened = run_on(decoder, monkeypatch)
     path = words_engine(tmp_path / "engine", files={"config.json": {"eos_token_id": 4}})
     with open_text_model(path, 3) as model:
-        assert opened == [(path / "model.onnx", 3)]
+        assert opened == [(path / "model.onnx", 3, None)]
         assert (model.decoder, model.stop, model.path) == (decoder, {4}, path)
         assert model.encode("red blue") == [1, 3]
         assert model.encode_chat([{"role": "user", "content": "green"}]) == [5, 2, 4, 5]
         assert not decoder.is_closed
     assert decoder.is_closed
     assert open_decoder(path) is decoder
-    assert opened[1:] == [(path / "model.onnx", None)]
+    assert opened[1:] == [(path / "model.onnx", None, None)]
 
 
 def test_a_bundle_is_opened_with_its_best_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_bundle_is_opened_with_its_best_engine(tmp_path: Path, monkeypatch: py
     files = {**FILES, "tokenizer.json": toy.words().to_str().encode(), "config.json": b'{"eos_token_id": 4}'}
     path = make_bundle(tmp_path / "bundle", files)
     with open_text_model(path, 3) as model:
-        assert opened == [(path / "engines/onnxruntime/model.onnx", 3)]
+        assert opened == [(path / "engines/onnxruntime/model.onnx", 3, 64)]
         assert (model.decoder, model.stop, model.path) == (decoder, {4}, path)
         assert not decoder.is_closed
     assert decoder.is_closed
@@ -134,8 +134,10 @@ def test_an_artifact_is_no_engine_but_may_have_some(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(BismoothError, match=r"not a bismooth artifact: there is no bismooth\.json"):
-        open_decoder(tmp_path)
+    advice = r"Expected one of the folders that 'bismooth build' makes in ART/engines, or what 'bismooth package' makes"
+    for path, what in ((tmp_path, "is not an engine folder or a bundle"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(BismoothError, match=rf"^{path}: {what}\. {advice}\.$"):
+            open_decoder(path)
 
 
 def test_without_a_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

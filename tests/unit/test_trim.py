@@ -11,11 +11,10 @@ import pytest
 from bismooth.engines.base import BuildRequest, audit_path
 from bismooth.engines.onnxruntime import Session
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
-from bismooth.engines.publish import read_record
+from bismooth.engines.publish import read_audit, read_record
 from bismooth.export.external_data import load_model, weight_files
 from bismooth.export.hashing import file_sha256
 from bismooth.tools.trim import trim_weights
-from bismooth.tools.verify import read_audit
 from tests.quantized import make, save
 
 SIZE = 256

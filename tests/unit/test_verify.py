@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from bismooth.engines.publish import read_audit
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import comparison
 from bismooth.tools.comparison import Features, WindowFile
 from bismooth.tools.hops import HopResult, Judge, VerifyResult
-from bismooth.tools.verify import read_audit
 
 DOCS = Path(__file__).parents[2] / "docs"
 IDS = np.arange(4)
