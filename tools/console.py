@@ -55,13 +55,15 @@ def show_json(document: Mapping[str, Any]) -> None:
     write(json_text(document))
 
 
-def write(text: str) -> None:
-    """Write ``text`` to stdout, at once. Goes on if nobody reads it any more."""
+def write(text: str) -> bool:
+    """Write ``text`` to stdout, at once; False if nobody reads it any more. What is written after that is dropped."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         _drop(sys.stdout)
+        return False
+    return True
 
 
 class _Console(Console):

@@ -17,7 +17,8 @@ from ..export.errors import BismoothError
 from . import console
 from .text_model import TextModel, open_text_model
 
-Write = Callable[[str], None]
+Write = Callable[[str], bool | None]
+"""Takes text; returns False if nobody reads it any more."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,16 @@ def generate(
 def stream_text(generation: Generation, tokenizer: Tokenizer, stop: Sequence[str], write: Write | None) -> list[str]:
     """The text of each row. That of the only one goes to ``write`` as it is made; without ``write`` progress is shown.
 
-    Ctrl-C ends the generation.
+    Ctrl-C ends the generation, and so does a reader of the text who goes away.
     """
     rows = [_RowText(tokenizer, stop) for _ in generation.rows]
     emit: Write = write or (lambda _: None)
     try:
         for made in _shown(generation, streams=write is not None):
             for row, token in made.items():
-                emit(rows[row].push(token))
-                if rows[row].found:
+                if emit(rows[row].push(token)) is False:
+                    generation.interrupt()
+                elif rows[row].found:
                     generation.stop(row)
     except KeyboardInterrupt:
         generation.interrupt()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bismooth.engines.generation import Ended
 from bismooth.engines.sampling import Sampling
 from bismooth.export.errors import BismoothError
 from bismooth.tools import console
@@ -176,6 +177,20 @@ def test_an_interrupt_keeps_what_was_written(run: Run) -> None:
     status, out, err = run(InterruptedDecoder(6, [1, 2, 3], last=2), "--prompt", "red")
     assert (status, out) == (130, "red green\n")
     assert re.fullmatch(rf"load the engine\n{RATES}; ended: interrupted\n", err)
+
+
+def test_a_reader_who_goes_away_ends_the_text(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_on(ScriptedDecoder(6, [1, 2, 3]), monkeypatch)
+    written: list[str] = []
+
+    def write(text: str) -> bool:
+        written.append(text)
+        return len(written) < 2
+
+    result = generate(words, ["red"], write=write)
+    assert written[:2] == ["red", " green"]
+    assert result.continuations[0].ended is Ended.INTERRUPTED
+    assert result.continuations[0].tokens == 2
 
 
 def test_an_interrupted_batch_is_written_as_far_as_it_is(run: Run) -> None:
