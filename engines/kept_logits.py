@@ -6,7 +6,7 @@ small model's time, and the logits of all positions of a prompt are the largest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -61,8 +61,16 @@ def _find_place(graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
         tail.append(node)
         frontier = (frontier - set(node.output)) | varying.intersection(node.input)
         if len(frontier) == 1 and any(node.op_type in _PRODUCTS for node in tail):
-            return frontier.pop(), tail
+            return (frontier.pop(), tail) if _is_apart(graph, tail) else (LOGITS, [])
     return LOGITS, []
+
+
+def _is_apart(graph: onnx.GraphProto, tail: Sequence[onnx.NodeProto]) -> bool:
+    """Whether nothing but the logits comes of what the nodes in ``tail`` compute."""
+    made = {value for node in tail for value in node.output} - {LOGITS}
+    inside = {node.name for node in tail}
+    read = {value for node in graph.node if node.name not in inside for value in node.input}
+    return made.isdisjoint(read | {value.name for value in graph.output})
 
 
 def _is_over_channels(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:

@@ -216,3 +216,21 @@ def test_heads_of_other_forms(head: str, place: str) -> None:
     assert place in (gather.input[0], gather.output[0])
     result = session(model).run(None, {"x": x, "logits_at": np.array([2, 0])})[0]
     np.testing.assert_array_equal(result, expected[:, [2, 0]])
+
+
+@pytest.mark.parametrize("more", ["float[batch, sequence, 5] product", "float[batch, sequence, 5] other"])
+def test_a_head_whose_values_are_read_elsewhere_keeps_all_positions(more: str) -> None:
+    rng = np.random.default_rng(0)
+    model = make(
+        f"(float[batch, sequence, 4] x) => (float[batch, sequence, 5] logits, {more}) {{"
+        "hidden = Softmax(x) product = MatMul(hidden, w) logits = Mul(product, two) other = Softmax(product) }",
+        w=rng.normal(size=(4, 5)).astype(np.float32),
+        two=np.float32(2),
+    )
+    x = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    logits, others = session(model).run(None, {"x": x})
+    keep_logits(model)
+    check(model)
+    results = session(model).run(None, {"x": x, "logits_at": np.array([2, 0])})
+    np.testing.assert_array_equal(results[0], logits[:, [2, 0]])
+    np.testing.assert_array_equal(results[1], others)
