@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,9 @@ from ..engines.publish import read_audit, read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..export.folder import recover
+from ..export.hashing import file_sha256
 from ..export.safetensors_file import read_header
+from . import console
 from .engine_folder import engine_folders
 from .inspect_bundle import inspect_bundle
 from .inspect_onnx import inspect_onnx
@@ -227,7 +230,22 @@ def _engine_folder(artifact: Artifact) -> Inspection:
         raise BismoothError(f"{artifact.path}: the engine has no audit beside it. Build the engine again.")
     document = {"path": str(artifact.path), "kind": "engine", "model": artifact.manifest.architecture}
     name = audits[0].name.removesuffix(".audit.json")
-    return _engine(document, artifact.path / f"{name}.engine", artifact.manifest.tools)
+    found = _engine(document, artifact.path / f"{name}.engine", artifact.manifest.tools)
+    file = next(path for path in artifact.path.glob(f"{name}.*") if path.suffix in (".engine", ".onnx"))
+    return replace(found, failures=_damage(artifact, {file.name: found.document["engine"]["sha256"]}))
+
+
+def _damage(artifact: Artifact, more: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence for each file whose content is not the one on record. All that are on record are read."""
+    hashes = {**artifact.manifest.hashes, **more}
+    changed: list[str] = []
+    with console.progress() as progress:
+        for number, (name, expected) in enumerate(hashes.items(), 1):
+            if (got := file_sha256(artifact.path / name)) != expected:
+                path = artifact.path / name
+                changed.append(f"{path}: expected SHA-256 {expected}, got {got}. Build the engine again.")
+            progress("hash files", number, len(hashes))
+    return tuple(changed)
 
 
 def _engine(document: Mapping[str, Any], file: Path, tools: Mapping[str, str] | None = None) -> Inspection:

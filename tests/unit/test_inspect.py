@@ -15,8 +15,9 @@ from bismooth.calibrators.writer import StatisticsWriter
 from bismooth.engines.audit import Audit, Figures
 from bismooth.engines.base import BuildRequest, EngineRecord
 from bismooth.engines.publish import publish, read_record
-from bismooth.export.artifact import Manifest, write_manifest
+from bismooth.export.artifact import FileRecord, Manifest, write_manifest
 from bismooth.export.errors import BismoothError
+from bismooth.export.hashing import file_sha256
 from bismooth.export.safetensors_file import SafetensorsWriter
 from bismooth.tools.engine_folder import engine_file
 from bismooth.tools.engines import find_builder
@@ -107,6 +108,20 @@ def test_an_engine_file_is_known_by_its_audit(tmp_path: Path) -> None:
     (folder / "model.audit.json").unlink()
     with pytest.raises(BismoothError, match=r"there is no model\.audit\.json beside it"):
         inspect_path(folder / "model.engine")
+
+
+def test_a_changed_engine_or_weight_is_named(tmp_path: Path) -> None:
+    folder = built(tmp_path, "null")
+    (folder / "weights.bin").write_bytes(b"weights")
+    record = FileRecord(7, sha256=file_sha256(folder / "weights.bin"))
+    write_manifest(folder, Manifest("engine", {}, {}, files={"weights.bin": record}))
+    assert inspect_path(folder).failures == ()
+    for name in ("weights.bin", "model.engine"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b"?")
+        (failure,) = inspect_path(folder).failures
+        assert re.fullmatch(rf"{folder / name}: expected SHA-256 \w+, got \w+\. Build the engine again\.", failure)
+        (folder / name).write_bytes(content)
 
 
 def test_an_engine_with_caches(tmp_path: Path) -> None:
