@@ -231,7 +231,7 @@ def test_what_cannot_be_compared(made: Made, tmp_path: Path, error: Callable[...
         made.w8a8, same, *data
     )
     assert "Missing argument 'ART'" in error(*data)
-    assert "expected a float or quantized artifact, got a engine one" in error(
+    assert "expected a float or quantized artifact, got an engine one" in error(
         made.w8a8, stages.build(made.w8a8, "null", output=tmp_path / "engine").folder, *data
     )
     other_version = Path(shutil.copytree(made.w8a8, tmp_path / "old"))
