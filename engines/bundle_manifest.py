@@ -48,15 +48,6 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> str:
     return digest
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether the folder has a manifest of that format, of whatever version and state."""
-    try:
-        document: Any = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and cast(dict[str, Any], document).get("format") == FORMAT
-
-
 def _parse(data: bytes) -> dict[str, Any]:
     document = json.loads(data, object_pairs_hook=_distinct)
     if not isinstance(document, dict) or cast(dict[str, Any], document).get("format") != FORMAT:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from bismooth.export.errors import BismoothError
 from bismooth.export.model import export_model
 from bismooth.tools.demo import demo_model
 from tests.models import ARCHITECTURES, VOCAB, exported, positions
@@ -103,3 +104,20 @@ def test_all_tokens_of_a_real_model(tmp_path: Path) -> None:
     logits = decoded_logits(tmp_path / "model.onnx", ids, mask, tokens)
     np.testing.assert_array_equal(logits.argmax(-1).T, tokens)
     assert np.abs(logits - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+def test_a_state_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    config = cast(Any, transformers).MambaConfig(
+        vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4
+    )
+    cast(Any, transformers).MambaForCausalLM(config).save_pretrained(tmp_path / "source")
+    message = r"^MambaForCausalLM: the model keeps no keys and values of attention in a cache\. Export it with --no-kv-"
+    (tmp_path / "artifact").mkdir()
+    with pytest.raises(BismoothError, match=message):
+        export_model(tmp_path / "source", tmp_path / "artifact")
+
+
+def test_an_onnx_file_stays_as_it_is(tmp_path: Path) -> None:
+    message = r"model\.onnx: --kv-cache and --no-kv-cache have no effect on an ONNX file\. Leave the option out\.$"
+    with pytest.raises(BismoothError, match=message):
+        export_model(exported("llama").graph, tmp_path, kv_cache=False)

@@ -12,7 +12,7 @@ import pytest
 
 from bismooth.engines import bundle as module
 from bismooth.engines.bundle import Bundle, BundledEngine
-from bismooth.engines.bundle_manifest import MANIFEST, is_bundle, read_manifest, write_manifest
+from bismooth.engines.bundle_manifest import MANIFEST, read_manifest, write_manifest
 from bismooth.export.errors import BismoothError
 from tests.bundles import FILES, engine, forge, make_bundle, manifest, record
 
@@ -290,16 +290,18 @@ def test_no_bundle(tmp_path: Path) -> None:
         BismoothError, match=r"not a bundle: there is no bundle\.json\. Expected a folder of 'bismooth p"
     ):
         Bundle.load(tmp_path)
-    assert not is_bundle(tmp_path)
+    assert not Bundle.is_alone(tmp_path)
     for text in ("", "[]", "{}"):
         (tmp_path / MANIFEST).write_text(text)
-        assert not is_bundle(tmp_path)
+        assert not Bundle.is_alone(tmp_path)
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     digest = write_manifest(tmp_path, manifest())
     assert read_manifest(tmp_path) == {"format": "bismooth-bundle", "version": 1, **manifest(), "sha256": digest}
-    assert is_bundle(tmp_path)
+    assert Bundle.is_alone(tmp_path)
+    (tmp_path / "more").touch()
+    assert not Bundle.is_alone(tmp_path)
     assert re.fullmatch("[0-9a-f]{64}", digest)
     with pytest.raises(ValueError, match="'name' is a required property"):
         write_manifest(tmp_path, {key: value for key, value in manifest().items() if key != "name"})

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from bismooth.engines.onnxruntime import Session
+from bismooth.export.artifact import Artifact
 from bismooth.export.graph_names import has_caches
+from bismooth.passes.gates import Gates, Hop
 from bismooth.tools.decoding import common_prefix, cut_prompts, greedy, stepwise_logits
+from bismooth.tools.verify import verify_artifact
 from tests.models import VOCAB, export, exported, make_model
 
 IDS = np.random.default_rng(1).integers(3, VOCAB, (3, 12))
@@ -67,3 +70,10 @@ def test_prompts_are_spread_over_the_windows(count: int, length: int, starts: li
     assert prompts.shape[1] == length
     expected = [window[start : start + length].tolist() for window in windows for start in starts][:count]
     assert prompts.tolist() == expected
+
+
+def test_a_graph_without_a_cache_is_not_judged_on_decoding() -> None:
+    model = exported("bert")
+    result = verify_artifact(Artifact(model.folder, model.manifest), IDS, Gates(), [Hop.DECODE])
+    assert [(hop.verdict, hop.skipped) for hop in result.hops] == [("skipped", "the graph has no cache")]
+    assert result.failures == ("no hop was judged: decode: the graph has no cache.",)
