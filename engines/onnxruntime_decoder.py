@@ -59,7 +59,7 @@ class OnnxRuntimeDecoder:
         self._session = Session(engine, threads=threads, spinning=True)
         try:
             self._run = _runner(self._session, self.capacity)
-        except BaseException:
+        except BaseException:  # an interrupt too: the graph's weights are not the garbage collector's to free
             self._session.close()
             raise
 

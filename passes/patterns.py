@@ -7,6 +7,7 @@ import numpy as np
 
 from ._gs import Array, Dim, Graph, Node, Tensor, import_domain, make_constant, make_node, make_variable
 from .graph import Index
+from .linears import unique
 
 CONTRIB = "com.microsoft"
 """ONNX Runtime's own operators."""
@@ -20,12 +21,9 @@ class Names:
 
     def new(self, name: str) -> str:
         """The name, with a number behind it if a node or a value has it."""
-        candidate, suffix = name, 0
-        while candidate in self._taken:
-            suffix += 1
-            candidate = f"{name}_{suffix}"
-        self._taken.add(candidate)
-        return candidate
+        free = unique(name, self._taken)
+        self._taken.add(free)
+        return free
 
     def beside(self, node: Node, op: str) -> str:
         """A name for a node of the same module: ``model.layers.0/Add`` gives ``model.layers.0/Mul``."""
