@@ -127,10 +127,16 @@ def temporary(target: Path, make: Callable[[Path], None]) -> Generator[Path]:
         os.close(lock)
 
 
-def flush(file: Path) -> None:
-    """Write through to disk before a rename: a power failure must not keep the name and lose the bytes."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def flush(path: Path) -> None:
+    """Write through to disk before a rename: a power failure must not keep the name and lose the bytes.
+
+    Of a folder, the names in it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:
@@ -158,13 +164,14 @@ def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]
         make(path)
         with suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY)
-            if _try_lock(lock) and path.exists():
+            if try_lock(lock) and path.exists():
                 return path, lock
             os.close(lock)
         # another process took it for a leftover before it was locked
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take the lock on an open file until it is closed; False if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -177,7 +184,7 @@ def _try_lock(descriptor: int) -> bool:
 def _remove_leftover(path: Path) -> None:
     with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
-        if _try_lock(descriptor):
+        if try_lock(descriptor):
             _remove(path)
         os.close(descriptor)
 
