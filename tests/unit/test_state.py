@@ -16,7 +16,7 @@ import pytest
 
 from bismooth.export import state as module
 from bismooth.export.errors import BismoothError
-from bismooth.export.state import State, lock_state, open_state, read_units, remove_state, state_folder, target_of
+from bismooth.export.state import State, clear_state, is_running, open_state, read_units, state_folder, target_of
 from bismooth.export.state_registry import registered, registry
 from tests.artifacts import names
 
@@ -168,11 +168,11 @@ def test_two_runs_at_once(target: Path) -> None:
             ):
                 raise AssertionError
         with pytest.raises(BismoothError, match="a running process works on it"):
-            lock_state(state.folder)
+            clear_state(state.folder)
+        assert is_running(state.folder)
         state.record("a", 1)
         assert read_units(state.folder)[0] == {"a": 1}
-    with pytest.raises(FileNotFoundError):
-        lock_state(state.folder)
+    assert not is_running(state.folder)
 
 
 def test_a_state_that_vanishes_while_it_is_locked_is_made_anew(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_a_state_that_vanishes_while_it_is_locked_is_made_anew(target: Path, mon
     def lock(descriptor: int) -> bool:
         calls.append(descriptor)
         if len(calls) == 1:
-            remove_state(folder)
+            module.shutil.rmtree(folder)
         return True
 
     monkeypatch.setattr(module, "try_lock", lock)
