@@ -50,7 +50,8 @@ class State:
         self._units, self._notes = _read_journal(folder)
         self.resumed = len(self._units)
 
-    def __len__(self) -> int:
+    @property
+    def done(self) -> int:
         """Number of units that are done."""
         return len(self._units)
 
@@ -162,11 +163,11 @@ def _kept(state: State, target: Path) -> Generator[None]:
         yield
     except BaseException as error:
         shown = cannot_write(target, error) if isinstance(error, OSError) and is_full(error) else error
-        if not len(state):
+        if not state.done:
             _remove(state.folder)
         else:
             shown.add_note(
-                f"{len(state)} finished units of work are kept in {state.folder}: the same command goes on from there."
+                f"{state.done} finished units of work are kept in {state.folder}: the same command goes on from there."
             )
         if shown is error:
             raise

@@ -47,7 +47,7 @@ def test_a_run_that_ends_leaves_nothing(target: Path) -> None:
     with open_state(target, "quantize", MADE_OF) as state:
         assert state.folder == state_folder(target) == target.parent / ".art.partial"
         assert target_of(state.folder) == target
-        assert (state.resumed, len(state), state.get("a")) == (0, 0, None)
+        assert (state.resumed, state.done, state.get("a")) == (0, 0, None)
         state.record("a", 1)
         (state.folder / "data").write_text("data", "utf-8")
         assert registered() == [state.folder]
@@ -68,14 +68,14 @@ def test_an_interrupted_run_is_continued(target: Path) -> None:
     kept = f"3 finished units of work are kept in {state.folder}: the same command goes on from there."
     assert caught.value.__notes__ == [kept]
     with open_state(target, "quantize", MADE_OF) as state:
-        assert (state.resumed, len(state)) == (3, 3)
+        assert (state.resumed, state.done) == (3, 3)
         assert (state.get("a"), state.get("b"), state.get("c")) == ({"error": 0.1, "list": [1, 2]}, None, "text")
         assert [key in state for key in "abcd"] == [True, True, True, False]
         assert state.progress == ("step", 2, 5)
         assert (state.noted("position"), state.noted("a"), state.get("position")) == (2, None, None)
         assert (state.folder / "data").read_text("utf-8") == "data"
         state.record("d", 4)
-        assert (state.resumed, len(state)) == (3, 4)
+        assert (state.resumed, state.done) == (3, 4)
     assert names(target.parent) == set()
 
 
