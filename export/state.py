@@ -50,7 +50,8 @@ class State:
         self._units, self._notes = _read_journal(folder)
         self.resumed = len(self._units)
 
-    def __len__(self) -> int:
+    @property
+    def done(self) -> int:
         """Number of units that are done."""
         return len(self._units)
 
@@ -81,7 +82,7 @@ class State:
 
     @property
     def progress(self) -> Progress | None:
-        """The step that the run is in, how many of its units are done, and how many there are; None if none was said."""
+        """The step that the run is in, how many of its units are done, and how many there are; None if not said."""
         found = self._notes.get(_PROGRESS)
         return None if found is None else tuple(found)
 
@@ -150,7 +151,7 @@ def open_state(target: Path, stage: str, fingerprint: Mapping[str, Any], *, rest
         state = State(folder, journal)
         with _kept(state, target):
             yield state
-        remove_state(folder)
+        _remove(folder)
     finally:
         os.close(journal)
 
@@ -162,11 +163,11 @@ def _kept(state: State, target: Path) -> Generator[None]:
         yield
     except BaseException as error:
         shown = cannot_write(target, error) if isinstance(error, OSError) and is_full(error) else error
-        if not len(state):
-            remove_state(state.folder)
+        if not state.done:
+            _remove(state.folder)
         else:
             shown.add_note(
-                f"{len(state)} finished units of work are kept in {state.folder}: the same command goes on from there."
+                f"{state.done} finished units of work are kept in {state.folder}: the same command goes on from there."
             )
         if shown is error:
             raise
@@ -198,26 +199,38 @@ def read_units(folder: Path) -> tuple[dict[str, Any], Progress | None]:
     return units, tuple(notes[_PROGRESS]) if _PROGRESS in notes else None
 
 
-def remove_state(folder: Path) -> None:
-    """Delete a state; what cannot be deleted counts no more. The caller holds its lock."""
+def is_running(folder: Path) -> bool:
+    """Whether a process works on it now."""
+    try:
+        os.close(_lock(folder, os.O_RDWR))
+    except BismoothError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def clear_state(folder: Path) -> None:
+    """Delete a state.
+
+    Raises:
+        BismoothError: a running process works on it.
+    """
+    journal = _lock_new(folder)
+    _remove(folder)
+    os.close(journal)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a state whose lock this process holds; what cannot be deleted counts no more."""
     with suppress(OSError):
         (folder / STATE).unlink()
     shutil.rmtree(folder, ignore_errors=True)
     unregister(folder)
 
 
-def lock_state(folder: Path) -> int:
-    """An open descriptor of the journal that holds the lock on the state.
-
-    Raises:
-        FileNotFoundError: there is no state.
-        BismoothError: a running process works on it.
-    """
-    return _lock(folder, os.O_RDWR | os.O_APPEND)
-
-
 def _lock_new(folder: Path) -> int:
-    """The same, of a folder that is made if it is not there."""
+    """An open descriptor of the journal that holds the lock on the state; both are made if they are not there."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the run that held the lock has removed it

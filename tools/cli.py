@@ -24,7 +24,7 @@ from .cli_bench import bench
 from .cli_bundle import package
 from .cli_errors import Interrupted, report
 from .cli_run import generate
-from .cli_show import inspect, recipes
+from .cli_show import cache, inspect, recipes
 from .entry import INTERRUPTED
 
 
@@ -387,5 +387,5 @@ def standin(
     finish(result, as_json)
 
 
-for function in (inspect, package, generate, bench, recipes):
+for function in (inspect, package, generate, bench, recipes, cache):
     command(function)
