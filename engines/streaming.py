@@ -208,14 +208,8 @@ class Streamed:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the symbolic dimensions, in a run of a full batch."""
-        length = self.ids.shape[1]
-        sizes = {
-            **self.dims,
-            BATCH: min(self.batch_size, len(self.ids)),
-            SEQUENCE: length,
-            PAST_LENGTH: 0,
-            TOTAL: length,
-        }
+        count, length = min(self.batch_size, len(self.ids)), self.ids.shape[1]
+        sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
         first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
         for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (count, length), strict=False):
             sizes[dim.dim_param] = size
