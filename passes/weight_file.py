@@ -174,7 +174,7 @@ class _Work:
             output.narrow(writer, name, lambda: [values], name)
         if edit is not None:
             for dtype in output.copies[name]:
-                require_kept(values, edit, dtype, name)
+                require_kept([values.reshape(1, -1)], (1, values.size), edit, dtype, name)
 
     def _require_all(self) -> None:
         written = [name for linear in self.quantized for name in self.quantize.writes(linear)]
