@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..export.placed_tensors import PlacedTensors
-from ..export.replacing import replacing
+from ..export.replacing import link_or_move, replacing
 from ..export.safetensors_file import TensorEntry
 from ._gs import Graph, Tensor, make_external, read, shape_of
 from .executor import LOCAL, Executor, each
@@ -70,10 +69,7 @@ class WeightFile:
                 yield path
             return
         yield self.grown
-        try:
-            os.link(self.grown, self.path)
-        except OSError:
-            self.grown.replace(self.path)
+        link_or_move(self.grown, self.path)
 
     def place(self, graph: Graph) -> None:
         """Point the graph's initializers that are tensors of the file at their bytes."""

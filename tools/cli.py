@@ -96,7 +96,10 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text, budget = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."), o.parse_memory(memory)
+    text, budget = (
+        o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."),
+        o.parse_memory(memory),
+    )
     from . import stages
 
     console.show_progress(not quiet)
@@ -128,6 +131,7 @@ def quantize(
     alpha: o.Alpha = None,
     max_share: o.MaxShare = None,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -148,6 +152,7 @@ def quantize(
         alpha=alpha,
         max_share=max_share,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 
@@ -288,6 +293,7 @@ def compile_(
     trust_remote_code: o.TrustRemoteCode = False,
     copy_weights: o.CopyWeights = False,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -329,6 +335,7 @@ def compile_(
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 
