@@ -131,6 +131,7 @@ def quantize(
     alpha: o.Alpha = None,
     max_share: o.MaxShare = None,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -151,6 +152,7 @@ def quantize(
         alpha=alpha,
         max_share=max_share,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 
@@ -295,6 +297,7 @@ def compile_(
     trust_remote_code: o.TrustRemoteCode = False,
     copy_weights: o.CopyWeights = False,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -336,6 +339,7 @@ def compile_(
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 
