@@ -51,6 +51,19 @@ def replacing(path: Path) -> Generator[Path]:
             raise  # another file, which the block reads
 
 
+def put_in_place(source: Path, path: Path) -> None:
+    """Let the finished file ``source``, on the same file system, take the place of ``path`` as :func:`replacing` does.
+
+    Raises:
+        BismoothError: as :func:`replacing`.
+    """
+    with replacing(path) as temporary:
+        if temporary.is_file():
+            source.replace(temporary)
+        else:
+            shutil.copyfile(source, temporary)
+
+
 def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
     """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
     if path.is_file() and not is_one(path):

@@ -22,7 +22,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from .difference import difference
 from .errors import BismoothError
@@ -31,6 +31,8 @@ from .state_registry import register, unregister
 
 STATE = "state.json"
 JOURNAL = "journal.jsonl"
+_PROGRESS = "progress"
+Progress: TypeAlias = tuple[str, int, int]
 
 
 class State:
@@ -48,29 +50,41 @@ class State:
         self._units, self._notes = _read_journal(folder)
         self.resumed = len(self._units)
 
-    def __len__(self) -> int:
+    @property
+    def done(self) -> int:
         """Number of units that are done."""
         return len(self._units)
 
     def get(self, key: str) -> Any:
-        """The value of a unit that is done, as JSON gives it back (lists for tuples); None if it is not."""
+        """The value of a unit that is done, as JSON gives it back (lists for tuples); None if it is not done."""
         return self._units.get(key)
 
-    def record(self, key: str, value: Any) -> None:
-        """A unit is done, and its data are on disk (``os.fsync``).
+    def __contains__(self, key: str) -> bool:
+        """Whether a unit is done."""
+        return key in self._units
 
-        When this returns, the line is on disk as well.
+    def record(self, key: str, value: Any, progress: Progress | None = None) -> None:
+        """A unit is done, and its data are on disk (``os.fsync``). When this returns, the line is on disk as well.
 
         Args:
             key: names the unit.
-            value: what came out: plain data other than None.
+            value: what came out, as plain data.
+            progress: how far the run is, for people: see :attr:`progress`.
         """
-        self.record_all({key: value})
+        self.record_all({key: value}, progress)
 
-    def record_all(self, units: Mapping[str, Any]) -> None:
+    def record_all(self, units: Mapping[str, Any], progress: Progress | None = None) -> None:
         """:meth:`record` several units at once: it takes as long as one."""
-        self._append([{"key": key, "value": value} for key, value in units.items()])
+        notes = {} if progress is None else {_PROGRESS: progress}
+        self._append([*({"key": k, "value": v} for k, v in units.items()), *_lines(notes)])
         self._units.update(units)
+        self._notes.update(notes)
+
+    @property
+    def progress(self) -> Progress | None:
+        """The step that the run is in, how many of its units are done, and how many there are; None if not said."""
+        found = self._notes.get(_PROGRESS)
+        return None if found is None else tuple(found)
 
     def noted(self, key: str) -> Any:
         """What :meth:`note` said last of ``key``, or None."""
@@ -78,7 +92,7 @@ class State:
 
     def note(self, key: str, value: Any) -> None:
         """Keep plain data that are no unit of work, in place of what was noted of ``key`` before."""
-        self._append([{"note": key, "value": value}])
+        self._append(_lines({key: value}))
         self._notes[key] = value
 
     def _append(self, entries: list[dict[str, Any]]) -> None:
@@ -92,6 +106,10 @@ class State:
             except OSError:
                 os.ftruncate(self._journal, end)  # nothing may follow half a line
                 raise
+
+
+def _lines(notes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"note": key, "value": value} for key, value in notes.items()]
 
 
 def state_folder(target: Path) -> Path:
@@ -133,7 +151,7 @@ def open_state(target: Path, stage: str, fingerprint: Mapping[str, Any], *, rest
         state = State(folder, journal)
         with _kept(state, target):
             yield state
-        remove_state(folder)
+        _remove(folder)
     finally:
         os.close(journal)
 
@@ -145,11 +163,11 @@ def _kept(state: State, target: Path) -> Generator[None]:
         yield
     except BaseException as error:
         shown = cannot_write(target, error) if isinstance(error, OSError) and is_full(error) else error
-        if not len(state):
-            remove_state(state.folder)
+        if not state.done:
+            _remove(state.folder)
         else:
             shown.add_note(
-                f"{len(state)} finished units of work are kept in {state.folder}: the same command goes on from there."
+                f"{state.done} finished units of work are kept in {state.folder}: the same command goes on from there."
             )
         if shown is error:
             raise
@@ -171,35 +189,48 @@ def read_state(folder: Path) -> dict[str, Any]:
     return document
 
 
-def read_units(folder: Path) -> dict[str, Any]:
-    """The units that the journal lists, with their values.
+def read_units(folder: Path) -> tuple[dict[str, Any], Progress | None]:
+    """The units that the journal lists, with their values, and :attr:`State.progress`.
 
     Raises:
         BismoothError: it is damaged.
     """
-    return _read_journal(folder)[0]
+    units, notes = _read_journal(folder)
+    return units, tuple(notes[_PROGRESS]) if _PROGRESS in notes else None
 
 
-def remove_state(folder: Path) -> None:
-    """Delete a state; what cannot be deleted counts no more. The caller holds its lock."""
+def is_running(folder: Path) -> bool:
+    """Whether a process works on it now."""
+    try:
+        os.close(_lock(folder, os.O_RDWR))
+    except BismoothError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def clear_state(folder: Path) -> None:
+    """Delete a state.
+
+    Raises:
+        BismoothError: a running process works on it.
+    """
+    journal = _lock_new(folder)
+    _remove(folder)
+    os.close(journal)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a state whose lock this process holds; what cannot be deleted counts no more."""
     with suppress(OSError):
         (folder / STATE).unlink()
     shutil.rmtree(folder, ignore_errors=True)
     unregister(folder)
 
 
-def lock_state(folder: Path) -> int:
-    """An open descriptor of the journal that holds the lock on the state.
-
-    Raises:
-        FileNotFoundError: there is no state.
-        BismoothError: a running process works on it.
-    """
-    return _lock(folder, os.O_RDWR | os.O_APPEND)
-
-
 def _lock_new(folder: Path) -> int:
-    """The same, of a folder that is made if it is not there."""
+    """An open descriptor of the journal that holds the lock on the state; both are made if they are not there."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the run that held the lock has removed it

@@ -16,7 +16,7 @@ import pytest
 
 from bismooth.export import state as module
 from bismooth.export.errors import BismoothError
-from bismooth.export.state import State, lock_state, open_state, read_units, remove_state, state_folder, target_of
+from bismooth.export.state import State, clear_state, is_running, open_state, read_units, state_folder, target_of
 from bismooth.export.state_registry import registered, registry
 from tests.artifacts import names
 
@@ -47,7 +47,7 @@ def test_a_run_that_ends_leaves_nothing(target: Path) -> None:
     with open_state(target, "quantize", MADE_OF) as state:
         assert state.folder == state_folder(target) == target.parent / ".art.partial"
         assert target_of(state.folder) == target
-        assert (state.resumed, len(state), state.get("a")) == (0, 0, None)
+        assert (state.resumed, state.done, state.get("a")) == (0, 0, None)
         state.record("a", 1)
         (state.folder / "data").write_text("data", "utf-8")
         assert registered() == [state.folder]
@@ -58,7 +58,9 @@ def test_a_run_that_ends_leaves_nothing(target: Path) -> None:
 def test_an_interrupted_run_is_continued(target: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as caught, open_state(target, "quantize", MADE_OF) as state:
         state.record("a", {"error": 0.1, "list": (1, 2)})
-        state.record_all({"b": 0, "c": "text"})
+        assert state.progress is None
+        state.record_all({"b": None, "c": "text"}, progress=("step", 2, 5))
+        assert read_units(state.folder)[1] == state.progress == ("step", 2, 5)
         state.note("position", 1)
         state.note("position", 2)
         (state.folder / "data").write_text("data", "utf-8")
@@ -66,12 +68,14 @@ def test_an_interrupted_run_is_continued(target: Path) -> None:
     kept = f"3 finished units of work are kept in {state.folder}: the same command goes on from there."
     assert caught.value.__notes__ == [kept]
     with open_state(target, "quantize", MADE_OF) as state:
-        assert (state.resumed, len(state)) == (3, 3)
-        assert (state.get("a"), state.get("b"), state.get("c")) == ({"error": 0.1, "list": [1, 2]}, 0, "text")
+        assert (state.resumed, state.done) == (3, 3)
+        assert (state.get("a"), state.get("b"), state.get("c")) == ({"error": 0.1, "list": [1, 2]}, None, "text")
+        assert [key in state for key in "abcd"] == [True, True, True, False]
+        assert state.progress == ("step", 2, 5)
         assert (state.noted("position"), state.noted("a"), state.get("position")) == (2, None, None)
         assert (state.folder / "data").read_text("utf-8") == "data"
         state.record("d", 4)
-        assert (state.resumed, len(state)) == (3, 4)
+        assert (state.resumed, state.done) == (3, 4)
     assert names(target.parent) == set()
 
 
@@ -105,7 +109,7 @@ def test_a_run_with_another_result_is_refused(
         f"{folder}: an unfinished run is there, which would come out differently: {difference}. Expected the same "
         "input, options and code. Choose another output, or pass --restart to discard that run."
     )
-    assert read_units(folder) == {"a": 1}
+    assert read_units(folder)[0] == {"a": 1}
     with open_state(target, stage, made_of, restart=True) as state:
         assert state.resumed == 0
         assert names(folder) == {"state.json", "journal.jsonl"}
@@ -126,7 +130,7 @@ def test_a_line_that_was_cut_off_is_no_unit(target: Path, cut: int) -> None:
     journal = folder / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-cut])
     leave(target, {"c": 3})
-    assert read_units(folder) == {"a": 1, "c": 3}
+    assert read_units(folder)[0] == {"a": 1, "c": 3}
 
 
 @pytest.mark.parametrize(
@@ -164,11 +168,11 @@ def test_two_runs_at_once(target: Path) -> None:
             ):
                 raise AssertionError
         with pytest.raises(BismoothError, match="a running process works on it"):
-            lock_state(state.folder)
+            clear_state(state.folder)
+        assert is_running(state.folder)
         state.record("a", 1)
-        assert read_units(state.folder) == {"a": 1}
-    with pytest.raises(FileNotFoundError):
-        lock_state(state.folder)
+        assert read_units(state.folder)[0] == {"a": 1}
+    assert not is_running(state.folder)
 
 
 def test_a_state_that_vanishes_while_it_is_locked_is_made_anew(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +183,14 @@ def test_a_state_that_vanishes_while_it_is_locked_is_made_anew(target: Path, mon
     def lock(descriptor: int) -> bool:
         calls.append(descriptor)
         if len(calls) == 1:
-            remove_state(folder)
+            module.shutil.rmtree(folder)
         return True
 
     monkeypatch.setattr(module, "try_lock", lock)
     with open_state(target, "quantize", MADE_OF) as state:
         assert (len(calls), state.resumed) == (2, 0)
         state.record("b", 2)
-        assert read_units(folder) == {"b": 2}
+        assert read_units(folder)[0] == {"b": 2}
 
 
 def test_a_link_to_the_target_and_the_target_have_one_state(target: Path) -> None:
@@ -222,7 +226,7 @@ def test_a_full_disk(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"2 finished units of work are kept in {state.folder}: the same command goes on from there."
     ]
     monkeypatch.undo()
-    assert read_units(state.folder) == {"a": 1, "b": 2}
+    assert read_units(state.folder)[0] == {"a": 1, "b": 2}
 
 
 def test_a_target_that_cannot_be_made(tmp_path: Path) -> None:
@@ -246,7 +250,7 @@ def test_lines_of_several_threads_are_whole(target: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert read_units(state.folder) == {f"{number}": number for number in range(200)}
+        assert read_units(state.folder)[0] == {f"{number}": number for number in range(200)}
 
 
 KILLED = """
