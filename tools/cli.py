@@ -96,7 +96,10 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text, budget = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."), o.parse_memory(memory)
+    text, budget = (
+        o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."),
+        o.parse_memory(memory),
+    )
     from . import stages
 
     console.show_progress(not quiet)
@@ -127,6 +130,7 @@ def quantize(
     ] = None,
     alpha: o.Alpha = None,
     max_share: o.MaxShare = None,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     force: o.Force = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
@@ -147,6 +151,7 @@ def quantize(
         statistics=statistics,
         alpha=alpha,
         max_share=max_share,
+        executor=executor,
         force=force,
     )
     finish(result, as_json)
@@ -285,6 +290,7 @@ def compile_(
     capacity: o.Capacity = None,
     gate: o.GateOptions = [],
     allow_float: o.AllowFloat = False,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     trust_remote_code: o.TrustRemoteCode = False,
     copy_weights: o.CopyWeights = False,
     force: o.Force = False,
@@ -326,6 +332,7 @@ def compile_(
         capacity=capacity,
         thresholds=thresholds,
         allow_float=allow_float,
+        executor=executor,
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
         force=force,

@@ -17,6 +17,7 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import WALLS, Recipe
 from . import console
+from .executors import open_executor
 from .exporting import copies_weights, export, export_module
 from .hops import is_report
 from .meant import engine_source, meant_int8, quantize_stage, statistics_record
@@ -104,12 +105,14 @@ def quantize(
     statistics: str | Path | None = None,
     alpha: float | None = None,
     max_share: float | None = None,
+    executor: str = "local",
     force: bool = False,
 ) -> QuantizeStageResult:
-    """Smooth and quantize a float artifact by a recipe.
+    """Smooth and quantize a float artifact by a recipe; ``executor`` as of :func:`.executors.open_executor`.
 
     Raises:
-        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken.
+        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken, or
+            the executor cannot be used.
     """
     from ..calibrators.calibration import StatisticsCalibration
     from ..passes.quantize import WEIGHTS, quantize_graph
@@ -126,7 +129,11 @@ def quantize(
         with hashing(_carry(loaded, folder)) as hashes:
             source, role = loaded.graph("float32"), chosen.compute_dtype.value
             narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
-            result = quantize_graph(source, folder, chosen, calibration, progress, narrow_source=narrow)
+            shared = [*_files(artifact), *_files(folder), *([statistics] if statistics else [])]
+            with open_executor(executor, shared) as opened:
+                result = quantize_graph(
+                    source, folder, chosen, calibration, progress, narrow_source=narrow, executor=opened
+                )
             digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
         loaded.check_files()  # nobody has modified the weights meanwhile
         stage: dict[str, Any] = {
@@ -208,6 +215,10 @@ def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe
     loaded = Statistics.load(path)
     loaded.check_graph(hash_model(artifact.graph("float32")))
     return loaded
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:

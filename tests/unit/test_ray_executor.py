@@ -53,7 +53,11 @@ class Counting(Task):
 
     def __call__(self, _: Named) -> tuple[int, int, set[int]]:
         libraries = threadpoolctl.threadpool_info()
-        return os.getpid(), Counting.unpickled, {each["num_threads"] for each in libraries if each["user_api"] == "blas"}
+        return (
+            os.getpid(),
+            Counting.unpickled,
+            {each["num_threads"] for each in libraries if each["user_api"] == "blas"},
+        )
 
 
 def _count() -> Counting:
@@ -107,7 +111,9 @@ def test_work_that_ends_every_worker_ends_the_run(
     executor: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_executor, "RETRIES", 1)
-    with pytest.raises(BismoothError, match=r"item 3: the workers that worked on it were lost, 2 times: .*\. Look into"):
+    with pytest.raises(
+        BismoothError, match=r"item 3: the workers that worked on it were lost, 2 times: .*\. Look into"
+    ):
         list(executor.map(LosesWorker(Where(), "item 3", tmp_path, times=9), ITEMS))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -202,7 +208,9 @@ def test_a_node_without_this_package_is_refused(cluster: Any, tmp_path: Path) ->
     (tmp_path / "bismooth" / "__init__.py").touch()
     node = add_node(cluster, tmp_path)
     try:
-        with pytest.raises(BismoothError, match=r"node .* cannot run bismooth: .*bismooth\.passes.*\. Install the same"):
+        with pytest.raises(
+            BismoothError, match=r"node .* cannot run bismooth: .*bismooth\.passes.*\. Install the same"
+        ):
             with connect([]):
                 pass
     finally:
@@ -215,7 +223,9 @@ def test_a_node_without_this_package_is_refused(cluster: Any, tmp_path: Path) ->
 def test_a_node_that_does_not_see_a_file_is_refused(tmp_path: Path, path: str, size: int, got: str) -> None:
     (tmp_path / "file").write_text("four", "utf-8")
     expected = {"machine": kind_of_machine(), "files": {str(tmp_path / path): size}}
-    message = f"{tmp_path / path}: is not the same file on node {socket.gethostname()}. Expected 3 bytes, got {got}. Put"
+    message = (
+        f"{tmp_path / path}: is not the same file on node {socket.gethostname()}. Expected 3 bytes, got {got}. Put"
+    )
     with pytest.raises(BismoothError, match=re.escape(message)):
         check_node(expected)
 
