@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -69,7 +70,7 @@ def check_node(expected: Mapping[str, Any]) -> None:
             )
     for path, size in expected["files"].items():
         try:
-            got = f"{os.stat(path).st_size} bytes"
+            got = f"{Path(path).stat().st_size} bytes"
         except OSError as error:
             got = f"'{error.strerror}'"
         if got != f"{size} bytes":

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, no terminal width, repeatable examples; golden files; GPUs, browsers and clusters."""
+"""What every test runs under: no network, no terminal width, repeatable examples; what some ask for."""
 
 from __future__ import annotations
 
@@ -69,13 +69,14 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture(scope="session")
-def _session_cluster() -> Generator[Any]:
+def session_cluster() -> Generator[Any]:
+    """``ray.cluster_utils.Cluster`` on this machine: two nodes of a CPU each, and an idle head."""
     with running_cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture
-def cluster(_session_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``ray.cluster_utils.Cluster`` on this machine, at ``RAY_ADDRESS``: two nodes of a CPU each, and an idle head."""
-    monkeypatch.setenv("RAY_ADDRESS", _session_cluster.address)
-    return _session_cluster
+def cluster(session_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``session_cluster``, at ``RAY_ADDRESS``."""
+    monkeypatch.setenv("RAY_ADDRESS", session_cluster.address)
+    return session_cluster
