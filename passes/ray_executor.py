@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.errors import BismoothError
-from .executor import ItemT, ResultT, Task
+from .executor import LOCAL, ItemT, ResultT, Task
 from .ray_worker import call, check_node, kind_of_machine
 
 RETRIES = 8
@@ -82,9 +82,16 @@ class RayExecutor:
     def map(self, task: Task[ItemT, ResultT], items: Iterable[ItemT], /) -> Iterator[ResultT]:
         """The results, in the order of the items.
 
+        A single item gains nothing by travelling. It is worked on here, and a file that it makes is seen here at once,
+        which NFS does not promise if another machine makes it.
+
         Raises:
             BismoothError: a call raised it, a call was lost :data:`RETRIES` times and once more, or no node is left.
         """
+        listed = list(items)
+        return LOCAL.map(task, listed) if len(listed) == 1 else self._spread(task, listed)
+
+    def _spread(self, task: Task[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
         pickled = pickle.dumps(task)
         digest = hashlib.sha256(pickled).hexdigest()
         shared = self.ray.put((self.expected, pickled))

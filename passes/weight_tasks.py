@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,42 @@ def folded_blocks(
         stop = start + len(block)
         yield block if edit is None else apply_edit(block, edit.of_rows(slice(start, stop)), "NK")
         start = stop
+
+
+class _OnlyWrites:
+    """A task whose result is what it has written."""
+
+    def encode(self, result: None) -> None:
+        """As a JSON value."""
+        return result
+
+    def decode(self, plain: None) -> None:
+        """And back."""
+        return plain
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A file to come: its name, and the name, type and shape of its tensors."""
+
+    name: str
+    tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayOut(_OnlyWrites):
+    """Make a file that tensors can be written to."""
+
+    folder: Path
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "lay out"
+
+    def __call__(self, layout: Layout) -> None:
+        """Make it."""
+        PlacedTensors.create(self.folder / layout.name, layout.tensors)
 
 
 @dataclass(frozen=True)
@@ -208,7 +245,7 @@ class QuantizeLinear:
 
 
 @dataclass(frozen=True, eq=False)
-class StoreFoldedWeight:
+class StoreFoldedWeight(_OnlyWrites):
     """Write the weight of a linear that stays float, with the smoothing factors folded in."""
 
     sources: WeightSources
@@ -237,24 +274,16 @@ class StoreFoldedWeight:
         for dtype in self.output.copies.get(name, ()):
             require_kept(weight, self.sources.edits[linear.weight], dtype, linear.weight)
 
-    def encode(self, result: None) -> None:
-        """As a JSON value."""
-        return result
-
-    def decode(self, plain: None) -> None:
-        """And back."""
-        return plain
-
 
 @dataclass(frozen=True)
 class Initializer:
-    """An initializer of the source."""
+    """An initializer of the source, or a constant that folding made."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
-class CopyNarrow:
+class CopyNarrow(_OnlyWrites):
     """Write the 16-bit copies of an initializer of the source."""
 
     reader: WeightReader
@@ -279,13 +308,40 @@ class CopyNarrow:
         with self.output.tensors.writing(self.writes(initializer)) as writer:
             self.output.narrow(writer, name, lambda: self.reader.pieces(name), name)
 
-    def encode(self, result: None) -> None:
-        """As a JSON value."""
-        return result
 
-    def decode(self, plain: None) -> None:
-        """And back."""
-        return plain
+@dataclass(frozen=True, eq=False)
+class CopyMade(_OnlyWrites):
+    """Write the 16-bit copies of a constant that folding made.
+
+    Attributes:
+        constants: By name, the values with the factors in them, and the factors. They are small.
+        output: The file.
+    """
+
+    constants: Mapping[str, tuple[NDArray[Any], Edit | None]]
+    output: Output
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "store 16-bit constants"
+
+    def writes(self, constant: Initializer) -> list[str]:
+        """Names of the tensors that a call writes."""
+        return self.output.with_copies(constant.name)[1:]
+
+    def __call__(self, constant: Initializer) -> None:
+        """Write them.
+
+        Raises:
+            BismoothError: the constant does not fit into the 16-bit type, or folding made it too small for that.
+        """
+        name, (values, edit) = constant.name, self.constants[constant.name]
+        with self.output.tensors.writing(self.writes(constant)) as writer:
+            self.output.narrow(writer, name, lambda: [values], name)
+        if edit is not None:
+            for dtype in self.output.copies[name]:
+                require_kept(values, edit, dtype, name)
 
 
 def _rows(values: NDArray[Any]) -> Iterator[NDArray[Any]]:

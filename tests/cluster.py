@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +107,7 @@ class LosesWorker(Task):
         folder: Gets a file each time that it happens.
         times: How often it happens.
         node: Whether the node goes as well.
+        driver: The process that must not be lost.
     """
 
     task: Any
@@ -114,11 +115,12 @@ class LosesWorker(Task):
     folder: Path
     times: int = 1
     node: bool = False
+    driver: int = field(default_factory=os.getpid)
 
     def __call__(self, item: Any) -> Any:
         result = self.task(item)
         lost = len(list(self.folder.glob("lost-*")))
-        if item.name == self.victim and lost < self.times:
+        if item.name == self.victim and lost < self.times and os.getpid() != self.driver:
             (self.folder / f"lost-{lost}").touch()
             if self.node:
                 os.kill(os.getppid(), signal.SIGKILL)

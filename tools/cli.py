@@ -132,6 +132,7 @@ def quantize(
     max_share: o.MaxShare = None,
     executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -153,6 +154,7 @@ def quantize(
         max_share=max_share,
         executor=executor,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 
@@ -294,6 +296,7 @@ def compile_(
     trust_remote_code: o.TrustRemoteCode = False,
     copy_weights: o.CopyWeights = False,
     force: o.Force = False,
+    restart: o.Restart = False,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -336,6 +339,7 @@ def compile_(
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
         force=force,
+        restart=restart,
     )
     finish(result, as_json)
 

@@ -68,6 +68,7 @@ def compile(
     trust_remote_code: bool = False,
     copy_weights: bool = False,
     force: bool = False,
+    restart: bool = False,
 ) -> CompileResult:
     """Run all stages: ``output/float`` and ``output/quantized``, with the engines and ``verify.json`` in the latter.
 
@@ -75,7 +76,8 @@ def compile(
     weights alone decide, and nothing is verified.
 
     What an earlier run with the same inputs has left at ``output`` is kept; only verification is always done. What is
-    there and would come out differently is an error before anything is changed, unless ``force`` makes all anew.
+    there and would come out differently is an error before anything is changed, unless ``force`` makes all anew. A
+    stage that was broken off goes on where it was; ``restart`` discards what it has done.
 
     Raises:
         BismoothError: bad input to any stage, an argument without effect, or results of other inputs at ``output``.
@@ -138,9 +140,10 @@ def compile(
             rows=rows,
             seed=seed,
             histograms=chosen.needs_histograms,
+            restart=restart,
         )
     if not is_quantized:
-        stages.quantize(folder, chosen, target, data_free=not data, executor=executor, force=force)
+        stages.quantize(folder, chosen, target, data_free=not data, executor=executor, force=force, restart=restart)
     built = [
         finished.get((engine, group))
         or stages.build(
