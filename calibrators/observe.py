@@ -1,7 +1,6 @@
 """Add statistics to a graph: nodes that reduce each observed activation inside the run, where it is computed.
 
-Every observed value x, flattened to rows [T, K] with channels last, gets the outputs of :class:`Taps`. What nothing
-observed needs is removed, as a rule the last layers' tail and the head.
+Every observed value x, flattened to rows [T, K] with channels last, gets the outputs of :class:`Taps`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..engines.subgraph import cut
 from ..export.errors import BismoothError
 from .histogram import BINS, BINS_PER_OCTAVE, LOWEST
 
@@ -66,15 +64,13 @@ class Taps:
 
 
 def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: bool) -> None:
-    """Replace the outputs of ``model`` by statistics of ``values``, in place.
+    """Give ``model`` further outputs, statistics of its ``values``, in place.
 
     Raises:
-        BismoothError: a value is not in the graph or is not a float tensor.
+        BismoothError: a value is not a float tensor.
     """
-    cut(model, values)
     graph = model.graph
     _check_floats(graph, values)
-    del graph.output[:]
     graph.input.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, ["bismooth::sampled"]))
     graph.input.append(helper.make_tensor_value_info(TOKENS, TensorProto.INT64, [1]))
     added = {value: [*_reductions(value), *(_histogram(value) if histograms else ())] for value in values}

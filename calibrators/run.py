@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.onnxruntime import InMemoryGraph, Session
+from ..engines.pieces import PieceMaker
+from ..engines.streaming import Batch, PieceRun, Streamed, default_batch, find_budget
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
 from ..export.external_data import weight_files
+from ..export.fingerprint import code_sha256
 from ..export.hashing import array_sha256, file_sha256
-from ..export.replacing import replacing
-from ..passes.progress import Progress, silent
+from ..export.replacing import put_in_place
+from ..export.state import open_state
+from ..export.versions import tool_versions
+from ..passes.progress import Counter, Progress, silent
 from .histogram import BINS
 from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
 from .statistics import Provenance, Statistics
 from .writer import StatisticsWriter
 
-_Result = Mapping[str, NDArray[Any]]
+_Result: TypeAlias = Mapping[str, NDArray[Any]]
+Spread: TypeAlias = Callable[["Observe", Iterable[Batch]], Iterator[_Result]]
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
+_FILE, _DONE = "statistics", "segments"
 
 
 @dataclass
@@ -66,61 +73,124 @@ class _Totals:
         self.outlier_peaks = peaks[largest]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The token rows that are kept: their numbers in all windows of ``length`` tokens, ascending."""
+
+    rows: NDArray[np.int64]
+    length: int
+
+    def of(self, batch: Batch) -> slice:
+        """Those of them that a batch has."""
+        first, last = np.searchsorted(self.rows, [batch.start * self.length, batch.stop * self.length])
+        return slice(int(first), int(last))
+
+    def feeds(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """What an instrumented graph is told about a batch."""
+        return {
+            ROWS: self.rows[self.of(batch)] - batch.start * self.length,
+            TOKENS: np.array([(batch.stop - batch.start) * self.length], np.int64),
+        }
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Statistics of a batch of windows in a piece of the graph; a task for an executor."""
+
+    run: PieceRun
+    sample: Sample
+
+    @property
+    def step(self) -> str:
+        return f"observe {self.run.label}"
+
+    def __call__(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        return self.run(batch, self.sample.feeds(batch))
+
+
 def calibrate(
     artifact: Path,
-    values: Sequence[str],
+    values: Mapping[str, int],
     windows: NDArray[np.int64],
     output: Path,
     *,
     graph: str = "model.onnx",
-    batch_size: int = 1,
+    batch_size: int | None = None,
     rows: int = 256,
     seed: int = 0,
     histograms: bool = False,
+    memory: int | None = None,
+    restart: bool = False,
     threads: int | None = None,
+    spread: Spread = map,
     progress: Progress = silent,
 ) -> Statistics:
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
-    The artifact folder is not written to, and memory does not grow with the number of windows. The same windows and
-    batch size give the same bytes; another batch size changes rows by rounding only, and moves single counts between
-    neighbouring bins.
+    The graph runs piece by piece, see :mod:`..engines.streaming`; a run that was broken off goes on behind the last
+    piece that is done. The artifact folder is not written to. The same windows and batch size give the same bytes;
+    another batch size changes rows by rounding only, and moves single counts between neighbouring bins.
 
     Args:
         artifact: folder with the float graph and its weights.
-        values: names of float activations, channels last.
+        values: names of float activations, channels last, with the number of channels.
         windows: token ids [N, L].
         output: statistics file to write.
         graph: file name of the graph.
-        batch_size: windows per run.
+        batch_size: windows per run; by default as many as have :data:`..engines.streaming.BATCH_TOKENS` tokens.
         rows: token rows to keep of each value, drawn from all windows; all of them if there are fewer.
         seed: chooses the rows.
         histograms: count magnitudes, for per-tensor ranges. Costs about a third of the model's own time.
+        memory: bytes that this process may take; most of what the machine has left by default.
+        restart: discard what an earlier run has left.
         threads: threads per operator; one per core by default.
+        spread: runs a task over the batches, and gives the results in their order.
         progress: called with a step's name, how many windows are done, and how many there are.
 
     Raises:
-        BismoothError: a value is unknown or not float, an activation is not finite, the graph cannot be run, or
-            ``output`` cannot be written.
+        BismoothError: a value is unknown or not float, an activation is not finite, the graph cannot be run, the memory
+            is too little for a part of it, what an earlier run has left was made of something else, or ``output``
+            cannot be written.
     """
+    batch_size = default_batch(windows.shape[-1]) if batch_size is None else batch_size
     if not values or windows.ndim != 2 or not windows.size or min(batch_size, rows) < 1:
         raise BismoothError(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
     path = artifact / graph
-    model = load_graph(path)
+    maker = PieceMaker(load_graph(path))
     provenance = provenance_of(path, windows, seed)
-    chosen = sample_rows(windows.size, rows, seed)
-    values = list(dict.fromkeys(values))
-    instrument(model, values, histograms=histograms)
-    observed = InMemoryGraph(str(path), model.SerializeToString(), artifact)
-    with (
-        Session(observed, mode="plain", threads=threads, constant_folding=False) as session,
-        replacing(output) as temporary,
-    ):
-        batches = _runs(session, windows, batch_size, chosen, progress)
-        _collect(temporary, batches, values, provenance, chosen)
+    sample = Sample(sample_rows(windows.size, rows, seed), windows.shape[1])
+    streamed = Streamed(
+        path,
+        maker,
+        "plain",
+        windows,
+        batch_size,
+        values=maker.by_segment(values),
+        prepare=partial(instrument, histograms=histograms),
+        with_output=False,
+    )
+    options = {"rows": rows, "histograms": histograms, "batch_size": batch_size, "values": dict(values)}
+    with open_state(output, "calibrate", _fingerprint(path, provenance, options), restart=restart) as state:
+        file = state.folder / _FILE
+        file.touch()
+        with file.open("r+b") as opened:
+            writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms)
+            pieces = streamed.plan(find_budget(memory), state.get(_DONE) or 0)
+            count = Counter(progress, "calibrate", len(pieces) * len(windows))
+            for piece in pieces:
+                observed = streamed.observed(piece)
+                with streamed.running(piece, state.folder, threads) as run:
+                    results = spread(Observe(run, sample), streamed.batches)
+                    _collect(writer, observed, sample, zip(streamed.batches, results, strict=True), count)
+                opened.flush()
+                os.fsync(opened.fileno())
+                state.record(_DONE, piece.stop)
+                if run.entry is not None:
+                    run.entry.path.unlink()
+        put_in_place(file, output)
     return Statistics.load(output)
 
 
@@ -143,43 +213,38 @@ def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
     return np.sort(chosen).astype(np.int64)
 
 
-def _runs(
-    session: Session, windows: NDArray[np.int64], batch_size: int, chosen: NDArray[np.int64], progress: Progress
-) -> Iterator[dict[str, NDArray[Any]]]:
-    length = windows.shape[1]
-    progress("calibrate", 0, len(windows))
-    for start in range(0, len(windows), batch_size):
-        ids = windows[start : start + batch_size]
-        first, last = np.searchsorted(chosen, [start * length, start * length + ids.size])
-        others = {ROWS: chosen[first:last] - start * length, TOKENS: np.array([ids.size], np.int64)}
-        yield session.run(session.token_feeds(ids, others))
-        progress("calibrate", start + len(ids), len(windows))
-
-
 def _collect(
-    path: Path,
-    batches: Iterator[dict[str, NDArray[Any]]],
+    writer: StatisticsWriter,
     values: Sequence[str],
-    provenance: Provenance,
-    chosen: NDArray[np.int64],
+    sample: Sample,
+    results: Iterable[tuple[Batch, _Result]],
+    count: Counter,
 ) -> None:
-    first = next(batches)
-    totals = [_Totals.like(value, first) for value in values]
-    channels = {total.value: len(total.absmax) for total in totals}
-    with path.open("wb") as file:
-        writer = StatisticsWriter(file, provenance, channels, chosen, histograms=totals[0].counts is not None)
-        written = 0
-        for result in chain([first], batches):
-            for total in totals:
-                total.add(result)
-                writer.rows(total.value, written, result[total.taps.rows])
-            written += len(result[totals[0].taps.rows])
-            result.clear()  # before the next run, which needs as much
+    """Write the statistics of the values of a piece."""
+    totals: list[_Totals] = []
+    for batch, result in results:
+        totals = totals or [_Totals.like(value, result) for value in values]
         for total in totals:
-            writer.absmax(total.value, total.absmax)
-            writer.outliers(total.value, total.outliers)
-            if total.counts is not None:
-                writer.histogram(total.value, total.counts)
+            total.add(result)
+            writer.rows(total.value, sample.of(batch).start, result[total.taps.rows])
+        count.add(batch.stop - batch.start)
+    for total in totals:
+        writer.absmax(total.value, total.absmax)
+        writer.outliers(total.value, total.outliers)
+        if total.counts is not None:
+            writer.histogram(total.value, total.counts)
+
+
+def _fingerprint(path: Path, provenance: Provenance, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the statistics of the graph ``path``."""
+    status = {name: file.stat() for name, file in weight_files(path).items()}
+    return {
+        **asdict(provenance),
+        **options,
+        "weights": {name: {"size": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in status.items()},
+        "tools": tool_versions(),
+        "code": code_sha256(),
+    }
 
 
 def hash_model(path: Path) -> str:

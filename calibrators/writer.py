@@ -18,7 +18,10 @@ from .statistics import FORMAT, ROW_NUMBERS, VERSION, Provenance
 
 
 class StatisticsWriter:
-    """An open statistics file, laid out in full: each tensor may be written at any time, rows a few at a time."""
+    """An open statistics file, laid out in full: each tensor may be written at any time, rows a few at a time.
+
+    A file that was laid out alike keeps what is in it.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class StatisticsWriter:
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         self._base = 8 + len(raw)
+        file.seek(0)
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(self._base + end)
         self._put(ROW_NUMBERS, row_numbers)

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and what was freed, back to the system.
+"""Memory: what this process has taken, what the machine has left, and what was freed, back to the system.
 
 NOTE: glibc keeps what a thread has freed for that thread's next allocations. A session allocates in a thread of its
 own, so the next session would need new memory for its weights beside what the last one has freed.
@@ -7,6 +7,7 @@ own, so the next session would need new memory for its weights beside what the l
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import sys
@@ -30,3 +31,40 @@ def peak_rss() -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def current_rss() -> int:
+    """Resident memory of this process in bytes; where the system does not tell, the peak, or 0."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_rss() or 0
+
+
+def available_memory() -> int | None:
+    """Bytes that new allocations of this process may take, by the system and by its control group; None if unknown."""
+    limits = [limit for limit in (_system_available(), _group_available()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _system_available() -> int | None:
+    info = Path("/proc/meminfo")
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(match[1]) * 1024 if match else None
+
+
+def _group_available() -> int | None:
+    """What is left of the limit of a container (control groups, version 2); page cache counts as free."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        cache = re.search(r"^file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - used + int(cache[1] if cache else 0))
+
+
+def format_bytes(count: int) -> str:
+    """Bytes rounded up to megabytes: ``2750MB``, as ``--memory`` takes it."""
+    return f"{-(-count // 10**6)}MB"

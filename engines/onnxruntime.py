@@ -107,8 +107,9 @@ class Session:
         threads: threads per operator; one per core by default.
         spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else
             on the machine is slower.
-        constant_folding: False leaves a Transpose or Cast of a weight to the run. Loading takes no copies of weights
-            for them then.
+        lean: take as little memory as can be: nothing is computed ahead of a run or kept behind it. Weights are mapped
+            from their files, and float32 copies of narrower ones live as long as the operator that reads them; except
+            in mode "int8", nodes run one by one as they stand in the file.
         values: names of inner values to offer as further outputs (needs the package ``onnx``).
 
     Raises:
@@ -124,13 +125,13 @@ class Session:
         provider: Provider = "cpu",
         threads: int | None = None,
         spinning: bool = False,
-        constant_folding: bool = True,
+        lean: bool = False,
         values: Sequence[str] = (),
     ) -> None:
         self.label = str(model) if isinstance(model, Path) else model.name
         runtime = import_onnxruntime()
         graph = _with_values(model, values) if values else model
-        options = _session_options(runtime, graph, mode, provider, threads, spinning=spinning)
+        options = _session_options(runtime, graph, mode, provider, threads, spinning=spinning, lean=lean)
         _check_available(runtime, provider)
         make = partial(
             runtime.InferenceSession,
@@ -138,7 +139,7 @@ class Session:
             options,
             providers=[PROVIDERS[provider]],
             enable_fallback=0,
-            disabled_optimizers=[] if constant_folding else ["ConstantFolding"],
+            disabled_optimizers=["ConstantFolding"] if lean else [],
         )
         self._thread = ThreadPoolExecutor(1, f"onnxruntime {self.label}", flush_subnormals)
         with ExitStack() as stack:
@@ -276,7 +277,14 @@ def _installed(package: str) -> bool:
 
 
 def _session_options(
-    runtime: Any, model: Path | InMemoryGraph, mode: Mode, provider: Provider, threads: int | None, *, spinning: bool
+    runtime: Any,
+    model: Path | InMemoryGraph,
+    mode: Mode,
+    provider: Provider,
+    threads: int | None,
+    *,
+    spinning: bool,
+    lean: bool,
 ) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions; do not print them as well
@@ -287,6 +295,11 @@ def _session_options(
         "session.intra_op.allow_spinning": str(int(spinning)),
         "session.set_denormal_as_zero": "1",  # in the operators' threads; ``flush_subnormals`` does it in the session's
     }
+    if lean:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        if mode != "int8":  # which its fusions make
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            entries["session.disable_prepacking"] = "1"
     if isinstance(model, InMemoryGraph):
         entries["session.model_external_initializers_file_folder_path"] = str(model.folder)
     if provider != "cpu":

@@ -51,7 +51,7 @@ def add_outputs(model: onnx.ModelProto, names: Sequence[str]) -> None:
     Raises:
         BismoothError: a name is not a value of the graph.
     """
-    _check_names(model.graph, names)
+    check_names(model.graph, names)
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
 
@@ -65,7 +65,7 @@ def cut(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
         BismoothError: a name is not a value of the graph.
     """
     graph = model.graph
-    _check_names(graph, outputs)
+    check_names(graph, outputs)
     producer = {name: node for node in graph.node for name in node.output if name}
     needed: set[str] = set()
     todo = list(outputs)
@@ -76,22 +76,23 @@ def cut(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
         needed.add(name)
         if name in producer:
             node = producer[name]
-            todo += [*node.input, *node.output, *_captured(node)]
+            todo += [*node.input, *node.output, *captured(node)]
     _replace(graph.node, [node for node in graph.node if needed.intersection(node.output)])
     _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
     _replace(graph.value_info, [value for value in graph.value_info if value.name in needed])
     _replace(graph.output, [onnx.ValueInfoProto(name=name) for name in outputs])
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
+def captured(node: onnx.NodeProto) -> set[str]:
     """Names that the bodies of ``node`` (If, Loop, Scan) may take from the graph around it."""
     bodies = [body for a in node.attribute for body in ([a.g] if a.HasField("g") else a.graphs)]
     inner = [n for body in bodies for n in body.node]
     names = {name for n in inner for name in n.input} | {value.name for body in bodies for value in body.output}
-    return names.union(*(_captured(n) for n in inner))
+    return names.union(*(captured(n) for n in inner))
 
 
-def _check_names(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+def check_names(graph: onnx.GraphProto, names: Sequence[str]) -> None:
+    """Raise :class:`BismoothError` unless all ``names`` are values of the graph."""
     known = {name for node in graph.node for name in node.output}
     known.update(value.name for value in (*graph.input, *graph.initializer))
     missing = [name for name in names if name not in known]

@@ -51,6 +51,19 @@ def replacing(path: Path) -> Generator[Path]:
             raise  # another file, which the block reads
 
 
+def put_in_place(source: Path, path: Path) -> None:
+    """Let the finished file ``source``, on the same file system, take the place of ``path`` as :func:`replacing` does.
+
+    Raises:
+        BismoothError: as :func:`replacing`.
+    """
+    with replacing(path) as temporary:
+        if temporary.is_file():
+            source.replace(temporary)
+        else:
+            shutil.copyfile(source, temporary)
+
+
 def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:
     """Raise :class:`BismoothError` if there is a file that is not ``what`` is about to be written."""
     if path.is_file() and not is_one(path):
@@ -127,10 +140,16 @@ def temporary(target: Path, make: Callable[[Path], None]) -> Generator[Path]:
         os.close(lock)
 
 
-def flush(file: Path) -> None:
-    """Write through to disk before a rename: a power failure must not keep the name and lose the bytes."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def flush(path: Path) -> None:
+    """Write through to disk before a rename: a power failure must not keep the name and lose the bytes.
+
+    Of a folder, the names in it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:
@@ -158,13 +177,14 @@ def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]
         make(path)
         with suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY)
-            if _try_lock(lock) and path.exists():
+            if try_lock(lock) and path.exists():
                 return path, lock
             os.close(lock)
         # another process took it for a leftover before it was locked
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take the lock on an open file until it is closed; False if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -177,7 +197,7 @@ def _try_lock(descriptor: int) -> bool:
 def _remove_leftover(path: Path) -> None:
     with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
-        if _try_lock(descriptor):
+        if try_lock(descriptor):
             _remove(path)
         os.close(descriptor)
 

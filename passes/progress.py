@@ -18,5 +18,9 @@ class Counter:
         self._progress, self._step, self._total, self._done = progress, step, total, 0
 
     def __call__(self, _unit: str) -> None:
-        self._done += 1
+        self.add(1)
+
+    def add(self, units: int) -> None:
+        """Report so many more units."""
+        self._done += units
         self._progress(self._step, self._done, self._total)

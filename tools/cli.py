@@ -24,7 +24,7 @@ from .cli_bench import bench
 from .cli_bundle import package
 from .cli_errors import Interrupted, report
 from .cli_run import generate
-from .cli_show import inspect, recipes
+from .cli_show import cache, inspect, recipes
 from .entry import INTERRUPTED
 
 
@@ -82,16 +82,21 @@ def calibrate(
     length: o.Length = 512,
     rows: o.Rows = 256,
     seed: o.Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Windows per run.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows per run; as many as have 512 tokens by default, one at least."),
+    ] = None,
     histograms: Annotated[
         bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
     ] = False,
+    memory: o.Memory = None,
+    restart: o.Restart = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'.")
+    text, budget = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."), o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -104,6 +109,8 @@ def calibrate(
         seed=seed,
         batch_size=batch_size,
         histograms=histograms,
+        memory=budget,
+        restart=restart,
         output=output,
     )
     finish(result, as_json)
@@ -380,5 +387,5 @@ def standin(
     finish(result, as_json)
 
 
-for function in (inspect, package, generate, bench, recipes):
+for function in (inspect, package, generate, bench, recipes, cache):
     command(function)

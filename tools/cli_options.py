@@ -148,6 +148,12 @@ Html = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, metavar="N", help="Threads on a CPU; one per core by default.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory that this process may take, such as 8GB; most of what is there by default."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -230,6 +236,21 @@ def parse_sizes(option: str, text: str | None) -> tuple[int, int, int] | None:
     if sizes[0] < 1 or sizes != sorted(sizes):
         raise BismoothError(f"{option}: Expected MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, or one size, got {text!r}.")
     return sizes[0], sizes[len(sizes) // 2], sizes[-1]
+
+
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of a size with a unit; ``GB`` are 10⁹ bytes and ``GiB`` 2³⁰.
+
+    Raises:
+        BismoothError: it is no size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise BismoothError(f"--memory: Expected a size such as 8GB, 500MB or 7.5GiB, got {text!r}.")
+    return size
 
 
 def parse_dims(texts: list[str]) -> dict[str, tuple[int, int, int]]:

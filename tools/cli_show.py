@@ -51,3 +51,20 @@ def recipes(
         console.show_json(Recipe.load(name).to_dict())
     else:
         sys.stdout.write(Recipe.load(name).to_yaml())
+
+
+def cache(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH...", help="Outputs of unfinished runs; by default all.")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Delete what they have left: those runs begin anew the next time.")
+    ] = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """List what unfinished runs have left, or clear it."""
+    from .cache import cache as run
+
+    console.show_progress(not quiet)
+    finish(run(paths or (), clear=clear), as_json)

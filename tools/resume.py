@@ -6,7 +6,6 @@ damaged. Nothing is judged by age: a result is taken only if everything that dec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from ..engines.linears import summarize
 from ..engines.publish import read_audit
 from ..engines.tensorrt_runtime import RUNTIMES, load_module
 from ..export.artifact import Artifact, Manifest
+from ..export.difference import difference
 from ..export.hashing import file_sha256
 from ..export.versions import tool_versions
 from ..passes.recipe import Recipe
@@ -39,8 +39,8 @@ def float_differs(folder: Path, source: Mapping[str, Any], options: Mapping[str,
             if files.get(name) != wanted.get(name):
                 return f"the source's file {name} is not the one that it was made of"
     return (
-        _difference("source", manifest.source, {**manifest.source, **source})
-        or _difference("export", _export_stage(manifest), options)
+        difference("source", manifest.source, {**manifest.source, **source})
+        or difference("export", _export_stage(manifest), options)
         or _tools_differ(manifest, _ENGINE_PACKAGES)
     )
 
@@ -52,7 +52,7 @@ def statistics_differ(folder: Path, wanted: Mapping[str, Any], *, histograms: bo
     found = Statistics.load(folder)
     if histograms and not found.has_histograms:
         return "it has no histograms, which the recipe needs"
-    return _difference("calibrate", statistics_record(found), wanted)
+    return difference("calibrate", statistics_record(found), wanted)
 
 
 def quantized_differs(
@@ -63,11 +63,11 @@ def quantized_differs(
     manifest, stage = artifact.manifest, quantize_stage(artifact)
     said = recipe.to_dict() | {"name": recipe.name}
     return (
-        _difference("source", manifest.source, made_of.source)
-        or _difference("export", _export_stage(manifest), _export_stage(made_of))
-        or _difference("recipe", stage["recipe"]["name"], recipe.name)
-        or _difference("recipe", stage["recipe"], said | {"description": stage["recipe"].get("description")})
-        or _difference("statistics", stage.get("statistics"), statistics)
+        difference("source", manifest.source, made_of.source)
+        or difference("export", _export_stage(manifest), _export_stage(made_of))
+        or difference("recipe", stage["recipe"]["name"], recipe.name)
+        or difference("recipe", stage["recipe"], said | {"description": stage["recipe"].get("description")})
+        or difference("statistics", stage.get("statistics"), statistics)
         or _tools_differ(manifest, _ENGINE_PACKAGES)
         or _damage(folder, manifest.hashes)
     )
@@ -97,10 +97,10 @@ def engine_differs(
     if fallbacks and not allow_float:
         return f"{len(fallbacks)} linears run in float, and --allow-float is not given"
     return (
-        _difference("runtime", record.runtime, engine)
-        or _difference("capabilities", record.capabilities, capabilities)
-        or _difference("shapes", recorded, shapes)
-        or (runtime and _difference(f"version.{engine}", record.version, load_module(runtime).__version__))
+        difference("runtime", record.runtime, engine)
+        or difference("capabilities", record.capabilities, capabilities)
+        or difference("shapes", recorded, shapes)
+        or (runtime and difference(f"version.{engine}", record.version, load_module(runtime).__version__))
         or _tools_differ(shipped.manifest, frozenset())
         or _damage(shipped.folder, shipped.manifest.hashes)
     )
@@ -134,20 +134,4 @@ def _tools_differ(manifest: Manifest, but: frozenset[str]) -> str | None:
         {name: version for name, version in versions.items() if name not in but}
         for versions in (manifest.tools, tool_versions())
     )
-    return _difference("version", found, now)
-
-
-def _difference(name: str, found: Any, wanted: Any) -> str | None:
-    """The first place where plain data differ: ``recipe.gates.kl is 0.02, and would be 0.05``."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        old, new = cast(Mapping[str, Any], found), cast(Mapping[str, Any], wanted)
-        for key in {**old, **new}:
-            if text := _difference(f"{name}.{key}", old.get(key), new.get(key)):
-                return text
-        return None
-    left, right = _shown(found), _shown(wanted)
-    return None if left == right else f"{name} is {left}, and would be {right}"
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value)
+    return difference("version", found, now)

@@ -51,8 +51,10 @@ def calibrate(
     length: int = 512,
     rows: int = 256,
     seed: int = 0,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     histograms: bool = False,
+    memory: int | None = None,
+    restart: bool = False,
     output: str | Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.
@@ -74,7 +76,7 @@ def calibrate(
     loaded = Artifact.load(artifact, "float")
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
-    values = list(dict.fromkeys(linear.x for linear in find_linears(load(loaded.graph("float32")))))
+    values = {linear.x: linear.k for linear in find_linears(load(loaded.graph("float32")))}
     with console.progress() as progress:
         run(
             artifact,
@@ -86,6 +88,8 @@ def calibrate(
             rows=rows,
             seed=seed,
             histograms=histograms,
+            memory=memory,
+            restart=restart,
             progress=progress,
         )
     return CalibrateResult(target, len(values), windows, length, text.sha256, time.perf_counter() - start)

@@ -125,7 +125,7 @@ def _measure(artifact: Artifact, norms: Sequence[Norm], width: int, random: np.r
     with tempfile.TemporaryDirectory() as temporary, console.progress() as progress:
         statistics = calibrate(
             artifact.path,
-            [norm.x for norm in norms],
+            dict.fromkeys((norm.x for norm in norms), width),
             ids,
             Path(temporary) / "statistics.safetensors",
             graph=artifact.graph("float32").name,

@@ -35,6 +35,7 @@ COMMANDS = [
     "generate",
     "bench",
     "package",
+    "cache",
 ]
 USAGE = {
     "export": "export model -o art",
@@ -49,6 +50,7 @@ USAGE = {
     "generate": "generate engine --prompt text",
     "bench": "bench engine --gpu L4",
     "package": "package art -o bundle",
+    "cache": "cache --clear art",
     "compile": "compile model --engine onnxruntime --data a.txt -o art",
 }
 
@@ -84,7 +86,18 @@ class Stages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     fake = Stages()
-    names = ("stages", "pipeline", "compare", "diagnose", "standin", "generate", "chat", "bench_engines", "package")
+    names = (
+        "stages",
+        "pipeline",
+        "compare",
+        "diagnose",
+        "standin",
+        "generate",
+        "chat",
+        "bench_engines",
+        "package",
+        "cache",
+    )
     for module in names:
         monkeypatch.setitem(sys.modules, f"bismooth.tools.{module}", fake)
         monkeypatch.setattr(bismooth.tools, module, fake, raising=False)
@@ -142,6 +155,13 @@ def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.err == "warning: the licence is not known.\n"
     assert json.loads(captured.out) == stages.outcome
+
+
+def test_cache_passes_its_options_on(stages: Stages) -> None:
+    assert run("cache") == 0
+    assert (stages.positional, stages.named) == (((),), {"clear": False})
+    assert run("cache --clear art art2") == 0
+    assert (stages.positional, stages.named) == (([Path("art"), Path("art2")],), {"clear": True})
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")

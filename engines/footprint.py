@@ -1,0 +1,150 @@
+"""How much memory a run of a graph takes, from the types and shapes of its values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+import onnx
+from onnx import helper
+
+from ..export.graph_names import TOTAL
+from .onnxruntime import Mode
+
+MARGIN, SLACK = 96 << 20, 0.1
+"""Bytes for ONNX Runtime itself, its threads and the operators' own buffers; and the share of the values by which what
+was freed lies about."""
+
+_VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators whose output is the memory of their input."""
+
+_PACKED = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
+"""Types of weights of which mode "int8" makes a copy in the order in which its kernels read them."""
+
+_FLOAT_BYTES = 4
+
+
+def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> int:
+    """Bytes that a lean session of ``model`` takes: its weights, and at most so much of its values at one time.
+
+    Args:
+        model: nodes in the order in which they run. A value without a shape counts as much as the first input of its
+            node, a constant as much as in float32.
+        sizes: of the symbolic dimensions.
+        mode: of the session.
+    """
+    stored = sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
+    packed = sum(tensor_bytes(tensor) for tensor in model.graph.initializer if tensor.data_type in _PACKED)
+    values = int((1 + SLACK) * _peak(model.graph, sizes, mode))
+    return stored + (packed if mode == "int8" else 0) + values + MARGIN
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of what a tensor stores."""
+    return _bytes(tensor.data_type, tuple(tensor.dims))
+
+
+def resolve(shape: onnx.TensorShapeProto, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Numbers for the dimensions of a shape, which may be sums and products of names; None if one is unknown."""
+    dims = [_resolve(dim, sizes) for dim in shape.dim]
+    known = tuple(dim for dim in dims if dim is not None)
+    return known if len(known) == len(dims) else None
+
+
+def _resolve(dim: onnx.TensorShapeProto.Dimension, sizes: Mapping[str, int]) -> int | None:
+    if dim.HasField("dim_value"):
+        return dim.dim_value
+    total = 0
+    for term in dim.dim_param.replace(" ", "").split("+"):
+        factors = [int(factor) if factor.isdecimal() else sizes.get(factor) for factor in term.split("*")]
+        if None in factors:
+            return None
+        total += prod(factor for factor in factors if factor is not None)
+    return total
+
+
+def _peak(graph: onnx.GraphProto, sizes: Mapping[str, int], mode: Mode) -> int:
+    """The most bytes of values that exist at one time; the graph's inputs and outputs exist to the end."""
+    memory = _Values(graph, sizes)
+    if mode == "int8":
+        memory.bytes_of.update(dict.fromkeys(_integer_operands(graph), 0))
+    end = memory.last_reads()
+    live = most = sum(memory.bytes_of.get(value.name, 0) for value in graph.input)
+    dying: dict[int, list[str]] = {}
+    for name, place in end.items():
+        dying.setdefault(place, []).append(name)
+    for place, node in enumerate(graph.node):
+        live += sum(memory.bytes_of[name] for name in memory.made_by(node))
+        most = max(most, live + memory.scratch(node))
+        live -= sum(memory.bytes_of[name] for name in dying.get(place, ()))
+    return most
+
+
+def _integer_operands(graph: onnx.GraphProto) -> Iterator[str]:
+    """Dequantized values that are never made, since integers are multiplied."""
+    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.op_type == "MatMul" and dequantized.issuperset(node.input):
+            yield from node.input
+
+
+class _Values:
+    """Sizes of all values, and which are views of others."""
+
+    def __init__(self, graph: onnx.GraphProto, sizes: Mapping[str, int]) -> None:
+        self._graph, self._sizes = graph, sizes
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._roots: dict[str, str] = {}
+        self._widths: dict[str, int] = {}
+        self.bytes_of: dict[str, int] = {}
+        weights = {tensor.name: _FLOAT_BYTES * prod(tensor.dims) for tensor in graph.initializer}
+        for info in (*graph.input, *graph.value_info, *graph.output):
+            kind = info.type.tensor_type
+            shape = resolve(kind.shape, sizes) if kind.HasField("shape") else None
+            if shape is not None and kind.elem_type:
+                self._shapes[info.name] = shape
+                self.bytes_of[info.name] = _bytes(kind.elem_type, shape)
+                self._widths[info.name] = _bytes(kind.elem_type, (1,))
+        for node in graph.node:
+            first = node.input[0] if node.input else ""
+            for name in filter(None, node.output):
+                self.bytes_of.setdefault(name, weights.get(first, self._widened(node)))
+            if node.op_type in _VIEWS and first not in weights:
+                self._roots[node.output[0]] = self._roots.get(first, first)
+
+    def _widened(self, node: onnx.NodeProto) -> int:
+        """Bytes of an output without a shape: those of its first input, in float32 if the node makes it that."""
+        first = node.input[0] if node.input else ""
+        size = self.bytes_of.get(first, 0)
+        if node.op_type not in ("Cast", "DequantizeLinear"):
+            return size
+        return size // max(1, self._widths.get(first, _FLOAT_BYTES)) * _FLOAT_BYTES
+
+    def made_by(self, node: onnx.NodeProto) -> Iterator[str]:
+        """The outputs of a node that are memory of their own."""
+        return (name for name in node.output if name and name not in self._roots)
+
+    def last_reads(self) -> dict[str, int]:
+        """Which node is the last to read what a node has made; without those that are outputs of the graph."""
+        ends: dict[str, int] = {}
+        for place, node in enumerate(self._graph.node):
+            ends.update(dict.fromkeys(self.made_by(node), place))
+            roots = (self._roots.get(name, name) for name in node.input)
+            ends.update({name: place for name in roots if name in ends})
+        for value in self._graph.output:
+            ends.pop(self._roots.get(value.name, value.name), None)
+        return ends
+
+    def scratch(self, node: onnx.NodeProto) -> int:
+        """Bytes that a node takes beside its inputs and outputs: the scores of attention, before and after softmax."""
+        shape = self._shapes.get(node.input[0], ()) if node.op_type == "Attention" else ()
+        if len(shape) not in (3, 4):
+            return 0
+        heads = next((a.i for a in node.attribute if a.name == "q_num_heads"), 1) if len(shape) == 3 else shape[1]
+        return 2 * _FLOAT_BYTES * shape[0] * heads * shape[-2] * self._sizes.get(TOTAL, shape[-2])
+
+
+def _bytes(kind: int, dims: tuple[int, ...]) -> int:
+    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1):
+        return -(-prod(dims) // 2)
+    return prod(dims) * helper.tensor_dtype_to_np_dtype(kind).itemsize

@@ -1,0 +1,321 @@
+"""Run a graph over windows of tokens piece by piece: all windows pass one piece before the next is loaded.
+
+What goes from one piece to the next, the residual stream of all windows, lies in files. So memory holds the weights of
+one piece and the values of one batch of windows, whatever the size of the model and the number of windows. A graph that
+fits into the memory there is runs as one piece.
+
+NOTE: batches are of the same windows whatever the memory, so results do not depend on it. A product may round
+differently with another number of rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from ..export.errors import BismoothError
+from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
+from ..export.replacing import flush
+from .footprint import footprint, resolve
+from .lean import make_lean
+from .memory import available_memory, current_rss, format_bytes
+from .onnxruntime import InMemoryGraph, Mode, Session
+from .pieces import Piece, PieceMaker
+from .subgraph import add_outputs
+
+Ids = NDArray[np.int64]
+Values = Mapping[str, NDArray[Any]]
+AVAILABLE_SHARE = 0.8
+"""How much of the memory that is there may be taken, if nothing else is said: files that are read want some too."""
+
+BATCH_TOKENS = 512
+"""Tokens that a batch has by default, if a window has fewer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows from ``start`` up to the one before ``stop``."""
+
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.start}-{self.stop}"
+
+
+@dataclass(frozen=True)
+class StreamFile:
+    """A value of all windows in a file, one behind the other.
+
+    Attributes:
+        path: the file.
+        value: its name in the graph.
+        dtype: its type.
+        shape: of one window.
+    """
+
+    path: Path
+    value: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def window_bytes(self) -> int:
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def create(self, windows: int) -> None:
+        """An empty file of the full size.
+
+        Raises:
+            BismoothError: there is no space.
+        """
+        with self.path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, windows * self.window_bytes)
+
+    def read(self, batch: Batch) -> NDArray[Any]:
+        """Values [n, …] of some windows."""
+        count = batch.stop - batch.start
+        data = np.fromfile(self.path, self.dtype, count * prod(self.shape), offset=batch.start * self.window_bytes)
+        return data.reshape(count, *self.shape)
+
+    def write(self, batch: Batch, values: NDArray[Any]) -> None:
+        """Put the values [n, …] of some windows in their place."""
+        with self.path.open("r+b") as file:
+            file.seek(batch.start * self.window_bytes)
+            file.write(np.ascontiguousarray(values, self.dtype).data)
+
+
+@dataclass(frozen=True)
+class PieceRun:
+    """A piece and its place between two files: runs batches of windows in any process that sees the files.
+
+    Attributes:
+        label: what runs, for messages.
+        model: the piece, a serialized ONNX graph.
+        folder: where its external data lies.
+        mode: of the session.
+        entry: what it reads of the piece before; None for the first one.
+        exit: what it writes for the next one; None for the last one.
+        outputs: what else it gives back.
+        ids: token ids [N, S] of all windows.
+        threads: of the session; None for one per core.
+    """
+
+    label: str
+    model: bytes
+    folder: Path
+    mode: Mode
+    entry: StreamFile | None
+    exit: StreamFile | None
+    outputs: tuple[str, ...]
+    ids: Ids
+    threads: int | None = None
+
+    def __call__(self, batch: Batch, others: Values | None = None) -> dict[str, NDArray[Any]]:
+        """Run a batch, write what the next piece needs, and return the ``outputs``."""
+        session = _opened.session(self)
+        feeds = dict(others or {})
+        if self.entry is not None:
+            feeds[self.entry.value] = self.entry.read(batch)
+        ids = self.ids[batch.start : batch.stop]
+        names = [*self.outputs, *([self.exit.value] if self.exit and self.exit.value not in self.outputs else [])]
+        results = session.run(session.token_feeds(ids, feeds), names)
+        if self.exit is not None:
+            self.exit.write(batch, results[self.exit.value])
+        return {name: results[name] for name in self.outputs}
+
+
+class _Opened:
+    """The session of the piece that this process runs at present."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._key: tuple[str, str] | None = None
+        self._session: Session | None = None
+
+    def session(self, run: PieceRun) -> Session:
+        key = (sha256(run.model).hexdigest(), f"{run.folder} {run.mode} {run.threads}")
+        with self._lock:
+            if self._session is None or key != self._key:
+                self._close()
+                model = InMemoryGraph(run.label, run.model, run.folder)
+                self._session = Session(model, mode=run.mode, threads=run.threads, lean=True)
+                self._key = key
+            return self._session
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = self._key = None
+
+
+_opened = _Opened()
+
+
+def close_piece() -> None:
+    """Free the piece that this process has run last."""
+    _opened.close()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How a graph is run piece by piece.
+
+    Attributes:
+        path: the graph's file.
+        maker: of the pieces.
+        mode: of the sessions.
+        ids: token ids [N, S] of all windows.
+        batch_size: windows per run.
+        values: further values to look at, by the segment that makes them.
+        prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
+        with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
+    """
+
+    path: Path
+    maker: PieceMaker
+    mode: Mode
+    ids: Ids
+    batch_size: int
+    values: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
+    prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
+    with_output: bool = True
+
+    @property
+    def batches(self) -> list[Batch]:
+        count = len(self.ids)
+        return [Batch(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the symbolic dimensions, in a run of a full batch."""
+        length = self.ids.shape[1]
+        sizes = {BATCH: min(self.batch_size, len(self.ids)), SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
+        first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
+        for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (sizes[BATCH], length), strict=False):
+            sizes[dim.dim_param] = size
+        return sizes
+
+    @property
+    def stop(self) -> int:
+        """The segment behind the last one that has to run."""
+        return len(self.maker.segments) if self.with_output else max(self.values, default=-1) + 1
+
+    def observed(self, piece: Piece) -> list[str]:
+        return [value for segment in range(piece.first, piece.stop) for value in self.values.get(segment, ())]
+
+    def exit_of(self, piece: Piece) -> str | None:
+        """The value that the next piece reads; None behind the last one."""
+        return self.maker.segments[piece.stop - 1].exit if piece.stop < self.stop else None
+
+    def model(self, piece: Piece) -> onnx.ModelProto:
+        """The graph of a piece, ready to be loaded."""
+        leaving, observed = self.exit_of(piece), self.observed(piece)
+        last = [self.maker.model.graph.output[0].name] if self.with_output else []
+        model = self.maker.make(piece, last if leaving is None else [leaving], observed)
+        make_lean(model, fuse=self.mode != "int8")
+        self.prepare(model, observed)
+        return model
+
+    def plan(self, budget: int | None, first: int = 0) -> list[Piece]:
+        """As few pieces as fit into ``budget`` bytes for the whole process, from the segment ``first`` on.
+
+        Raises:
+            BismoothError: one segment alone does not fit; the smallest budget that does is named.
+        """
+        taken = current_rss()
+        room = None if budget is None else budget - taken
+        pieces: list[Piece] = []
+        while first < self.stop:
+            stop = self._longest(first, room)
+            pieces.append(Piece(first, stop))
+            first = stop
+        return pieces
+
+    def _longest(self, first: int, room: int | None) -> int:
+        """Where the longest piece from ``first`` on ends that fits."""
+        if room is None or self._need(first, self.stop) <= room:
+            return self.stop
+        fits, too_long = first, self.stop
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self._need(first, middle) <= room else (fits, middle)
+        if fits == first:
+            raise self._too_little()
+        return fits
+
+    def _need(self, first: int, stop: int) -> int:
+        return footprint(self.model(Piece(first, stop)), self.sizes, self.mode)
+
+    def _too_little(self) -> BismoothError:
+        least = current_rss() + max(self._need(segment, segment + 1) for segment in range(self.stop))
+        return BismoothError(
+            f"{self.path}: --memory is too small for one part of the model, and {self.batch_size} windows of "
+            f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least)} or more."
+        )
+
+    def file(self, value: str, folder: Path) -> StreamFile:
+        """Where a value that goes from one piece to the next lies."""
+        infos = self.maker.model.graph.value_info
+        kind = next(info.type.tensor_type for info in infos if info.name == value)
+        shape = resolve(kind.shape, self.sizes)
+        assert shape is not None, value  # cuts are made of such values alone
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        return StreamFile(folder / f"{sha256(value.encode()).hexdigest()[:16]}.bin", value, dtype.str, shape[1:])
+
+    @contextmanager
+    def running(self, piece: Piece, folder: Path, threads: int | None = None) -> Generator[PieceRun]:
+        """The piece, ready to run between its files in ``folder``; what it has written is on disk when the block ends.
+
+        Raises:
+            OSError: there is no space for what it writes.
+        """
+        model = self.model(piece)
+        entry, leaving = self.maker.segments[piece.first].entry, self.exit_of(piece)
+        exit_file = None if leaving is None else self.file(leaving, folder)
+        if exit_file is not None:
+            exit_file.create(len(self.ids))
+        yield PieceRun(
+            str(self.path),
+            model.SerializeToString(),
+            self.path.parent,
+            self.mode,
+            None if entry is None else self.file(entry, folder),
+            exit_file,
+            tuple(value.name for value in model.graph.output if value.name != leaving),
+            self.ids,
+            threads,
+        )
+        close_piece()
+        if exit_file is not None:
+            flush(exit_file.path)
+
+
+def default_batch(length: int) -> int:
+    """Windows per run: as many as together have :data:`BATCH_TOKENS` tokens, at least one."""
+    return max(1, BATCH_TOKENS // length)
+
+
+def find_budget(memory: int | None) -> int | None:
+    """Bytes that this process may take: ``memory``, or most of what the machine has left; None if that is unknown."""
+    if memory is not None:
+        return memory
+    available = available_memory()
+    return None if available is None else current_rss() + int(AVAILABLE_SHARE * available)
