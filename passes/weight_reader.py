@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gs import Graph, Tensor, read, read_pieces
-from .graph import Index
+from ._gs import Tensor, read, read_pieces
 from .linears import Linear
+from .open_graph import OpenGraph
 from .weights import row_chunks
 
 BLOCK = 1 << 22
@@ -16,10 +16,10 @@ BLOCK = 1 << 22
 
 
 class WeightReader:
-    """The initializers of a graph, by name. Nothing that was read is kept."""
+    """The initializers of a graph, by name. Nothing that was read is kept. Can be pickled if the graph can."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._values = Index.of(graph).values
+    def __init__(self, model: OpenGraph) -> None:
+        self._model = model
 
     def weight(self, linear: Linear) -> NDArray[np.float32]:
         """W of a linear as float32 [N, K], whatever its type and layout."""
@@ -44,13 +44,13 @@ class WeightReader:
         """An initializer as it is stored."""
         return read(self.tensor(name))
 
-    def pieces(self, name: str, elements: int) -> Iterator[NDArray[Any]]:
+    def pieces(self, name: str, elements: int = BLOCK) -> Iterator[NDArray[Any]]:
         """The same, flat in row-major order, so many elements at a time."""
         return read_pieces(self.tensor(name), elements)
 
     def tensor(self, name: str) -> Tensor:
         """An initializer that has not been read."""
-        return self._values[name]
+        return self._model.index.values[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._values
+        return name in self._model.index.values

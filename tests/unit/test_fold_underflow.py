@@ -12,6 +12,7 @@ from bismooth.passes.fold import Edit, apply_edit, weight_edits
 from bismooth.passes.fold_underflow import require_kept
 from bismooth.passes.foldcheck import check_folds
 from bismooth.passes.linears import find_linears
+from bismooth.passes.open_graph import OpenGraph
 from bismooth.passes.precision import SetPrecision
 from bismooth.passes.rounding import Rounding
 from bismooth.passes.sites import find_sites
@@ -87,7 +88,7 @@ def test_factors_of_two_sites_in_one_weight(tmp_path: Path) -> None:
     factors = {site.name: np.full(site.size, {"norm": 2.0**-10, "up": 2.0**10}[site.name]) for site in sites}
     narrowed = graph.copy()
     SetPrecision("float16").apply(narrowed)
-    errors = check_folds(graph, sites, factors, Rounding.of(narrowed, HALF))
+    errors = check_folds(OpenGraph(graph), sites, factors, Rounding.of(narrowed, HALF))
     assert all(error.is_kept for error in errors.compute.values())
     edit = weight_edits(sites, factors)["up.weight"]
     with pytest.raises(BismoothError, match=r"^up: the smoothing factors folded into it make it too small"):
