@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +21,8 @@ from ..export.errors import BismoothError
 from ..export.replacing import replacing, scratch_folder
 from . import console
 from .bench_measure import machine
-from .bench_scale_report import ScaleResult
-from .bench_scale_rows import BASELINES, LARGE, LENGTH, STEPS, STREAMED, WHOLE, Row, Rows
+from .bench_scale_report import LEAST_MEMORY, MODELS, ScaleResult
+from .bench_scale_rows import BASELINES, LARGE, LENGTH, SMALL, STEPS, STREAMED, TARGETS, WHOLE, Row, Rows
 from .bench_steps import Runner, Step, add_texts, texts
 from .cli_errors import report
 from .demo import demo_model
@@ -29,9 +30,6 @@ from .large_model import LLAMA3_70B, Shape, write_large_model
 
 BLOCKS = (2, 4, 8)
 MEMORY, SMALL_MEMORY = "6GB", "700MB"
-SMALL = "small"
-"""The step that streams SmolLM2-135M, and holds it against the model run whole."""
-
 HOPS = ("folded", "reference", "int8")
 """Quantized graphs against the float graph. What else ``verify`` judges is no work on blocks."""
 
@@ -41,6 +39,9 @@ _COPY = (
 )
 _SCRIPTS = {"cp": _COPY, "cat": 'cat "$1" > /dev/null', "cat both": 'cat "$1" "$2" > /dev/null'}
 """Of a shell; $1 is the model, $2 a file to write, which has $3 bytes."""
+
+_TOO_LITTLE = 1
+"""Megabytes that no command does with."""
 
 _MARGIN = 1e9
 """Bytes of disk for what is no weights."""
@@ -74,7 +75,7 @@ class ScaleBench:
         self._runner = runner or Runner()
 
     def run(self, model: str, blocks: Sequence[int], steps: Sequence[str]) -> ScaleResult:
-        """Measure what lacks of ``steps``: those of large models, whose tokenizer is that of ``model``, and ``small``.
+        """Measure what lacks of ``steps``; large models have the tokenizer of ``model``, the small one.
 
         Raises:
             BismoothError: the disk is too small, or a step fails.
@@ -87,6 +88,9 @@ class ScaleBench:
             if SMALL in steps:
                 for name, memory in ((WHOLE, None), (STREAMED, SMALL_MEMORY)):
                     self._small(name, memory, art)
+            if TARGETS in steps:
+                for name, shape in MODELS.items():
+                    self._target(name, shape, art)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return ScaleResult(tuple(self._rows), self._shape, machine(()) | {"memory_bytes": memory}, self._rows.settings)
 
@@ -159,6 +163,29 @@ class ScaleBench:
             figures = _figures(done) if step == "verify" else {}
             self._rows.add(Row(name, 0, step, done.seconds, done.peak_bytes, figures=figures))
 
+    def _target(self, name: str, shape: Shape, tokenizer: Path) -> None:
+        """Export a model that has no weights on disk, and ask how much memory its calibration takes."""
+        if self._rows.get(name, shape.blocks, "export"):
+            return
+        with scratch_folder(self._output / TARGETS) as place:
+            model, art = place / "model", place / "float"
+            write_large_model(model, tokenizer, shape, sparse=True)
+            done = self._runner.bismooth("export", model, "-o", art, label=f"{name}: export")
+            least = {LEAST_MEMORY: self._least_memory(name, art)}
+            self._rows.add(Row(name, shape.blocks, "export", done.seconds, done.peak_bytes, figures=least))
+
+    def _least_memory(self, name: str, art: Path) -> int:
+        """Bytes, from the message that refuses less."""
+        text = ("--windows", str(STEPS["calibrate"].windows), "--length", str(LENGTH))
+        command = ("calibrate", art, *self._calibration, *text, "--memory", f"{_TOO_LITTLE}MB")
+        try:
+            self._runner.bismooth(*command, label=f"{name}: least memory")
+        except BismoothError as refusal:
+            if match := re.search(r"--memory .*Expected (\d+)MB or more", str(refusal)):
+                return int(match[1]) * 10**6
+            raise
+        return _TOO_LITTLE * 10**6
+
     def _check_disk(self, shape: Shape) -> None:
         """For the model and, beside it, INT8 weights with embedding and head in 16 bits, or a file of that size."""
         needed = 2 * shape.parameters + shape.blocks * shape.block_parameters + 2 * shape.outer_parameters + _MARGIN
@@ -208,7 +235,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure time, memory and disk by the number of blocks.")
     parser.add_argument("--model", default=None, help="small model, and tokenizer of the large ones (SmolLM2-135M)")
     add_texts(parser)
-    choices = (*STEPS, SMALL)
+    choices = (*STEPS, SMALL, TARGETS)
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS), help="sizes of large models (2 4 8)")
     parser.add_argument("--steps", nargs="+", choices=choices, default=list(choices), help="what to measure (all)")
     parser.add_argument("--memory", default=MEMORY, help=f"budget of the stages, or none ({MEMORY})")

@@ -21,9 +21,14 @@ MAX_KL_DIFFERENCE = 1e-4
 MAX_SMALL_PEAK = 700e6
 """Bytes, of the small model streamed."""
 
-TARGETS: Mapping[str, Shape] = {"LLaMA3-70B": LLAMA3_70B, "LLaMA3-405B": LLAMA3_405B}
+MODELS: Mapping[str, Shape] = {"LLaMA3-70B": LLAMA3_70B, "LLaMA3-405B": LLAMA3_405B}
+"""What forecasts are for."""
+
 TOKENS = 8 * 512
 """Of text that forecasts are for, beside what was measured: the default of ``calibrate``."""
+
+LEAST_MEMORY = "least_memory_bytes"
+"""The figure of a model's export that says with which ``--memory`` its calibration runs."""
 
 _FORMAT, _VERSION = "bismooth-scale", 1
 
@@ -51,7 +56,7 @@ class Room:
         source: weights in 16 bits; the float artifact links them.
         statistics: of ``calibrate``.
         quantized: of ``quantize``.
-        least_peak: memory for the largest of block and head in float32, which is in memory as a whole.
+        export: the row of its export, if that was measured.
         most_peak: the largest measured peak, all of it in proportion to a block's parameters.
     """
 
@@ -59,8 +64,8 @@ class Room:
     source: int
     statistics: int
     quantized: int
-    least_peak: int
     most_peak: int
+    export: Row | None
 
     @property
     def disk(self) -> int:
@@ -99,9 +104,9 @@ class ScaleResult:
     def forecasts(self) -> Iterator[Forecast]:
         """For targets, of steps that were measured with three sizes or more."""
         lines = {growth.step: growth.line for growth in self.growth() if growth.line}
-        for model, target in TARGETS.items():
+        for model, target in MODELS.items():
             for name, line in lines.items():
-                if name.endswith(MORE):
+                if name.endswith(MORE) or name == "export":  # which is measured
                     continue
                 step, few = STEPS[name], forecast(line, self.shape, target)
                 yield Forecast(model, name, step.tokens, few)
@@ -119,15 +124,15 @@ class ScaleResult:
         if len(written) < 2:
             return
         peak = max(row.peak_bytes for row in self.rows if row.model == LARGE)
-        for model, target in TARGETS.items():
+        for model, target in MODELS.items():
             statistics = forecast(written["calibrate"], self.shape, target, by_channels=True)
             yield Room(
                 model,
                 2 * target.parameters,
                 round(statistics.value),
                 round(forecast(written["quantize"], self.shape, target).value),
-                4 * max(target.block_parameters, target.vocabulary * target.hidden),
-                round(peak * max(1.0, target.block_parameters / self.shape.block_parameters)),
+                round(peak * target.block_parameters / self.shape.block_parameters),
+                next((row for row in self.rows if (row.model, row.step) == (model, "export")), None),
             )
 
     def failures(self) -> list[str]:
@@ -243,8 +248,9 @@ class ScaleResult:
                 "statistics, GB": _gb(room.statistics, 1),
                 "quantized, GB": _gb(room.quantized, 0),
                 "disk, GB": _gb(room.disk, 0),
-                "memory, at least, GB": _gb(room.least_peak, 1),
-                "memory, at most, GB": _gb(room.most_peak, 1),
+                "`export`, measured": f"{row.seconds:.0f} s, {_gb(row.peak_bytes)} GB" if (row := room.export) else "",
+                "`calibrate` runs with, GB": _gb(row.figures[LEAST_MEMORY]) if row else "",
+                "other peaks at most, GB": _gb(room.most_peak, 1),
             }
             for room in self.rooms()
         ]

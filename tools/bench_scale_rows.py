@@ -12,6 +12,9 @@ from ..export.errors import BismoothError
 from ..export.replacing import replacing
 
 LARGE, WHOLE, STREAMED = "LLaMA3-70B shape", "SmolLM2-135M, whole", "SmolLM2-135M, streamed"
+SMALL, TARGETS = "small", "targets"
+"""Further steps: the small model, streamed and whole; and models of forecasts, as far as these need no weights."""
+
 LENGTH = 128
 """Tokens per window of the large models."""
 

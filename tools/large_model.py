@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.placed_tensors import PlacedTensors
 from ..export.safetensors_file import SafetensorsWriter
 from . import console
 
@@ -107,7 +108,7 @@ LLAMA3_70B = Shape(blocks=80, hidden=8192, intermediate=28672, heads=64)
 LLAMA3_405B = Shape(blocks=126, hidden=16384, intermediate=53248, heads=128)
 
 
-def write_large_model(folder: Path, tokenizer: Path, shape: Shape, *, seed: int = 0) -> None:
+def write_large_model(folder: Path, tokenizer: Path, shape: Shape, *, seed: int = 0, sparse: bool = False) -> None:
     """Write a Hugging Face folder of bfloat16 weights, some rows of one in memory at a time.
 
     Weights are stretches of one pool of random values, from random starts: drawing every value anew takes several times
@@ -118,18 +119,22 @@ def write_large_model(folder: Path, tokenizer: Path, shape: Shape, *, seed: int 
         tokenizer: a folder whose tokenizer files are copied; it has at most ``shape.vocabulary`` tokens.
         shape: of the model.
         seed: of the weights.
+        sparse: weights are a hole in the file, which takes no disk and reads as zeros.
     """
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, folder / name)
     (folder / "config.json").write_text(json.dumps(shape.config, indent=2) + "\n", "utf-8")
+    tensors, path = shape.tensors, folder / "model.safetensors"
+    declared = [(name, BFLOAT16, sizes) for name, sizes in tensors.items()]
+    if sparse:
+        PlacedTensors.create(path, declared)
+        return
     random = np.random.default_rng(seed)
     pool = _normal(2 * _PIECE, 0.0, random)
-    tensors = shape.tensors
-    declared = [(name, BFLOAT16, sizes) for name, sizes in tensors.items()]
     with (
         console.progress() as progress,
-        SafetensorsWriter(folder / "model.safetensors", declared, {"format": "pt"}) as w,
+        SafetensorsWriter(path, declared, {"format": "pt"}) as w,
     ):
         for number, (name, sizes) in enumerate(tensors.items()):
             pieces = [_normal(sizes[0], 1.0, random)] if len(sizes) == 1 else _stretches(pool, math.prod(sizes), random)

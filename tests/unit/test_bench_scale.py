@@ -21,16 +21,16 @@ from bismooth.tools.bench_steps import Runner, Step
 from bismooth.tools.large_model import LLAMA3_70B, Shape
 
 SHAPE = Shape(blocks=1, hidden=16, intermediate=32, heads=2, kv_heads=1, head=8, vocabulary=64)
-ALL = (*STEPS, "small")
+ALL = (*STEPS, "small", "targets")
 WRITTEN = 5000
 
 
 class Stages(Runner):
     """Writes files as the stages do, and runs other processes; ``broken`` is the step that fails."""
 
-    def __init__(self, broken: str = "") -> None:
+    def __init__(self, broken: str = "", refusal: str = "--memory is too small. Expected 8267MB or more.") -> None:
         super().__init__()
-        self.broken = broken
+        self.broken, self.refusal = broken, refusal
         self.commands: list[list[str]] = []
 
     @property
@@ -52,6 +52,8 @@ class Stages(Runner):
                 model = Path(words[1]) / "model.safetensors"
                 if model.is_file():
                     (target / "model.safetensors").hardlink_to(model)
+            case "calibrate" if "1MB" in words and self.refusal:
+                raise BismoothError(f"{label}: ended with status 2: {self.refusal}")
             case "calibrate":
                 target = self._target(words) if "-o" in words else Path(words[1]) / "statistics.safetensors"
                 target.write_bytes(b"s" * 100)
@@ -94,7 +96,8 @@ def test_all_steps_of_two_sizes(tmp_path: Path) -> None:
     large = [*STEPS, "cp", "cat", "cat both"]
     small = [f"{model}: {step}" for model in (WHOLE, STREAMED) for step in ("calibrate", "quantize", "verify")]
     sizes = [f"{blocks} blocks: {step}" for blocks in (1, 2) for step in large]
-    assert runner.names == ["SmolLM2-135M: export", *sizes, *small]
+    targets = ["LLaMA3-70B: export", "LLaMA3-405B: export"]
+    assert runner.names == ["SmolLM2-135M: export", *sizes, *small, *targets]
     assert [(row.model, row.blocks, row.step) for row in result.rows if row.model == LARGE] == [
         (LARGE, blocks, step) for blocks in (1, 2) for step in large
     ]
@@ -129,6 +132,7 @@ def test_the_stages_commands(tmp_path: Path) -> None:
                 f"verify w8a8 --data e.txt --windows 4 {hops}",
             )
         ),
+        *("export model -o float", "calibrate float --data c.txt --windows 4 --length 128 --memory 1MB") * 2,
     ]
 
 
@@ -144,6 +148,27 @@ def test_steps_run_with_those_whose_files_they_read(tmp_path: Path) -> None:
     steps = ["export", "calibrate", "quantize", "verify", "cp", "cat both"]
     assert runner.names == ["SmolLM2-135M: export", *(f"1 blocks: {step}" for step in steps)]
     assert [row.step for row in result.rows] == steps
+
+
+def test_models_of_forecasts_say_what_memory_they_take(tmp_path: Path) -> None:
+    result = bench(tmp_path, Stages(), steps=["targets"])
+    rows = {(row.model, row.blocks, row.step): row.figures for row in result.rows}
+    least = {"least_memory_bytes": 8_267_000_000}
+    assert rows == {("LLaMA3-70B", 80, "export"): least, ("LLaMA3-405B", 126, "export"): least}
+    assert bench(tmp_path, again := Stages(), steps=["targets"]) == result
+    assert again.names == ["SmolLM2-135M: export"]
+
+
+def test_a_model_that_needs_next_to_nothing(tmp_path: Path) -> None:
+    result = bench(tmp_path, Stages(refusal=""), steps=["targets"])
+    assert {row.figures["least_memory_bytes"] for row in result.rows} == {10**6}
+
+
+def test_another_refusal_is_one_of_the_bench(tmp_path: Path) -> None:
+    message = r"^LLaMA3-70B: least memory: ended with status 2: out of luck\.$"
+    with pytest.raises(BismoothError, match=message):
+        bench(tmp_path, Stages(refusal="out of luck."), steps=["targets"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bench_that_broke_off_goes_on(tmp_path: Path) -> None:

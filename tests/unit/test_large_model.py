@@ -62,6 +62,16 @@ def test_weights_are_written_in_pieces_and_repeatable(tokenizer: Path, monkeypat
     assert np.linalg.matrix_rank(gate.astype(np.float64)) == 32
 
 
+def test_a_sparse_model_takes_no_disk(tokenizer: Path) -> None:
+    folder, shape = tokenizer / "model", replace(SMALL, vocabulary=10**6)
+    write_large_model(folder, tokenizer, shape, sparse=True)
+    path = folder / "model.safetensors"
+    assert {name: entry.shape for name, entry in read_header(path).items()} == shape.tensors
+    assert path.stat().st_size > 2 * shape.parameters > 10**8
+    assert path.stat().st_blocks * 512 < 10**6
+    assert not read_tensor(path, read_header(path)["model.norm.weight"]).astype(np.float64).any()
+
+
 def test_the_published_sizes() -> None:
     assert LLAMA3_70B.parameters == 70_553_706_496
     assert LLAMA3_405B.parameters == 405_853_388_800
