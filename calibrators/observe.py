@@ -6,7 +6,7 @@ Every observed value x, flattened to rows [T, K] with channels last, gets the ou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,9 @@ from .histogram import BINS, BINS_PER_OCTAVE, LOWEST
 OUTLIERS = 16
 #: Graph inputs: the numbers of the wanted token rows, int64 [r], and of all token rows of the batch, int64 [1].
 ROWS, TOKENS = "bismooth::rows", "bismooth::tokens"
+SAMPLED, KEPT_ROWS = "bismooth::sampled", "bismooth::kept"
+"""Dimensions: how many rows of a batch are wanted, and how many of the largest it has, at most ``OUTLIERS``."""
+
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _CONSTANTS: dict[str, NDArray[Any] | np.generic] = {
     "bismooth::first_axis": np.array([0], np.int64),
@@ -62,6 +65,18 @@ class Taps:
     def of(value: str) -> Taps:
         return Taps(*(f"{value}::{field.name}" for field in fields(Taps)))
 
+    @staticmethod
+    def shapes(channels: int | None) -> dict[str, tuple[int, list[int | str | None]]]:
+        """Types and shapes of the outputs, by field."""
+        return {
+            "absmax": (TensorProto.FLOAT, [channels]),
+            "power": (TensorProto.FLOAT, []),
+            "rows": (TensorProto.FLOAT, [SAMPLED, channels]),
+            "outliers": (TensorProto.FLOAT, [KEPT_ROWS, channels]),
+            "outlier_peaks": (TensorProto.FLOAT, [KEPT_ROWS]),
+            "histogram": (TensorProto.INT32, [BINS]),
+        }
+
 
 def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: bool) -> None:
     """Give ``model`` further outputs, statistics of its ``values``, in place.
@@ -71,7 +86,7 @@ def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: boo
     """
     graph = model.graph
     _check_floats(graph, values)
-    graph.input.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, ["bismooth::sampled"]))
+    graph.input.append(helper.make_tensor_value_info(ROWS, TensorProto.INT64, [SAMPLED]))
     graph.input.append(helper.make_tensor_value_info(TOKENS, TensorProto.INT64, [1]))
     added = {value: [*_reductions(value), *(_histogram(value) if histograms else ())] for value in values}
     _insert(graph, added)
@@ -79,8 +94,14 @@ def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: boo
     constants = {name: np.asarray(array) for name, array in _CONSTANTS.items() if name in used}
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
     made = {name for nodes in added.values() for node in nodes for name in node.output}
-    outputs = [name for value in values for name in astuple(Taps.of(value)) if name in made]
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    channels = {info.name: info.type.tensor_type.shape.dim for info in (*graph.value_info, *graph.input)}
+    for value in values:
+        dims = channels.get(value)
+        width = dims[-1].dim_value if dims else 0
+        shapes = Taps.shapes(width or None)
+        for field, name in asdict(Taps.of(value)).items():
+            if name in made:
+                graph.output.append(helper.make_tensor_value_info(name, *shapes[field]))
 
 
 def _insert(graph: onnx.GraphProto, added: Mapping[str, Sequence[onnx.NodeProto]]) -> None:

@@ -25,7 +25,7 @@ from ..export.state import open_state
 from ..export.versions import tool_versions
 from ..passes.progress import Counter, Progress, silent
 from .histogram import BINS
-from .observe import OUTLIERS, ROWS, TOKENS, Taps, instrument
+from .observe import KEPT_ROWS, OUTLIERS, ROWS, SAMPLED, TOKENS, Taps, instrument
 from .statistics import Provenance, Statistics
 from .writer import StatisticsWriter
 
@@ -170,6 +170,7 @@ def calibrate(
         batch_size,
         values=maker.by_segment(values),
         prepare=partial(instrument, histograms=histograms),
+        dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
         with_output=False,
     )
     options = {"rows": rows, "histograms": histograms, "batch_size": batch_size, "values": dict(values)}

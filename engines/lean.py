@@ -37,9 +37,8 @@ def make_lean(model: onnx.ModelProto, *, fuse: bool, most: int = MOST, piece: in
     for node in list(model.graph.node):
         if node.op_type == "Gather":
             rewriter.look_up_first(node)
-        elif node.op_type == "MatMul" and not node.domain:
-            if not rewriter.slice_outputs(node, most, piece) and fuse:
-                rewriter.fuse_transpose(node)
+        elif node.op_type == "MatMul" and not node.domain and not rewriter.slice_outputs(node, most, piece) and fuse:
+            rewriter.fuse_transpose(node)
     rewriter.finish()
     if any(node.domain == _MICROSOFT for node in model.graph.node) and not any(
         opset.domain == _MICROSOFT for opset in model.opset_import
@@ -54,6 +53,8 @@ class _Rewriter:
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.behind: dict[str, list[onnx.NodeProto]] = {}
         self.instead: dict[str, list[onnx.NodeProto]] = {}
+        self.left: set[str] = set()
+        """Values that a reader was taken from."""
 
     def look_up_first(self, node: onnx.NodeProto) -> None:
         """Gather(Cast(table), ids) becomes Cast(Gather(table, ids))."""
@@ -61,6 +62,7 @@ class _Rewriter:
         if cast is None or cast.op_type != "Cast" or cast.input[0] not in self.initializers:
             return
         narrow, output = f"{node.output[0]}/stored", node.output[0]
+        self.left.add(node.input[0])
         node.input[0], node.output[0] = cast.input[0], narrow
         widen = helper.make_node("Cast", [narrow], [output], f"{node.name}/Cast")
         widen.attribute.extend(cast.attribute)
@@ -75,6 +77,7 @@ class _Rewriter:
         transpose = self.producers.get(node.input[1])
         if transpose is not None and _is_swap(transpose):
             node.op_type, node.domain = "FusedMatMul", _MICROSOFT
+            self.left.add(node.input[1])
             node.input[1] = transpose.input[0]
             node.attribute.append(helper.make_attribute("transB", 1))
 
@@ -94,6 +97,7 @@ class _Rewriter:
             new += self._slice(node, chain, parts[-1], (start, min(start + step, n)), 0 if is_swapped else 1)
         new.append(helper.make_node("Concat", parts, [node.output[0]], f"{node.name}/Concat", axis=-1))
         self.instead[node.output[0]] = new
+        self.left.add(node.input[1])
         return True
 
     def _chain(self, name: str) -> list[onnx.NodeProto]:
@@ -121,7 +125,9 @@ class _Rewriter:
             new.append(helper.make_node("Slice", [name, *ends], [result], f"{result}/Slice"))
             dims = list(self.initializers[name].dims)
             dims[along] = bounds[1] - bounds[0]
-            self._declare(result, self.initializers[name].data_type, helper.make_tensor_type_proto(1, dims).tensor_type.shape)
+            self._declare(
+                result, self.initializers[name].data_type, helper.make_tensor_type_proto(1, dims).tensor_type.shape
+            )
             return result
 
         value = part(chain[-1].input[0], axis)
@@ -161,19 +167,19 @@ class _Rewriter:
         return name
 
     def finish(self) -> None:
-        """Put new nodes in their places, and drop those that nothing reads any more."""
+        """Put new nodes in their places, and drop those whose readers were replaced."""
         order: list[onnx.NodeProto] = []
         for node in self.graph.node:
             order += self.instead.get(node.output[0], [node])
             order += self.behind.get(node.output[0], [])
-        wanted = {value.name for value in self.graph.output}
         uses = Counter(name for node in order for name in node.input)
         kept: list[onnx.NodeProto] = []
         for node in reversed(order):
-            if any(uses[name] or name in wanted for name in node.output):
+            if self.left.isdisjoint(node.output) or any(uses[name] for name in node.output):
                 kept.append(node)
             else:
                 uses.subtract(node.input)
+                self.left.update(node.input)
         del self.graph.node[:]
         self.graph.node.extend(reversed(kept))
 

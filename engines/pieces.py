@@ -30,17 +30,6 @@ class PieceMaker:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._infos = {info.name: info for info in (*graph.value_info, *graph.output)}
 
-    @cached_property
-    def homes(self) -> Mapping[str, int]:
-        """The segment in which each value of the stream is made, by name."""
-        nodes = self.model.graph.node
-        return {
-            name: place
-            for place, segment in enumerate(self.segments)
-            for number in segment.nodes
-            for name in nodes[number].output
-        }
-
     def by_segment(self, values: Iterable[str]) -> dict[int, list[str]]:
         """Values by the segment that makes them; those that do not depend on the tokens belong to the first.
 

@@ -186,6 +186,7 @@ class Streamed:
         batch_size: windows per run.
         values: further values to look at, by the segment that makes them.
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
+        dims: sizes of symbolic dimensions that ``prepare`` adds.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -196,6 +197,7 @@ class Streamed:
     batch_size: int
     values: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
+    dims: Mapping[str, int] = field(default_factory=dict[str, int])
     with_output: bool = True
 
     @property
@@ -206,10 +208,10 @@ class Streamed:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the symbolic dimensions, in a run of a full batch."""
-        length = self.ids.shape[1]
-        sizes = {BATCH: min(self.batch_size, len(self.ids)), SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
+        count, length = min(self.batch_size, len(self.ids)), self.ids.shape[1]
+        sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
         first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
-        for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (sizes[BATCH], length), strict=False):
+        for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (count, length), strict=False):
             sizes[dim.dim_param] = size
         return sizes
 

@@ -96,7 +96,10 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text, budget = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."), o.parse_memory(memory)
+    text, budget = (
+        o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."),
+        o.parse_memory(memory),
+    )
     from . import stages
 
     console.show_progress(not quiet)

@@ -154,6 +154,7 @@ Memory = Annotated[
         metavar="SIZE", help="Memory that this process may take, such as 8GB; most of what is there by default."
     ),
 ]
+Restart = Annotated[bool, typer.Option(help="Discard what an unfinished run has left.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON alone to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
