@@ -17,6 +17,7 @@ from ..export.placed_tensors import PlacedTensors
 from ..export.safetensors_file import SafetensorsWriter
 from . import console
 
+TOKENIZER = "tokenizer.json"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _SPREAD = 0.02
 """Standard deviation of the weights, as models are initialized with."""
@@ -116,14 +117,13 @@ def write_large_model(folder: Path, tokenizer: Path, shape: Shape, *, seed: int 
 
     Args:
         folder: what to make.
-        tokenizer: a folder whose tokenizer files are copied; it has at most ``shape.vocabulary`` tokens.
+        tokenizer: a folder whose tokenizer is copied; it has at most ``shape.vocabulary`` tokens.
         shape: of the model.
         seed: of the weights.
         sparse: weights are a hole in the file, which takes no disk and reads as zeros.
     """
     folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer / name, folder / name)
+    shutil.copyfile(tokenizer / TOKENIZER, folder / TOKENIZER)
     (folder / "config.json").write_text(json.dumps(shape.config, indent=2) + "\n", "utf-8")
     tensors, path = shape.tensors, folder / "model.safetensors"
     declared = [(name, BFLOAT16, sizes) for name, sizes in tensors.items()]
