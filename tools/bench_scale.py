@@ -233,7 +233,6 @@ def _drop_cache(folder: Path) -> None:
 def main(arguments: Iterable[str] | None = None) -> int:
     """Entry point of ``python -m bismooth.tools.bench_scale``: prints Markdown; status 1 if a limit does not hold."""
     parser = argparse.ArgumentParser(description="Measure time, memory and disk by the number of blocks.")
-    parser.add_argument("--model", default=None, help="small model, and tokenizer of the large ones (SmolLM2-135M)")
     add_texts(parser)
     choices = (*STEPS, SMALL, TARGETS)
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS), help="sizes of large models (2 4 8)")
@@ -246,12 +245,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
         console.show_progress(True)
         options.output.mkdir(parents=True, exist_ok=True)
         calibration, evaluation = texts(options)
-        model = options.model or str(demo_model())
-        settings = {"model": model, "memory": options.memory, "calibration": calibration, "evaluation": evaluation}
+        settings = {"memory": options.memory, "calibration": calibration, "evaluation": evaluation}
         rows = Rows(options.output / "unfinished.json", settings, restart=options.restart)
         memory = None if options.memory == "none" else options.memory
         bench = ScaleBench(options.output, rows, calibration, evaluation, memory)
-        result = bench.run(model, options.blocks, options.steps)
+        result = bench.run(str(demo_model()), options.blocks, options.steps)
         for name, text in (("scale.json", console.json_text(result.to_json())), ("scale.md", result.markdown())):
             with replacing(options.output / name) as path:
                 path.write_text(text, "utf-8")

@@ -270,14 +270,14 @@ def test_the_command(
     finished = Finished({"peak_bytes": peak})
     monkeypatch.setattr(bench_scale, "ScaleBench", finished)
     output = tmp_path / "out"
-    words = ("--output", str(output), "--model", "m", "--calibration", "c", "--evaluation", "e")
+    words = ("--output", str(output), "--calibration", "c", "--evaluation", "e")
     assert main(words) == status
     printed = capsys.readouterr().out
     assert printed == (output / "scale.md").read_text("utf-8")
     assert ("**Does not hold.** export: peak memory is 6.10 GB" in printed) == bool(status)
     document = json.loads((output / "scale.json").read_text("utf-8"))
     assert (document["format"], document["version"], len(document["failures"])) == ("bismooth-scale", 1, status)
-    assert document["settings"] == {"model": "m", "memory": "6GB", "calibration": ["c"], "evaluation": ["e"]}
+    assert document["settings"] == {"memory": "6GB", "calibration": ["c"], "evaluation": ["e"]}
     assert not finished.kept.exists(), "the next bench measures all anew"
 
 
