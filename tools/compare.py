@@ -71,8 +71,8 @@ def compare(
         html: a file for a page that shows the result; it needs the extra ``report``.
 
     Raises:
-        BismoothError: no artifacts or one of them twice, one that cannot be run, or whose vocabulary or tokenizer is not
-            the reference's, too little memory, text that cannot be used, a reference that gives NaN or infinity, or
+        BismoothError: no artifacts or one of them twice, one that cannot be run, or whose vocabulary or tokenizer is
+            not the reference's, too little memory, text that cannot be used, a reference that gives NaN or infinity, or
             ``output`` or ``html`` cannot be written or is a file of another kind.
     """
     if output is not None:
