@@ -20,19 +20,19 @@ Bytes = NDArray[np.uint8]
 
 
 def read_blocks(path: Path, offset: int, size: int, step: int) -> Iterator[Bytes]:
-    """``size`` bytes of a file from byte ``offset`` on, ``step`` at a time; each block is an array of its own.
+    """``size`` bytes of a file from byte ``offset`` on, ``step`` at a time; each overwrites the one before.
 
     Raises:
         BismoothError: the file ends before that.
     """
-    asked = 0
+    asked, room = 0, np.empty(min(step, size), np.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         for start in range(0, size, step):
             while asked < min(size, start + step + WINDOW):
                 _will_need(file, offset + asked, min(WINDOW, size - asked))
                 asked += WINDOW
-            block = np.empty(min(step, size - start), np.uint8)
+            block = room[: size - start]
             _fill(file, block, path)
             yield block
 

@@ -89,7 +89,7 @@ class FileValues(_LazyValues):
         return cast(Array, data.view(dtype).reshape(tuple(self.proto.dims)))
 
     def load_pieces(self, elements: int) -> Iterator[Array]:
-        """The same, flat, so many elements at a time."""
+        """The same, flat, so many elements at a time; each piece overwrites the one before."""
         if self.proto.data_type in _PACKED_BITS:
             yield self.load().reshape(-1)
             return
@@ -290,7 +290,10 @@ def read(tensor: Tensor) -> Array:
 
 
 def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
-    """The values of a constant in row-major order, flat, so many elements at a time; files are read on the way."""
+    """The values of a constant in row-major order, flat, so many elements at a time; files are read on the way.
+
+    Pieces are to be read only, and before the next one is there: it may overwrite them.
+    """
     values = cast(Any, tensor)._values
     if isinstance(values, FileValues):
         yield from values.load_pieces(elements)

@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("window", [1, 50, 5000])
 def test_blocks_follow_each_other(path: Path, monkeypatch: pytest.MonkeyPatch, step: int, window: int) -> None:
     monkeypatch.setattr(read_ahead, "WINDOW", window)
-    blocks = list(read_blocks(path, 11, 700, step))
+    blocks = [block.copy() for block in read_blocks(path, 11, 700, step)]
     np.testing.assert_array_equal(np.concatenate(blocks), CONTENT[11:711])
     assert {len(block) for block in blocks[:-1]} <= {step}
 
