@@ -112,6 +112,23 @@ class TensorWriter:
             self._put(entry, start, piece)
             start += piece.nbytes
 
+    def write_columns(self, name: str, first: int, columns: NDArray[Any]) -> None:
+        """Write columns of a tensor [.., N], from number ``first`` on: [K, n] where K is all axes but the last.
+
+        Raises:
+            ValueError: they have another type than declared, or do not fit.
+        """
+        entry = self._entries[name]
+        width, size = entry.shape[-1], columns.itemsize
+        if len(columns) * width * size != entry.length or first + columns.shape[1] > width:
+            got = f"{columns.dtype} {columns.shape} from column {first} on"
+            raise ValueError(f"{name}: declared {entry.dtype} {entry.shape}, got {got}")
+        if columns.shape[1] == width:
+            self._put(entry, 0, columns)
+            return
+        for number, row in enumerate(columns):
+            self._put(entry, (number * width + first) * size, row)
+
     def _put(self, entry: TensorEntry, start: int, array: NDArray[Any]) -> None:
         if array.dtype != DTYPES[entry.dtype]:
             raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")

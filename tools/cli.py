@@ -209,13 +209,15 @@ def verify(
         list[Hop], typer.Option("--hop", metavar="NAME...", help=f"Hops to judge, of {', '.join(Hop)}.")
     ] = [],
     gate: o.GateOptions = [],
+    memory: o.Memory = None,
+    restart: o.Restart = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Judge every hop from the source to the engine by its gates."""
     text = o.parse_text(data, "Programs are compared by what they compute on it.")
-    thresholds = o.parse_gates(gate)
+    thresholds, budget = o.parse_gates(gate), o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -227,6 +229,8 @@ def verify(
         length=length,
         hops=tuple(hop),
         thresholds=thresholds,
+        memory=budget,
+        restart=restart,
         output=output,
     )
     finish(result, as_json)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact, finish_folder, new_folder
 from ..export.errors import BismoothError
+from ..export.fingerprint import run_fingerprint
 from ..export.hashing import array_sha256
 from ..export.replacing import check_replaceable, replacing
+from ..export.state import open_state
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
@@ -186,6 +188,8 @@ def verify(
     thresholds: Mapping[str, float | None] | None = None,
     output: str | Path | None = None,
     skip_windows: int = 0,
+    memory: int | None = None,
+    restart: bool = False,
 ) -> VerifyResult:
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
 
@@ -209,14 +213,16 @@ def verify(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     ids = text.ids[skip_windows:]
-    with console.progress() as progress:
-        result = verify_artifact(loaded, ids, gates, hops, progress)
-    result = replace(
-        result.demanding([name for name, limit in limits.items() if limit is not None]),
-        data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
-    )
-    with replacing(target) as temporary:
-        temporary.write_text(console.json_text(result.to_json()), "utf-8")
+    digest = array_sha256(ids)
+    fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops))
+    with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
+        result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)
+        result = replace(
+            result.demanding([name for name, limit in limits.items() if limit is not None]),
+            data={"data": list(map(str, data)), "data_sha256": digest},
+        )
+        with replacing(target) as temporary:
+            temporary.write_text(console.json_text(result.to_json()), "utf-8")
     return result
 
 
