@@ -97,8 +97,8 @@ class StreamFile:
         NOTE: the file is opened to write alone: a client of NFS that has read the rest of a page writes all of it, and
         other machines write there too.
         """
-        rest, place = memoryview(np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8)), batch.start
-        place *= self.window_bytes
+        rest = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        place = batch.start * self.window_bytes
         descriptor = os.open(self.path, os.O_WRONLY)
         try:
             while rest:

@@ -106,7 +106,7 @@ class RayExecutor:
     def _spread(self, task: Work[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
         pickled = pickle.dumps(task)
         digest = hashlib.sha256(pickled).hexdigest()
-        shared = self.ray.put((self.expected, pickled))
+        shared = [self.ray.put((self.expected, pickled))]
         remote = self.ray.remote(call).options(
             name=task.step,
             num_cpus=self.cpus,
