@@ -248,6 +248,7 @@ def compare(
     windows: o.Windows = 16,
     skip_windows: o.SkipWindows = 0,
     length: o.Length = 512,
+    memory: o.Memory = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON report to write.")] = None,
     html: o.Html = None,
     as_json: o.AsJson = False,
@@ -255,6 +256,7 @@ def compare(
 ) -> None:
     """Compare artifacts with one float reference, and with each other."""
     text = o.parse_text(data, "Artifacts are compared by what they compute on it.")
+    budget = o.parse_memory(memory)
     from .compare import compare as run
 
     console.show_progress(not quiet)
@@ -265,6 +267,7 @@ def compare(
         windows=windows,
         skip_windows=skip_windows,
         length=length,
+        memory=budget,
         output=output,
         html=html,
     )

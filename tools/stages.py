@@ -224,6 +224,7 @@ def verify(
     digest = array_sha256(ids)
     fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops))
     with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
+        console.note_resumed(state.resumed, state.progress)
         result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)
         result = replace(
             result.demanding([name for name, limit in limits.items() if limit is not None]),
