@@ -18,13 +18,14 @@ import socket
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..export.errors import BismoothError
-from .executor import LOCAL, ItemT, ResultT, Task
+from .executor import ItemT, ResultT, Work
+from .parallel import ordered_map
 from .ray_worker import call, check_node, kind_of_machine
 
 RETRIES = 8
@@ -42,13 +43,14 @@ _PATIENCE = 10.0
 
 
 @contextmanager
-def connect(files: Iterable[Path]) -> Generator[RayExecutor]:
+def connect(files: Iterable[Path], *, whole_nodes: bool = False) -> Generator[RayExecutor]:
     """Connect to the cluster at ``RAY_ADDRESS``, or to the one that has a node on this machine; none is started.
 
     A connection that this process already has is used, and stays.
 
     Args:
         files: What the tasks will read and write, if it is there already. Every node must see it.
+        whole_nodes: A call gets all CPUs and the memory that the smallest node has, instead of one CPU.
 
     Raises:
         BismoothError: Ray is not installed, there is no cluster or one of another version, or one of its nodes has
@@ -61,7 +63,7 @@ def connect(files: Iterable[Path]) -> Generator[RayExecutor]:
     try:
         executor = RayExecutor(ray, _expected(files))
         executor.check_nodes()
-        yield executor
+        yield executor.with_whole_nodes() if whole_nodes else executor
     finally:
         if not connected:
             ray.shutdown()
@@ -74,12 +76,22 @@ class RayExecutor:
     Attributes:
         ray: The module, connected.
         expected: What :func:`.ray_worker.check_node` expects.
+        cpus: CPUs that a call gets.
+        memory: Bytes that a call gets; None for any number.
     """
 
     ray: Any
     expected: dict[str, Any]
+    cpus: int = 1
+    memory: int | None = None
 
-    def map(self, task: Task[ItemT, ResultT], items: Iterable[ItemT], /) -> Iterator[ResultT]:
+    def with_whole_nodes(self) -> RayExecutor:
+        """The same, with the CPUs and the memory for each call that the smallest node has."""
+        offered = [node["Resources"] for node in self._nodes()]
+        cpus, memory = (min(int(resources[name]) for resources in offered) for name in ("CPU", "memory"))
+        return replace(self, cpus=cpus, memory=memory)
+
+    def map(self, task: Work[ItemT, ResultT], items: Iterable[ItemT], /) -> Iterator[ResultT]:
         """The results, in the order of the items.
 
         A single item gains nothing by travelling. It is worked on here, and a file that it makes is seen here at once,
@@ -89,20 +101,24 @@ class RayExecutor:
             BismoothError: a call raised it, a call was lost :data:`RETRIES` times and once more, or no node is left.
         """
         listed = list(items)
-        return LOCAL.map(task, listed) if len(listed) == 1 else self._spread(task, listed)
+        return ordered_map(task, listed) if len(listed) == 1 else self._spread(task, listed)
 
-    def _spread(self, task: Task[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+    def _spread(self, task: Work[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
         pickled = pickle.dumps(task)
         digest = hashlib.sha256(pickled).hexdigest()
-        shared = self.ray.put((self.expected, pickled))
+        shared = [self.ray.put((self.expected, pickled))]
         remote = self.ray.remote(call).options(
-            name=task.step, num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD"
+            name=task.step,
+            num_cpus=self.cpus,
+            memory=self.memory,
+            max_retries=RETRIES,
+            scheduling_strategy="SPREAD",
         )
         waiting: deque[tuple[str, Any]] = deque()
         try:
             for item in items:
                 waiting.append((item.name, remote.remote(digest, shared, pickle.dumps(item))))
-                if len(waiting) > AHEAD * self._cpus():
+                if len(waiting) > AHEAD * self._cpus() / self.cpus:
                     yield self._result(*waiting[0])
                     waiting.popleft()
             while waiting:
@@ -119,7 +135,7 @@ class RayExecutor:
         """
         self._cpus()
         strategy = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        nodes = [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        nodes = self._nodes()
         remote = self.ray.remote(check_node)
         checks = [
             remote.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote(self.expected)
@@ -148,6 +164,9 @@ class RayExecutor:
                 f"{name}: the workers that worked on it were lost, {RETRIES + 1} times: {_last_line(error)}. Look into "
                 "Ray's logs on that node; if memory ran out, start its node with fewer CPUs (ray start --num-cpus)."
             ) from error
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
     def _cpus(self) -> int:
         """The CPUs that the cluster has now.

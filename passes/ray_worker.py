@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,19 +29,20 @@ _TASK: dict[str, Any] = {}
 """The task that this process works on, by its digest."""
 
 
-def call(digest: str, shared: tuple[Mapping[str, Any], bytes], item: bytes) -> Any:
+def call(digest: str, shared: Sequence[Any], item: bytes) -> Any:
     """Call a task.
 
     Args:
         digest: Tells the task from others.
-        shared: What :func:`check_node` expects, and the pickled task.
+        shared: One reference to what :func:`check_node` expects and the pickled task. In a sequence, it is not resolved
+            for every call.
         item: The pickled item.
 
     Raises:
         BismoothError: as :func:`check_node`, which looks at each process once per task.
     """
     if digest not in _TASK:
-        expected, pickled = shared
+        expected, pickled = import_module("ray").get(shared[0])
         check_node(expected)
         _TASK.clear()
         with suppress(OSError):  # only relative paths need it

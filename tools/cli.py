@@ -90,6 +90,7 @@ def calibrate(
         bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
     ] = False,
     memory: o.Memory = None,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     restart: o.Restart = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
@@ -113,6 +114,7 @@ def calibrate(
         batch_size=batch_size,
         histograms=histograms,
         memory=budget,
+        executor=executor,
         restart=restart,
         output=output,
     )

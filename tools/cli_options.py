@@ -142,7 +142,7 @@ ExecutorOption = Annotated[
     typer.Option(
         "--executor",
         metavar="local|ray",
-        help="Who works on the weights: this machine, or the Ray cluster at RAY_ADDRESS, by default the one that this "
+        help="Who does the work: this machine, or the Ray cluster at RAY_ADDRESS, by default the one that this "
         "machine is a node of. All its nodes need bismooth[compile,ray], and ART at the same path.",
     ),
 ]

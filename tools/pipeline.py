@@ -140,6 +140,7 @@ def compile(
             rows=rows,
             seed=seed,
             histograms=chosen.needs_histograms,
+            executor=executor,
             restart=restart,
         )
     if not is_quantized:

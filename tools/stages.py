@@ -18,6 +18,7 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
 from . import console
+from .executors import open_spread
 from .exporting import copies_weights, export, export_module
 from .hops import is_report
 from .meant import engine_source, meant_int8, quantize_stage
@@ -53,13 +54,17 @@ def calibrate(
     batch_size: int | None = None,
     histograms: bool = False,
     memory: int | None = None,
+    executor: str = "local",
     restart: bool = False,
     output: str | Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.
 
+    Batches of windows run on the machines of ``executor``, see :func:`.executors.open_executor`.
+
     Raises:
-        BismoothError: the artifact or the text cannot be used, or ``output`` is a file of another kind.
+        BismoothError: the artifact or the text cannot be used, ``output`` is a file of another kind, or the executor
+            cannot be used.
     """
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
@@ -76,7 +81,8 @@ def calibrate(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
     values = {linear.x: linear.k for linear in find_linears(load(loaded.graph("float32")))}
-    with console.progress() as progress:
+    shared = [artifact / name for name in loaded.manifest.files]
+    with console.progress() as progress, open_spread(executor, shared, memory) as share:
         run(
             artifact,
             values,
@@ -87,8 +93,10 @@ def calibrate(
             rows=rows,
             seed=seed,
             histograms=histograms,
-            memory=memory,
+            memory=share.memory,
             restart=restart,
+            threads=share.threads,
+            spread=share.spread,
             progress=progress,
         )
     return CalibrateResult(target, len(values), windows, length, text.sha256, time.perf_counter() - start)

@@ -98,6 +98,28 @@ def test_a_worker_lost_in_every_step_changes_nothing(
 
 
 @pytest.mark.cluster
+def test_calibration_on_a_cluster_gives_the_same_bytes(
+    cluster: Any, tiny: Tiny, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del cluster
+    losses = Losses(tmp_path / "losses")
+    losses.patch(monkeypatch)
+    for name in ("local", "ray"):
+        stages.calibrate(
+            artifact,
+            [str(tiny.text)],
+            windows=5,
+            length=24,
+            batch_size=2,
+            histograms=True,
+            executor=name,
+            output=tmp_path / name,
+        )
+    assert losses.lost == len(losses.steps) == 1
+    assert (tmp_path / "ray").read_bytes() == (tmp_path / "local").read_bytes()
+
+
+@pytest.mark.cluster
 def test_a_node_lost_midway_changes_nothing(
     cluster: Any, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,10 @@ def test_a_node_that_computes_otherwise_is_refused(machine: dict[str, str], mess
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    def find_spec(_: str) -> None:
+        return None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     with pytest.raises(BismoothError, match=re.escape("Install it with: pip install 'bismooth[ray]'")), connect([]):
         pass
 
