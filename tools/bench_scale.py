@@ -29,7 +29,9 @@ from .demo import demo_model
 from .large_model import LLAMA3_70B, Shape, write_large_model
 
 BLOCKS = (2, 4, 8)
-MEMORY, SMALL_MEMORY = "6GB", "700MB"
+MEMORY, SMALL_MEMORY = "4GB", "700MB"
+"""Budgets. That of large models is for less than two of their blocks: the smallest streams as the largest does."""
+
 HOPS = ("folded", "reference", "int8")
 """Quantized graphs against the float graph. What else ``verify`` judges is no work on blocks."""
 

@@ -277,7 +277,7 @@ def test_the_command(
     assert ("**Does not hold.** export: peak memory is 6.10 GB" in printed) == bool(status)
     document = json.loads((output / "scale.json").read_text("utf-8"))
     assert (document["format"], document["version"], len(document["failures"])) == ("bismooth-scale", 1, status)
-    assert document["settings"] == {"memory": "6GB", "calibration": ["c"], "evaluation": ["e"]}
+    assert document["settings"] == {"memory": "4GB", "calibration": ["c"], "evaluation": ["e"]}
     assert not finished.kept.exists(), "the next bench measures all anew"
 
 
