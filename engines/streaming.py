@@ -191,6 +191,7 @@ class Streamed:
         values: further values to look at, by the segment that makes them.
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
+        held: bytes that the caller holds beside a run.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -202,6 +203,7 @@ class Streamed:
     values: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    held: int = 0
     with_output: bool = True
 
     @property
@@ -274,7 +276,7 @@ class Streamed:
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
-        return footprint(self.model(piece), self.sizes, self.mode)
+        return self.held + footprint(self.model(piece), self.sizes, self.mode)
 
     def _too_little(self) -> BismoothError:
         least = current_rss() + max(self.need(Piece(segment, segment + 1)) for segment in range(self.stop))

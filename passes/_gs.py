@@ -18,6 +18,7 @@ import onnx_graphsurgeon  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from ..export.read_ahead import read_blocks, read_columns
 
 _gs: Any = onnx_graphsurgeon
 _gs.logger.G_LOGGER.severity = _gs.logger.G_LOGGER.ERROR  # it warns of every bfloat16 value on stdout
@@ -94,11 +95,20 @@ class FileValues(_LazyValues):
             return
         place = external_location(self.proto, self.folder)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
-        step = elements * dtype.itemsize
-        with place.file.open("rb", buffering=0) as file:  # once: the system reads ahead for whoever goes on reading
-            file.seek(place.offset)
-            for start in range(0, place.size, step):
-                yield np.fromfile(file, np.uint8, min(step, place.size - start)).view(dtype)
+        for block in read_blocks(place.file, place.offset, place.size, elements * dtype.itemsize):
+            yield block.view(dtype)
+
+    def load_columns(self, columns: slice) -> Array:
+        """Some columns of a matrix."""
+        if self.proto.data_type in _PACKED_BITS:
+            return self.load()[:, columns]
+        place = external_location(self.proto, self.folder)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        size = dtype.itemsize
+        shape = (self.proto.dims[0], self.proto.dims[1] * size)
+        return read_columns(place.file, place.offset, shape, slice(columns.start * size, columns.stop * size)).view(
+            dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -288,6 +298,12 @@ def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
     flat = read(tensor).reshape(-1)
     for start in range(0, flat.size, elements):
         yield flat[start : start + elements]
+
+
+def read_columns_of(tensor: Tensor, columns: slice) -> Array:
+    """Some columns of a constant matrix; no others are read."""
+    values = cast(Any, tensor)._values
+    return values.load_columns(columns) if isinstance(values, FileValues) else read(tensor)[:, columns]
 
 
 def to_constant(tensor: Tensor, source: Tensor) -> None:

@@ -11,7 +11,8 @@ tensors are therefore also judged by themselves, channel by channel, when they a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -32,10 +33,11 @@ from ..passes._gs import (
     set_type,
     shape_of,
 )
+from ..passes.executor import LOCAL, Executor, each
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index
 from ..passes.linears import Linear, find_linears
-from ..passes.parallel import ordered_map
+from ..passes.open_graph import OpenGraph
 from ..passes.precision_policy import float_limits
 from ..passes.refine import sample
 from ..passes.rounding import Rounding
@@ -91,35 +93,70 @@ class FoldErrors:
 
 
 def check_folds(
-    graph: Graph,
+    model: OpenGraph,
     sites: Sequence[Site],
     factors: Factors,
     rounding: Rounding | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    executor: Executor = LOCAL,
 ) -> FoldErrors:
     """Fold each site on its own and measure by how much its results change.
 
     Args:
-        graph: The float32 graph before folding.
+        model: The float32 graph before folding.
         sites: The sites of ``find_sites``.
         factors: Per site name the divisor of its channels.
         rounding: That of the deployed graph; None if it computes in float32, and then ``compute`` stays empty.
         progress: Called with the name of each site that is done.
+        executor: Does the work.
 
     Raises:
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
-    linears = {linear.name: linear for linear in find_linears(graph)}
-    checker = _Checker(graph, Index.of(graph), Sizes.of(graph), linears, factors, rounding, _Sessions())
     errors = FoldErrors()
     smoothed = [site for site in sites if site.name in factors]
-    for site, (exact, compute) in zip(smoothed, ordered_map(checker.check, smoothed), strict=True):
+    for site, (exact, compute) in each(executor, CheckFold(model, factors, rounding), smoothed, progress):
         errors.exact[site.name] = exact
         if compute is not None:
             errors.compute[site.name] = compute
-        if progress is not None:
-            progress(site.name)
     return errors
+
+
+@dataclass(frozen=True, eq=False)
+class CheckFold:
+    """The work on one site; for the attributes see :func:`check_folds`."""
+
+    model: OpenGraph
+    factors: Factors
+    rounding: Rounding | None
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "check folds"
+
+    def __call__(self, site: Site) -> tuple[float, ComputeError | None]:
+        """The error in float32, and those in 16 bits if the deployed graph computes in that."""
+        return self._checker.check(site)
+
+    def encode(self, result: tuple[float, ComputeError | None]) -> Any:
+        """As JSON values."""
+        exact, compute = result
+        return [exact, None if compute is None else asdict(compute)]
+
+    def decode(self, plain: Any) -> tuple[float, ComputeError | None]:
+        """And back."""
+        exact, compute = plain
+        return exact, None if compute is None else ComputeError(**compute)
+
+    @cached_property
+    def _checker(self) -> "_Checker":
+        graph = self.model.graph
+        linears = {linear.name: linear for linear in find_linears(graph)}
+        return _Checker(graph, self.model.index, Sizes.of(graph), linears, self.factors, self.rounding, _Sessions())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_checker"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +181,7 @@ class _Checker:
     sessions: "_Sessions"
 
     def check(self, site: Site) -> tuple[float, ComputeError | None]:
-        """The error in float32, and those in 16 bits if the deployed graph computes in that."""
+        """As :meth:`CheckFold.__call__`."""
         segment = cut(self.graph, self.index, site, self.sizes).graph
         folded = segment.copy()
         fold_graph(folded, weight_edits([site], self.factors))

@@ -76,7 +76,7 @@ def stepwise(
     for place in range(prefill, len(ids)):
         pieces.append(part(place, place + 1))
         on_step(f"token {place}")
-    return np.concatenate(pieces, axis=1)[0]
+    return (np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])[0]
 
 
 def greedy(session: Session, prompts: Ids, count: int, on_prompt: Callable[[str], None]) -> Ids:

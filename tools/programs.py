@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -25,8 +25,8 @@ from ..passes.progress import Counter, Progress
 from .comparison import Ids, Values
 from .decoding import CachedRun, stepwise
 
-_HELD = 4
-"""Arrays of one window's outputs that exist beside a run: of the programs that are compared, and a copy."""
+_HELD = 2
+"""Arrays of one window's outputs that exist beside those of a run: another program's, and a copy."""
 
 _WHOLE = 3
 """How much more than a lean run a session takes that is made for speed, at most."""
@@ -116,7 +116,9 @@ class Programs:
         maker = PieceMaker(load_graph(path))
         caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
         batch = 1 if with_caches else default_batch(ids.shape[1])
-        return Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))
+        streamed = Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))
+        shape = resolve(maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
+        return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
     def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
         """The pieces that are to be run; what is done of the graph ``key`` is left out.
@@ -127,7 +129,7 @@ class Programs:
         folder = self.folder / re.sub(r"\W+", "-", key)
         folder.mkdir(exist_ok=True)
         done = self.state.get(key) if self.state else None
-        pieces = streamed.plan(self._room(streamed), done or 0)
+        pieces = streamed.plan(self.budget, done or 0)
         counter = Counter(self.progress, step, len(pieces) * len(streamed.ids))
         for piece in pieces:
             with streamed.running(piece, folder) as run:
@@ -137,12 +139,6 @@ class Programs:
                     self.state.record(key, piece.stop)
                 if run.entry is not None:
                     run.entry.path.unlink()
-
-    def _room(self, streamed: Streamed) -> int | None:
-        """Bytes for this process while outputs of others are held beside it."""
-        shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes)
-        held = _HELD * prod((shape or ())[1:]) * np.dtype(np.float32).itemsize
-        return None if self.budget is None else self.budget - held
 
 
 def _ignore(_step: str) -> None:
