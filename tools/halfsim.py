@@ -50,7 +50,7 @@ from ..passes.precision_policy import CLAMPED, Role, float_limits, role_of
 from ..passes.rounding import round_trip
 from .comparison import Ids, Values
 from .half_peaks import PREFIX, add_peaks, peak_of_stored, peaks_of
-from .programs import Programs
+from .programs import Programs, with_held
 
 _FLOAT32 = np.dtype(np.float32)
 _MODE = "reference"
@@ -133,7 +133,7 @@ class HalfSimulation:
         Raises:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
         """
-        streamed = self._streamed(programs.ids[:count])
+        streamed = with_held(self._streamed(programs.ids[:count]))
         stored = self._maker.by_segment(self._stored)
         key = f"{self._path.name} simulated {count} windows"
         self.ratios = np.array(programs.noted(key) or np.zeros(len(self.edges)))

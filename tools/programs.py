@@ -116,9 +116,7 @@ class Programs:
         maker = PieceMaker(load_graph(path))
         caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
         batch = 1 if with_caches else default_batch(ids.shape[1])
-        streamed = Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))
-        shape = resolve(maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
-        return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
+        return with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches)))
 
     def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
         """The pieces that are to be run; what is done of the graph ``key`` is left out.
@@ -139,6 +137,12 @@ class Programs:
                     self.state.record(key, piece.stop)
                 if run.entry is not None:
                     run.entry.path.unlink()
+
+
+def with_held(streamed: Streamed) -> Streamed:
+    """The same, where the outputs count that exist beside those of a run."""
+    shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
+    return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
 
 def _ignore(_step: str) -> None:
