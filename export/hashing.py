@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from threading import Condition, Event
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,14 +38,74 @@ def hashing(paths: Mapping[str, Path]) -> Generator[Callable[[], dict[str, str]]
             stopped.set()
 
 
+class WrittenHash:
+    """:func:`file_sha256` of a file whose parts are being written, in any order: a thread follows from the front on.
+
+    An error in the block that it is open for, or an interrupt, ends the thread within one read.
+    """
+
+    def __init__(self, path: Path, ends: Mapping[str, int]) -> None:
+        """Of a file, given by the name of each part, in the order of the file, the byte that it ends before.
+
+        The bytes in front of the first part are there.
+        """
+        self._path, self._ends = path, ends
+        self._written: set[str] = set()
+        self._changed = Condition()
+        self._stopped = Event()
+        self._pool = ThreadPoolExecutor(1)
+
+    def add(self, names: Iterable[str]) -> None:
+        """These parts are written."""
+        with self._changed:
+            self._written.update(names)
+            self._changed.notify()
+
+    def hexdigest(self) -> str:
+        """The hash, when all parts were added and read."""
+        return self._future.result()
+
+    def __enter__(self) -> Self:
+        self._future = self._pool.submit(self._run)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify()
+        self._pool.shutdown()
+
+    def _run(self) -> str:
+        digest, start = hashlib.sha256(), 0
+        for name, end in self._ends.items():
+            with self._changed:
+                self._changed.wait_for(lambda name=name: name in self._written or self._stopped.is_set())
+            # opened for each part: where several machines write, what was read ahead may be older than what is there
+            _feed(digest.update, self._path, self._stopped, start, end)
+            start = end
+        return digest.hexdigest()
+
+
 def _file_sha256(path: Path, stopped: Event) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    digest = hashlib.sha256()
+    _feed(digest.update, path, stopped)
+    return digest.hexdigest()
+
+
+def _feed(
+    update: Callable[[memoryview], None], path: Path, stopped: Event, start: int = 0, end: int | None = None
+) -> None:
+    """Give a hash the bytes of a file from ``start`` on, up to ``end``."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
+        place = file.seek(start)
+        while count := file.readinto(block if end is None else block[: end - place]):
             if stopped.is_set():
                 raise CancelledError
-            digest.update(block[:count])
-    return digest.hexdigest()
+            update(block[:count])
+            place += count
 
 
 def array_sha256(array: NDArray[Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.hashing import WrittenHash
 from ..export.placed_tensors import PlacedTensors
 from ..export.replacing import replacing
 from ..export.safetensors_file import TensorEntry
@@ -82,7 +83,7 @@ def write_weights(
     casts: Sequence[StoredCast],
     progress: Progress,
     executor: Executor = LOCAL,
-) -> tuple[QuantizedLinear, ...]:
+) -> tuple[tuple[QuantizedLinear, ...], str]:
     """Compute and write all tensors of the file, a few in memory at a time.
 
     Args:
@@ -93,7 +94,7 @@ def write_weights(
         executor: Does the work.
 
     Returns:
-        What became of the quantized linears.
+        What became of the quantized linears, and the SHA-256 of the file.
 
     Raises:
         BismoothError: a weight holds NaN or infinity, or does not fit into the 16-bit type, or
@@ -107,7 +108,10 @@ def write_weights(
     with replacing(file.path) as path:
         tensors = PlacedTensors.create(path, [(name, *declared) for name, declared in largest_first])
         file.entries.update(tensors.entries)
-        return _Work.of(sources, tensors, casts).run(executor, progress)
+        ends = {name: entry.offset + entry.length for name, entry in tensors.entries.items()}
+        with WrittenHash(path, ends) as written:
+            done = _Work.of(sources, tensors, casts).run(executor, progress, written.add)
+            return done, written.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,19 +158,26 @@ class _Work:
             },
         )
 
-    def run(self, executor: Executor, progress: Progress) -> tuple[QuantizedLinear, ...]:
+    def run(
+        self, executor: Executor, progress: Progress, on_written: Callable[[Iterable[str]], None]
+    ) -> tuple[QuantizedLinear, ...]:
+        """Write all, about in the order of the file; ``on_written`` is called with the names of what is there."""
         self._require_all()
         total = len(self.quantized) + len(self.folded) + len(self.copied) + len(self.made)
         count = Counter(progress, "write weights", total)
-        done = tuple(result for _, result in each(executor, self.quantize, self.quantized, count))
-        for _ in each(executor, self.fold, self.folded, count):
-            pass
-        for _ in each(executor, self.copy, self.copied, count):
-            pass
+        for item, _ in each(executor, self.copy, self.copied, count):
+            on_written(self.copy.writes(item))
+        for linear, _ in each(executor, self.fold, self.folded, count):
+            on_written(self.fold.writes(linear))
+        done: dict[str, QuantizedLinear] = {}
+        for linear, result in each(executor, self.quantize, sorted(self.quantized, key=_size, reverse=True), count):
+            done[linear.name] = result
+            on_written(self.quantize.writes(linear))
         for name, (tensor, edit) in self.made.items():
             self._copy_made(name, read(tensor), edit)
+            on_written(self.copy.output.with_copies(name)[1:])
             count(name)
-        return done
+        return tuple(done[linear.name] for linear in self.quantized)
 
     def _copy_made(self, name: str, values: NDArray[Any], edit: Edit | None) -> None:
         output = self.copy.output
@@ -183,3 +194,7 @@ class _Work:
         written += [name for made in self.made for name in self.copy.output.with_copies(made)[1:]]
         if left := self.copy.output.tensors.entries.keys() - set(written):
             raise ValueError(f"{len(left)} declared tensors are not written: {', '.join(sorted(left)[:3])}")
+
+
+def _size(linear: Linear) -> int:
+    return linear.n * linear.k

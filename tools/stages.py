@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
-from ..export.hashing import array_sha256, file_sha256, hashing
+from ..export.hashing import array_sha256, hashing
 from ..export.replacing import check_replaceable, replacing
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
@@ -123,7 +123,7 @@ def quantize(
             source, role = loaded.graph("float32"), chosen.compute_dtype.value
             narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
             result = quantize_graph(source, folder, chosen, calibration, progress, narrow_source=narrow)
-            digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
+            digests = hashes() | {WEIGHTS: result.sha256}
         loaded.check_files()  # nobody has modified the weights meanwhile
         stage: dict[str, Any] = {
             "stage": "quantize",

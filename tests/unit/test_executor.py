@@ -24,9 +24,9 @@ STEPS = [
     "look for walls",
     "smooth again",
     "check folds",
-    "quantize weights",
-    "store folded weights",
     "store 16-bit weights",
+    "store folded weights",
+    "quantize weights",
 ]
 WALL, PROJECTION = 3, "model.layers.0.self_attn"
 
