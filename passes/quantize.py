@@ -13,7 +13,7 @@ Written into the output folder, which already holds the float graph's weight fil
 ``quantized.safetensors``
     INT8 weights, scales and 16-bit weights of both Q/DQ graphs.
 
-Weights pass through memory some rows at a time. An :mod:`.executor` does the work on them, item by item: a linear, a site.
+Weights pass through memory some rows at a time; an :mod:`.executor` does the work, a linear or a site at a time.
 """
 
 from __future__ import annotations
