@@ -253,7 +253,7 @@ class Streamed:
         leaving, observed = self.exit_of(piece), self.observed(piece)
         last = [self.output] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
-        make_lean(model, fuse=self.mode != "int8")
+        make_lean(model, fuse=self.mode != "int8", keep=observed)
         self.prepare(model, observed)
         return model
 

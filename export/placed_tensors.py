@@ -126,20 +126,26 @@ class TensorWriter:
         if columns.shape[1] == width:
             self._put(entry, 0, columns)
             return
-        for number, row in enumerate(columns):
-            self._put(entry, (number * width + first) * size, row)
+        self._require_type(entry, columns)
+        for number, row in enumerate(columns.view(np.uint8)):
+            self._put_bytes(entry, (number * width + first) * size, row.data)
 
     def _put(self, entry: TensorEntry, start: int, array: NDArray[Any]) -> None:
-        if array.dtype != DTYPES[entry.dtype]:
-            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
+        self._require_type(entry, array)
         if start + array.nbytes > entry.length:
             raise ValueError(f"{entry.name}: declared {entry.length} bytes, got {start + array.nbytes}")
-        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        self._put_bytes(entry, start, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _put_bytes(self, entry: TensorEntry, start: int, rest: memoryview) -> None:
         place = entry.offset + start
         self._written[entry.name] += len(rest)
         while rest:
             count = os.pwrite(self._descriptor, rest, place)
             rest, place = rest[count:], place + count
+
+    def _require_type(self, entry: TensorEntry, array: NDArray[Any]) -> None:
+        if array.dtype != DTYPES[entry.dtype]:
+            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
 
     def require_all(self) -> None:
         """Raise ``ValueError`` if bytes are missing."""

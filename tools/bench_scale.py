@@ -29,7 +29,9 @@ from .demo import demo_model
 from .large_model import LLAMA3_70B, Shape, write_large_model
 
 BLOCKS = (2, 4, 8)
-MEMORY, SMALL_MEMORY = "6GB", "700MB"
+MEMORY, SMALL_MEMORY = "4GB", "700MB"
+"""Budgets. That of large models is for less than two of their blocks: the smallest streams as the largest does."""
+
 HOPS = ("folded", "reference", "int8")
 """Quantized graphs against the float graph. What else ``verify`` judges is no work on blocks."""
 
@@ -55,7 +57,7 @@ class ScaleBench:
         rows: those that are already there, and where new ones go.
         calibration: text to calibrate on.
         evaluation: text to verify on.
-        memory: budget of the stages on large models; None for none.
+        memory: budget of calibration and verification on large models; None for none.
         shape: of the large models, but for their blocks.
         runner: of the steps.
     """
@@ -122,8 +124,7 @@ class ScaleBench:
 
     def _command(self, step: str, place: Path) -> tuple[str | Path, ...]:
         model, art, quantized = (place / name for name in ("model", "float", "w8a8"))
-        budget = _budget(self._memory)
-        text = ("--windows", str(STEPS[step].windows), "--length", str(LENGTH), *budget)
+        text = ("--windows", str(STEPS[step].windows), "--length", str(LENGTH), *_budget(self._memory))
         match step:
             case "export":
                 return ("export", model, "-o", art)
@@ -134,7 +135,7 @@ class ScaleBench:
             case "diagnose":
                 return ("diagnose", art)
             case "quantize":
-                return ("quantize", art, "-o", quantized, "--recipe", "w8a8", *budget)
+                return ("quantize", art, "-o", quantized, "--recipe", "w8a8")
             case _:
                 return ("verify", quantized, *self._evaluation, *text, "--hop", *HOPS)
 
@@ -154,12 +155,12 @@ class ScaleBench:
         statistics, quantized = art.with_name("statistics.safetensors"), art.with_name("w8a8")
         budget = _budget(memory)
         commands = {
-            "calibrate": ("calibrate", art, *self._calibration, "-o", statistics),
+            "calibrate": ("calibrate", art, *self._calibration, "-o", statistics, *budget),
             "quantize": ("quantize", art, "-o", quantized, "--force", "--statistics", statistics),
-            "verify": ("verify", quantized, *self._evaluation, "--windows", "4", "--hop", *HOPS),
+            "verify": ("verify", quantized, *self._evaluation, "--windows", "4", *budget, "--hop", *HOPS),
         }
         for step, command in commands.items():
-            done = self._runner.bismooth(*command, *budget, label=f"{name}: {step}")
+            done = self._runner.bismooth(*command, label=f"{name}: {step}")
             figures = _figures(done) if step == "verify" else {}
             self._rows.add(Row(name, 0, step, done.seconds, done.peak_bytes, figures=figures))
 
@@ -237,7 +238,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     choices = (*STEPS, SMALL, TARGETS)
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS), help="sizes of large models (2 4 8)")
     parser.add_argument("--steps", nargs="+", choices=choices, default=list(choices), help="what to measure (all)")
-    parser.add_argument("--memory", default=MEMORY, help=f"budget of the stages, or none ({MEMORY})")
+    parser.add_argument("--memory", default=MEMORY, help=f"budget of calibrate and verify, or none ({MEMORY})")
     parser.add_argument("--restart", action="store_true", help="discard the rows of a bench that broke off")
     parser.add_argument("--output", type=Path, default=Path("build/scale"), help="folder to write (build/scale)")
     options = parser.parse_args(None if arguments is None else list(arguments))

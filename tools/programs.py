@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Programs:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
         """
         streamed = self._streamed(path, mode, self.ids[:count])
-        for piece, run, counter in self._runs(streamed, f"{path.name} {mode} {len(streamed.ids)} windows", step):
+        for piece, run, counter in self.runs(streamed, f"{path.name} {mode} {len(streamed.ids)} windows", step):
             for batch in streamed.batches:
                 results = run(batch)
                 counter.add(batch.stop - batch.start)
@@ -85,7 +86,7 @@ class Programs:
         """
         streamed = self._streamed(path, mode, self.ids[:count], with_caches=True)
         key = f"{path.name} {mode} {count} windows from token {prefill}"
-        for piece, run, counter in self._runs(streamed, key, step):
+        for piece, run, counter in self.runs(streamed, key, step):
             wanted = streamed.exit_of(piece) or streamed.output
             for batch in streamed.batches:
                 ids = self.ids[batch.start]
@@ -105,16 +106,27 @@ class Programs:
         streamed = self._streamed(path, mode, self.ids)
         return _WHOLE * streamed.need(Piece(0, streamed.stop)) <= self.budget - current_rss()
 
+    def noted(self, key: str) -> Any:
+        """What :meth:`note` said last of ``key``, in an earlier run too; or None."""
+        return self.state.noted(key) if self.state else None
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep plain data about what is done, for a run that goes on from here."""
+        if self.state:
+            self.state.note(key, value)
+
     def _streamed(self, path: Path, mode: Mode, ids: Ids, *, with_caches: bool = False) -> Streamed:
         maker = PieceMaker(load_graph(path))
         caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
         batch = 1 if with_caches else default_batch(ids.shape[1])
-        streamed = Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))
-        shape = resolve(maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
-        return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
+        return with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches)))
 
-    def _runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
-        """The pieces that are to be run; what is done of the graph ``key`` is left out."""
+    def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
+        """The pieces that are to be run; what is done of the graph ``key`` is left out.
+
+        Raises:
+            BismoothError: the memory is too little for a part of the graph.
+        """
         folder = self.folder / re.sub(r"\W+", "-", key)
         folder.mkdir(exist_ok=True)
         done = self.state.get(key) if self.state else None
@@ -135,6 +147,12 @@ def scratch(artifact: Path) -> Generator[Path]:
     """A folder for hidden states, gone at the end: in the artifact if that can be written to, else in ``TMPDIR``."""
     with tempfile.TemporaryDirectory(dir=artifact if os.access(artifact, os.W_OK) else None) as folder:
         yield Path(folder)
+
+
+def with_held(streamed: Streamed) -> Streamed:
+    """The same, where the outputs count that exist beside those of a run."""
+    shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
+    return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
 
 def _ignore(_step: str) -> None:

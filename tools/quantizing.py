@@ -122,7 +122,7 @@ def _fingerprint(artifact: Artifact, recipe: Recipe, statistics: Statistics | No
     return run_fingerprint(
         artifact,
         weights=hash_model(artifact.graph("float32")),
-        recipe=recipe.to_dict() | {"name": recipe.name},
+        recipe={"name": recipe.name} | recipe.to_dict(),
         statistics=record,
     )
 

@@ -303,17 +303,13 @@ class _Verifier:
         """Figures of a 16-bit graph, and a sentence for each node that leaves the range, the worst first."""
         from .halfsim import HalfSimulation
 
-        windows = self._ids[:HALF_WINDOWS]
         track = Track(self._make())
         path = self._artifact.graph(role)
         with HalfSimulation(path) as simulation:
-            peaks = np.zeros(len(simulation.edges))
-            for number, window in enumerate(windows):
-                run = simulation.run(window[None])
-                peaks = np.maximum(peaks, run.ratios)  # keeps NaN
-                track.update(window, self._reference.read(number), run.logits[0])
-                self._progress(f"simulate {path.name}", number + 1, len(windows))
-            limit = self._gates.half_max_ratio
+            outputs = simulation.outputs(self._programs, min(HALF_WINDOWS, len(self._ids)))
+            for number, values in enumerate(outputs):
+                track.update(self._ids[number], self._reference.read(number), values)
+            limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
             node = simulation.edges[worst].node
