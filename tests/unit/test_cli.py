@@ -147,6 +147,16 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
 
 
+@pytest.mark.parametrize("line", ["calibrate ART --data a.txt", "quantize ART -o B", f"compile {USAGE['compile'][8:]}"])
+def test_who_does_the_work_is_passed_on(stages: Stages, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 0
+    assert stages.named["executor"] == "local"
+    assert run(f"{line} --executor ray") == 0
+    assert stages.named["executor"] == "ray"
+    assert run(f"{line} --executor slurm") == 2
+    assert "'slurm' is not one of 'local', 'ray'" in capsys.readouterr().err
+
+
 def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     stages.outcome = {"size_bytes": 1, "warnings": ["the licence is not known."]}
     assert run("package ART --engine onnxruntime rtx --licence mit -o BUNDLE --json") == 0
