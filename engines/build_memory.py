@@ -116,7 +116,9 @@ def _advice(need: Need, model: onnx.ModelProto, label: str, plain: onnx.ModelPro
     try:
         cutter = ChainCutter(model, label, plain)
     except BismoothError:
-        return f"Expected {format_bytes(current_rss() + need.of(model))} or more, since it has no blocks to split it by."
+        return (
+            f"Expected {format_bytes(current_rss() + need.of(model))} or more, since it has no blocks to split it by."
+        )
     finest = cutter.cut(cutter.blocks)
     blocks = [need.weights(part.model) for part in finest if part.blocks is not None]
     ends = [need.weights(part.model) for part in finest if part.blocks is None]
@@ -125,7 +127,9 @@ def _advice(need: Need, model: onnx.ModelProto, label: str, plain: onnx.ModelPro
         if most <= room:
             return f"Build it in parts with --split-blocks {count}, which takes {format_bytes(current_rss() + most)}."
     least = current_rss() + need.memory(max([*ends, *blocks]))
-    return f"Expected {format_bytes(least)} or more: so much takes its largest part with --split-blocks {cutter.blocks}."
+    return (
+        f"Expected {format_bytes(least)} or more: so much takes its largest part with --split-blocks {cutter.blocks}."
+    )
 
 
 def _sums(blocks: Sequence[int], count: int) -> list[int]:

@@ -75,7 +75,10 @@ def _request(request: BuildRequest, part: Part, placed: Iterable[str]) -> BuildR
 
 def _weight_files(part: Part) -> set[str]:
     return {
-        entry.value for tensor in part.model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+        entry.value
+        for tensor in part.model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
     }
 
 
@@ -92,8 +95,9 @@ def _build(builder: EngineBuilder, request: BuildRequest, label: str, on_phase: 
 
 def _describe(part: Part, result: BuildResult, estimate: int) -> BuiltPart:
     graph = part.model.graph
-    record, reads = result.record, None if part.reads is None else part.reads.name
-    inputs = dict.fromkeys([*([reads] if reads else []), *(value.name for value in graph.input), *record.shapes])
+    record = result.record
+    inputs = [value.name for value in graph.input]
+    inputs += [name for name in record.shapes if name not in inputs]  # what the builder has added
     return BuiltPart(
         name=part.name,
         holds=part.holds,

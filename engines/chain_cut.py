@@ -6,7 +6,7 @@ blocks unlike the others, but leaves the residual stream its names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +82,7 @@ class ChainCutter:
             )
         parts: list[Part] = []
         for number, (holds, blocks, piece) in enumerate(self._pieces(count)):
-            model = self._make(piece)
+            model = _part_of(self._maker, piece, self._label)
             first, last = self._maker.segments[piece.first], self._maker.segments[piece.stop - 1]
             carried = (self._carried(value) for value in (first.entry, last.exit))
             parts.append(Part(f"part-{number:02}", holds, blocks, model, *carried))
@@ -97,16 +97,6 @@ class ChainCutter:
         if end < len(self._maker.segments):
             yield "head", None, Piece(end, len(self._maker.segments))
 
-    def _make(self, piece: Piece) -> onnx.ModelProto:
-        graph = self._maker.model.graph
-        leaving = self._maker.segments[piece.stop - 1].exit
-        by_segment = self._maker.by_segment(value.name for value in graph.output)
-        own = [name for segment in range(piece.first, piece.stop) for name in by_segment.get(segment, ())]
-        outputs = [*([] if leaving is None else [leaving]), *(name for name in own if name != leaving)]
-        model = self._maker.make(piece, outputs)
-        _use_own_caches(model.graph, graph, self._label)
-        return model
-
     def _carried(self, value: str | None) -> Carried | None:
         if value is None:
             return None
@@ -115,6 +105,33 @@ class ChainCutter:
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
         return Carried(value, dtype.name, shape)
+
+
+def cut_at(model: onnx.ModelProto, label: str, values: Sequence[str]) -> list[onnx.ModelProto]:
+    """The graphs of the parts between ``values`` of the residual stream, in their order.
+
+    Raises:
+        BismoothError: the graph cannot be cut there.
+    """
+    maker = PieceMaker(model)
+    places = {segment.exit: number for number, segment in enumerate(maker.segments, 1)}
+    if missing := [value for value in values if value not in places]:
+        raise BismoothError(
+            f"{label}: cannot be cut at '{missing[0]}', as the chain is. Expected the graph that it was built of, or "
+            "one with the same residual stream. Build the chain again."
+        )
+    starts = [0, *(places[value] for value in values), len(maker.segments)]
+    return [_part_of(maker, Piece(*ends), label) for ends in zip(starts, starts[1:], strict=False)]
+
+
+def _part_of(maker: PieceMaker, piece: Piece, label: str) -> onnx.ModelProto:
+    """The graph of a piece; its outputs are what the next one reads, and those of the whole graph that it computes."""
+    graph, leaving = maker.model.graph, maker.segments[piece.stop - 1].exit
+    by_segment = maker.by_segment(value.name for value in graph.output)
+    own = [name for segment in range(piece.first, piece.stop) for name in by_segment.get(segment, ())]
+    model = maker.make(piece, [*([] if leaving is None else [leaving]), *(name for name in own if name != leaving)])
+    _use_own_caches(model.graph, graph, label)
+    return model
 
 
 def _find_borders(segments: tuple[Segment, ...], plain: onnx.GraphProto) -> list[int]:

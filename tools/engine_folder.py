@@ -19,6 +19,11 @@ def is_chain(folder: Artifact) -> bool:
     return any("chain" in stage for stage in folder.manifest.stages if stage["stage"] == "build")
 
 
+def has_chain(artifact: Artifact) -> bool:
+    """Whether one of the artifact's finished engine folders holds a chain."""
+    return any((folder / CHAIN).is_file() for folder in engine_folders(artifact))
+
+
 def file_of(folder: Artifact) -> Path:
     """The file that an engine folder is about.
 

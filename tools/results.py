@@ -113,13 +113,11 @@ def part_rows(chain: Chain, audit: Audit) -> list[dict[str, Any]]:
     return [
         {
             "part": part.name,
-            "holds": part.holds if part.blocks is None else f"blocks {part.blocks[0]} to {part.blocks[1] - 1}",
+            "holds": part.holds if part.blocks is None else f"blocks {part.blocks[0]}-{part.blocks[1] - 1}",
             "weights_bytes": part.weights_bytes,
             "int8_linears": f"{len(int8.intersection(part.linears))} of {len(part.linears)}",
-            "gives": "logits" if part.gives is None else f"{part.gives.name} {part.gives.type}",
-            "estimated_memory_bytes": part.estimated_memory_bytes,
+            "estimated_bytes": part.estimated_memory_bytes,
             "peak_rss_bytes": part.peak_rss_bytes,
-            "build_seconds": part.build_seconds,
         }
         for part in chain.parts
     ]
