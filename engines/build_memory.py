@@ -5,7 +5,7 @@ The factors are fitted to measured peaks, of whole builds and of parts: docs/par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -27,36 +27,36 @@ class Need:
 
     Attributes:
         factor: bytes per byte of weights.
-        base: bytes without any weights.
+        per_node: bytes per node of the graph.
+        base: bytes for any graph; of a builder within this process, beside what this takes.
         widens: whether it makes float32 of 16-bit weights, which then count as that.
+        within: whether it builds within this process.
     """
 
     factor: float
+    per_node: int
     base: int
     widens: bool = False
+    within: bool = False
 
-    def weights(self, model: onnx.ModelProto) -> int:
-        """Bytes of the weights that a graph refers to."""
-        return sum(self._bytes(tensor) for tensor in model.graph.initializer)
-
-    def memory(self, weights: int) -> int:
-        """Bytes that a build takes for a graph with so many bytes of weights."""
-        return int(self.factor * weights) + self.base
-
-    def of(self, model: onnx.ModelProto) -> int:
-        """Bytes that building a graph takes."""
-        return self.memory(self.weights(model))
+    def of(self, models: Iterable[onnx.ModelProto]) -> int:
+        """Bytes that building consecutive parts of a graph as one takes."""
+        weights = nodes = 0
+        for model in models:
+            weights += sum(self._bytes(tensor) for tensor in model.graph.initializer)
+            nodes += len(model.graph.node)
+        return int(self.factor * weights) + self.per_node * nodes + self.base
 
     def _bytes(self, tensor: onnx.TensorProto) -> int:
         return _FLOAT_BYTES * prod(tensor.dims) if self.widens and tensor.data_type in _HALF else tensor_bytes(tensor)
 
 
-_TENSORRT = Need(2.2, 480 << 20)
+_TENSORRT = Need(factor=2.2, per_node=200_000, base=256 << 20)
 NEEDS: Mapping[str, Need] = {
     "tensorrt-rtx": _TENSORRT,
     "tensorrt": _TENSORRT,
-    "onnxruntime": Need(2.3, 128 << 20, widens=True),
-    "null": Need(0, 0),
+    "onnxruntime": Need(factor=2.3, per_node=0, base=128 << 20, widens=True, within=True),
+    "null": Need(factor=0, per_node=0, base=0, within=True),
 }
 
 
@@ -66,7 +66,7 @@ class BuildPlan:
 
     Attributes:
         parts: of a chain; none if the graph is built as a whole.
-        estimates: bytes that each build takes.
+        estimates: bytes that the process takes which builds each.
     """
 
     parts: tuple[Part, ...]
@@ -74,7 +74,7 @@ class BuildPlan:
 
     @property
     def estimated(self) -> int:
-        """Bytes that the largest build takes."""
+        """Bytes for the largest build."""
         return max(self.estimates)
 
 
@@ -99,38 +99,31 @@ def plan_build(
             is named, or else the memory that is needed.
     """
     parts = () if split is None else tuple(ChainCutter(model, label, plain).cut(split))
-    models = [part.model for part in parts] or [model]
-    plan = BuildPlan(parts, tuple(map(need.of, models)))
+    needs = [need.of([one]) for one in ([part.model for part in parts] or [model])]
     budget, taken = find_budget(memory), current_rss()
-    if budget is not None and taken + plan.estimated > budget:
+    if budget is not None and taken + max(needs) > budget:
         advice = _advice(need, model, label, plain, budget - taken)
         raise BismoothError(
             f"{label}: building {'its largest part' if parts else 'it'} takes about "
-            f"{format_bytes(taken + plan.estimated)} of memory, and may take {format_bytes(budget)}"
-            f"{'' if memory is None else ' (--memory)'}. {advice}"
+            f"{format_bytes(taken + max(needs))} of memory, and there are {format_bytes(budget)}"
+            f"{'' if memory is None else ' by --memory'}. {advice}"
         )
-    return plan
+    return BuildPlan(parts, tuple(bytes + (taken if need.within else 0) for bytes in needs))
 
 
 def _advice(need: Need, model: onnx.ModelProto, label: str, plain: onnx.ModelProto | None, room: int) -> str:
+    taken = current_rss()
     try:
         cutter = ChainCutter(model, label, plain)
     except BismoothError:
-        return (
-            f"Expected {format_bytes(current_rss() + need.of(model))} or more, since it has no blocks to split it by."
-        )
+        return f"Expected {format_bytes(taken + need.of([model]))} or more: it has no blocks to split it by."
     finest = cutter.cut(cutter.blocks)
-    blocks = [need.weights(part.model) for part in finest if part.blocks is not None]
-    ends = [need.weights(part.model) for part in finest if part.blocks is None]
+    blocks = [part.model for part in finest if part.blocks is not None]
+    ends = [need.of([part.model]) for part in finest if part.blocks is None]
+    most = 0
     for count in range(1, cutter.blocks + 1):
-        most = need.memory(max([*ends, *_sums(blocks, count)]))
+        ranges = [need.of(blocks[first:stop]) for first, stop in split_evenly(cutter.blocks, count)]
+        most = max([*ends, *ranges])
         if most <= room:
-            return f"Build it in parts with --split-blocks {count}, which takes {format_bytes(current_rss() + most)}."
-    least = current_rss() + need.memory(max([*ends, *blocks]))
-    return (
-        f"Expected {format_bytes(least)} or more: so much takes its largest part with --split-blocks {cutter.blocks}."
-    )
-
-
-def _sums(blocks: Sequence[int], count: int) -> list[int]:
-    return [sum(blocks[first:stop]) for first, stop in split_evenly(len(blocks), count)]
+            return f"Build it in parts with --split-blocks {count}, which takes about {format_bytes(taken + most)}."
+    return f"Expected {format_bytes(taken + most)} or more, with --split-blocks {cutter.blocks}."

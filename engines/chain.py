@@ -1,4 +1,4 @@
-"""A chain: engines of consecutive parts of one graph, for models that are too large to be built, or to run, in one piece.
+"""A chain: engines of consecutive parts of one graph, for models that are too large to be built in one piece.
 
 The file ``chain.json`` says in which order the parts run, and which tensors go from one to the next.
 """

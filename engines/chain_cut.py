@@ -6,15 +6,16 @@ blocks unlike the others, but leaves the residual stream its names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import onnx
 from onnx import helper
 
 from ..export.errors import BismoothError
-from ..export.graph_names import ATTENTION_MASK, INPUT_IDS, PAST, is_past, is_present, past_of
+from ..export.graph_names import INPUT_IDS, is_past, is_present, past_of
 from .chain import Carried
 from .cuts import Segment, find_repeated, find_segments
 from .pieces import Piece, PieceMaker
@@ -121,7 +122,7 @@ def cut_at(model: onnx.ModelProto, label: str, values: Sequence[str]) -> list[on
             "one with the same residual stream. Build the chain again."
         )
     starts = [0, *(places[value] for value in values), len(maker.segments)]
-    return [_part_of(maker, Piece(*ends), label) for ends in zip(starts, starts[1:], strict=False)]
+    return [_part_of(maker, Piece(*ends), label) for ends in pairwise(starts)]
 
 
 def _part_of(maker: PieceMaker, piece: Piece, label: str) -> onnx.ModelProto:
@@ -151,60 +152,33 @@ def split_evenly(blocks: int, count: int) -> list[tuple[int, int]]:
     """``count`` ranges of blocks, as the first of each and the one behind its last; the longer ranges come first."""
     size, longer = divmod(blocks, count)
     starts = [size * number + min(number, longer) for number in range(count + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(pairwise(starts))
 
 
 def _use_own_caches(graph: onnx.GraphProto, source: onnx.GraphProto, label: str) -> None:
     """Take the length of the past from a cache of this part: as a rule, a graph takes it from that of its first block.
 
-    A part without caches takes it from the lengths of the mask and of the new tokens.
-
     Raises:
-        BismoothError: another part's cache is read for more than its length.
+        BismoothError: another part's cache is read for more than its length, or by a part that has none.
     """
     own = {past_of(value.name) for value in graph.output if is_present(value.name)}
     foreign = {value.name for value in graph.input if is_past(value.name)} - own
     for node in graph.node:
         read = foreign.intersection(node.input)
-        if read and not _is_length(node):
+        if read and not (own and _is_length(node)):
             raise BismoothError(
-                f"{label}: '{node.name}' reads '{read.pop()}', the cache of another block. Expected blocks with caches "
-                f"'{PAST}.*' of their own. Build it without --split-blocks."
+                f"{label}: '{node.name}' reads '{min(read)}', the cache of another block. Expected blocks with caches "
+                "of their own. Build it without --split-blocks."
             )
-        if read and own:
+        if read:
             node.input[0] = min(own)
-    if not own:
-        _derive_lengths(graph, source, foreign)
     kept = [value for value in graph.input if value.name not in foreign]
     del graph.input[:]
     graph.input.extend(kept)
-    if own:
-        _require_inputs(graph, source, [INPUT_IDS])
+    if own and not any(value.name == INPUT_IDS for value in kept):  # new tokens are counted by them
+        graph.input.extend(value for value in source.input if value.name == INPUT_IDS)
 
 
 def _is_length(node: onnx.NodeProto) -> bool:
     """Whether a node takes the number of positions [batch, heads, positions, size] of a cache, and nothing else."""
     return node.op_type == "Shape" and {a.name: a.i for a in node.attribute} == {"start": 2, "end": 3}
-
-
-def _derive_lengths(graph: onnx.GraphProto, source: onnx.GraphProto, caches: set[str]) -> None:
-    """Positions of the past are those of the mask without the new tokens."""
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if caches.isdisjoint(node.input):
-            nodes.append(node)
-            continue
-        total, new = f"{node.name}/total", f"{node.name}/new"
-        for value, name in ((ATTENTION_MASK, total), (INPUT_IDS, new)):
-            nodes.append(helper.make_node("Shape", [value], [name], name, start=1, end=2))
-        nodes.append(helper.make_node("Sub", [total, new], list(node.output), node.name))
-        _require_inputs(graph, source, [ATTENTION_MASK, INPUT_IDS])
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _require_inputs(graph: onnx.GraphProto, source: onnx.GraphProto, names: Iterable[str]) -> None:
-    """Let a graph have inputs that its source has, too: what rewrites its caches counts the new tokens by them."""
-    known = {value.name for value in graph.input}
-    missing = [value for value in source.input if value.name in names and value.name not in known]
-    graph.input.extend(missing)
