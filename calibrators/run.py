@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from ..export.external_data import weight_files
 from ..export.fingerprint import code_sha256
 from ..export.hashing import array_sha256, file_sha256
 from ..export.replacing import put_in_place
-from ..export.state import open_state
+from ..export.state import State, open_state
 from ..export.versions import tool_versions
 from ..passes.progress import Counter, Progress, silent
 from .histogram import BINS
@@ -32,7 +32,7 @@ from .writer import StatisticsWriter
 _Result: TypeAlias = Mapping[str, NDArray[Any]]
 Spread: TypeAlias = Callable[["Observe", Iterable[Batch]], Iterator[_Result]]
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
-_FILE, _DONE = "statistics", "segments"
+_FILE, _DONE, _BATCH = "statistics", "segments", "batch_size"
 
 
 @dataclass
@@ -128,8 +128,9 @@ def calibrate(
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
     The graph runs piece by piece, see :mod:`..engines.streaming`; a run that was broken off goes on behind the last
-    piece that is done. The artifact folder is not written to. The same windows and batch size give the same bytes;
-    another batch size changes rows by rounding only, and moves single counts between neighbouring bins.
+    piece that is done. The artifact folder is not written to. The same windows and batch size give the same bytes,
+    whatever the memory; another batch size changes rows by rounding only, and moves single counts between neighbouring
+    bins.
 
     Args:
         artifact: folder with the float graph and its weights.
@@ -137,7 +138,8 @@ def calibrate(
         windows: token ids [N, L].
         output: statistics file to write.
         graph: file name of the graph.
-        batch_size: windows per run; by default as many as have :data:`..engines.streaming.BATCH_TOKENS` tokens.
+        batch_size: windows per run; by default as many as have :data:`..engines.streaming.BATCH_TOKENS` tokens, or
+            fewer if the memory asks for it.
         rows: token rows to keep of each value, drawn from all windows; all of them if there are fewer.
         seed: chooses the rows.
         histograms: count magnitudes, for per-tensor ranges. Costs about a third of the model's own time.
@@ -157,7 +159,6 @@ def calibrate(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
-    batch_size = default_batch(windows.shape[1]) if batch_size is None else batch_size
     path = artifact / graph
     maker = PieceMaker(load_graph(path))
     provenance = provenance_of(path, windows, seed)
@@ -167,7 +168,7 @@ def calibrate(
         maker,
         "plain",
         windows,
-        batch_size,
+        batch_size or default_batch(windows.shape[1]),
         values=maker.by_segment(values),
         prepare=partial(instrument, histograms=histograms),
         dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
@@ -179,7 +180,10 @@ def calibrate(
         file.touch()
         with file.open("r+b") as opened:
             writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms)
-            pieces = streamed.plan(find_budget(memory), state.get(_DONE) or 0)
+            first, budget = state.get(_DONE) or 0, find_budget(memory)
+            if batch_size is None:
+                streamed = _fitted(streamed, state, budget)
+            pieces = streamed.plan(budget, first)
             count = Counter(progress, "calibrate", len(pieces) * len(windows))
             count.add(0)
             for piece in pieces:
@@ -194,6 +198,15 @@ def calibrate(
                     run.entry.path.unlink()
         put_in_place(file, output)
     return Statistics.load(output)
+
+
+def _fitted(streamed: Streamed, state: State, budget: int | None) -> Streamed:
+    """``streamed`` in batches that fit; once a piece is done, in those that it ran in."""
+    if _DONE in state:
+        return replace(streamed, batch_size=state.noted(_BATCH))
+    fitted = streamed.fitted(budget)
+    state.note(_BATCH, fitted.batch_size)
+    return fitted
 
 
 def provenance_of(graph: Path, windows: NDArray[np.int64], seed: int) -> Provenance:

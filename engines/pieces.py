@@ -64,7 +64,12 @@ class PieceMaker:
         inner = [name for node in graph.node for name in node.output if name not in outputs]
         graph.value_info.extend(self._infos[name] for name in inner if name in self._infos)
         graph.output.extend(self._infos.get(name, onnx.ValueInfoProto(name=name)) for name in outputs)
-        return onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import, graph=graph)
+        return onnx.ModelProto(
+            ir_version=self.model.ir_version,
+            opset_import=self.model.opset_import,
+            functions=self.model.functions,
+            graph=graph,
+        )
 
     def _closure(self, entry: str | None, outputs: Iterable[str]) -> tuple[list[int], dict[str, None]]:
         """Nodes that make ``outputs``, in their order, and the inputs and initializers that these read."""

@@ -4,8 +4,8 @@ What goes from one piece to the next, the residual stream of all windows, lies i
 one piece and the values of one batch of windows, whatever the size of the model and the number of windows. A graph that
 fits into the memory there is runs as one piece.
 
-NOTE: batches are of the same windows whatever the memory, so results do not depend on it. A product may round
-differently with another number of rows.
+NOTE: pieces do not change results. Batches may: a product can round differently with another number of rows. So batches
+are of the same windows whatever the memory, unless one alone needs more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -30,8 +30,8 @@ from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
 from ..export.replacing import flush
 from .footprint import footprint, resolve
 from .lean import make_lean
-from .memory import available_memory, current_rss, format_bytes
-from .onnxruntime import InMemoryGraph, Mode, Session
+from .memory import available_memory, current_rss, format_bytes, return_freed_memory
+from .onnxruntime import InMemoryGraph, Mode, Session, import_onnxruntime
 from .pieces import Piece, PieceMaker
 from .subgraph import add_outputs
 
@@ -39,6 +39,9 @@ Ids = NDArray[np.int64]
 Values = Mapping[str, NDArray[Any]]
 AVAILABLE_SHARE = 0.8
 """How much of the memory that is there may be taken, if nothing else is said: files that are read want some too."""
+
+SPARE = 16 << 20
+"""Bytes by which a budget that is named exceeds what is needed: the next process may begin with a little more."""
 
 BATCH_TOKENS = 512
 """Tokens that a batch has by default, if a window has fewer."""
@@ -77,10 +80,10 @@ class StreamFile:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def create(self, windows: int) -> None:
-        """An empty file of the full size.
+        """A file of the full size.
 
         Raises:
-            BismoothError: there is no space.
+            OSError: there is no space.
         """
         with self.path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, windows * self.window_bytes)
@@ -232,9 +235,19 @@ class Streamed:
         leaving, observed = self.exit_of(piece), self.observed(piece)
         last = [self.maker.model.graph.output[0].name] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
-        make_lean(model, fuse=self.mode != "int8")
+        make_lean(model, fuse=self.mode != "int8", keep=observed)
         self.prepare(model, observed)
         return model
+
+    def fitted(self, budget: int | None, first: int = 0) -> Streamed:
+        """The same in smaller batches, if one segment and one batch alone take more than ``budget``.
+
+        They are halved until they fit, or have one window.
+        """
+        fitted, base = self, base_memory()
+        while budget is not None and fitted.batch_size > 1 and base + fitted.least(first) > budget:
+            fitted = replace(fitted, batch_size=fitted.batch_size // 2)
+        return fitted
 
     def plan(self, budget: int | None, first: int = 0) -> list[Piece]:
         """As few pieces as fit into ``budget`` bytes for the whole process, from the segment ``first`` on.
@@ -242,36 +255,38 @@ class Streamed:
         Raises:
             BismoothError: one segment alone does not fit; the smallest budget that does is named.
         """
-        taken = current_rss()
-        room = None if budget is None else budget - taken
+        if budget is None:
+            return [Piece(first, self.stop)] if first < self.stop else []
+        base = base_memory()
+        if (least := base + self.least(first)) > budget:
+            raise BismoothError(
+                f"{self.path}: --memory is too small for one part of the model and {self.batch_size} windows of "
+                f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least + SPARE)} or more."
+            )
         pieces: list[Piece] = []
         while first < self.stop:
-            stop = self._longest(first, room)
-            pieces.append(Piece(first, stop))
-            first = stop
+            pieces.append(self._longest(first, budget - base))
+            first = pieces[-1].stop
         return pieces
 
-    def _longest(self, first: int, room: int | None) -> int:
-        """Where the longest piece from ``first`` on ends that fits."""
-        if room is None or self._need(first, self.stop) <= room:
-            return self.stop
-        fits, too_long = first, self.stop
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self._need(first, middle) <= room else (fits, middle)
-        if fits == first:
-            raise self._too_little()
-        return fits
+    def _longest(self, first: int, room: int) -> Piece:
+        """The longest piece from ``first`` on that fits; one segment does."""
+        stop, step = first + 1, 1
+        while step:
+            longer = min(stop + step, self.stop)
+            if longer > stop and self.need(Piece(first, longer)) <= room:
+                stop, step = longer, 2 * step
+            else:
+                step //= 2
+        return Piece(first, stop)
 
-    def _need(self, first: int, stop: int) -> int:
-        return footprint(self.model(Piece(first, stop)), self.sizes, self.mode)
+    def least(self, first: int = 0) -> int:
+        """Bytes that the largest segment takes, from ``first`` on."""
+        return max((self.need(Piece(segment, segment + 1)) for segment in range(first, self.stop)), default=0)
 
-    def _too_little(self) -> BismoothError:
-        least = current_rss() + max(self._need(segment, segment + 1) for segment in range(self.stop))
-        return BismoothError(
-            f"{self.path}: --memory is too small for one part of the model, and {self.batch_size} windows of "
-            f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least)} or more."
-        )
+    def need(self, piece: Piece) -> int:
+        """Bytes that a piece takes while it runs."""
+        return footprint(self.model(piece), self.sizes, self.mode)
 
     def file(self, value: str, folder: Path) -> StreamFile:
         """Where a value that goes from one piece to the next lies."""
@@ -294,18 +309,20 @@ class Streamed:
         exit_file = None if leaving is None else self.file(leaving, folder)
         if exit_file is not None:
             exit_file.create(len(self.ids))
-        yield PieceRun(
-            str(self.path),
-            model.SerializeToString(),
-            self.path.parent,
-            self.mode,
-            None if entry is None else self.file(entry, folder),
-            exit_file,
-            tuple(value.name for value in model.graph.output if value.name != leaving),
-            self.ids,
-            threads,
-        )
-        close_piece()
+        try:
+            yield PieceRun(
+                str(self.path),
+                model.SerializeToString(),
+                self.path.parent,
+                self.mode,
+                None if entry is None else self.file(entry, folder),
+                exit_file,
+                tuple(value.name for value in model.graph.output if value.name != leaving),
+                self.ids,
+                threads,
+            )
+        finally:
+            close_piece()
         if exit_file is not None:
             flush(exit_file.path)
 
@@ -313,6 +330,13 @@ class Streamed:
 def default_batch(length: int) -> int:
     """Windows per run: as many as together have :data:`BATCH_TOKENS` tokens, at least one."""
     return max(1, BATCH_TOKENS // length)
+
+
+def base_memory() -> int:
+    """Bytes that this process takes before any piece."""
+    import_onnxruntime()  # which takes memory itself
+    return_freed_memory()
+    return current_rss()
 
 
 def find_budget(memory: int | None) -> int | None:
