@@ -21,9 +21,6 @@ was freed lies about."""
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is the memory of their input."""
 
-_PACKED = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
-"""Types of weights of which mode "int8" makes a copy in the order in which its kernels read them."""
-
 _FLOAT_BYTES = 4
 _PAGES = 1 << 17
 """Bytes that may become resident around the one that is read: what a page fault maps, on either side."""
@@ -41,9 +38,8 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
     values = _Values(model.graph, sizes)
     looked_up = _looked_up(model.graph, values)
     stored = sum(min(tensor_bytes(t), looked_up.get(t.name, tensor_bytes(t))) for t in model.graph.initializer)
-    packed = sum(tensor_bytes(tensor) for tensor in model.graph.initializer if tensor.data_type in _PACKED)
     most = int((1 + SLACK) * _peak(model.graph, values, mode))
-    return stored + (packed if mode == "int8" else 0) + most + MARGIN
+    return stored + most + MARGIN
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

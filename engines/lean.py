@@ -95,18 +95,25 @@ class _Rewriter:
         """Values that a reader was taken from."""
 
     def look_up_first(self, node: onnx.NodeProto) -> None:
-        """Gather(Cast(table), ids) becomes Cast(Gather(table, ids))."""
-        cast = self.producers.get(node.input[0])
-        if cast is None or cast.op_type != "Cast" or cast.input[0] not in self.initializers:
+        """Gather(Cast(table), ids) becomes Cast(Gather(table, ids)); of several Casts in a row, all are moved."""
+        casts: list[onnx.NodeProto] = []
+        table = node.input[0]
+        while (cast := self.producers.get(table)) is not None and cast.op_type == "Cast":
+            casts.insert(0, cast)
+            table = cast.input[0]
+        if not casts or table not in self.initializers:
             return
-        narrow, output = f"{node.output[0]}/stored", node.output[0]
+        output, value = node.output[0], f"{node.output[0]}/stored"
+        kind, known = self.initializers[table].data_type, self.infos.get(output)
         self.left.add(node.input[0])
-        node.input[0], node.output[0] = cast.input[0], narrow
-        widen = helper.make_node("Cast", [narrow], [output], f"{node.name}/Cast")
-        widen.attribute.extend(cast.attribute)
-        self.behind[narrow] = [widen]
-        if output in self.infos:
-            self._declare(narrow, self.initializers[cast.input[0]].data_type, self.infos[output].shape)
+        node.input[0], node.output[0] = table, value
+        behind = self.behind.setdefault(value, [])
+        for number, cast in enumerate(casts, 1):
+            if known is not None:
+                self._declare(value, kind, known.shape)
+            result = output if number == len(casts) else f"{output}/{number}"
+            behind.append(_like(cast, f"{node.name}/Cast{number}", [value], result))
+            value, kind = result, next(a.i for a in cast.attribute if a.name == "to")
 
     def fuse_transpose(self, node: onnx.NodeProto) -> None:
         """MatMul(x, Transpose(w)) becomes one product, as ONNX Runtime's own optimizer would do."""

@@ -95,10 +95,20 @@ class StreamFile:
         return data.reshape(count, *self.shape)
 
     def write(self, batch: Batch, values: NDArray[Any]) -> None:
-        """Put the values [n, …] of some windows in their place."""
-        with self.path.open("r+b") as file:
-            file.seek(batch.start * self.window_bytes)
-            file.write(np.ascontiguousarray(values, self.dtype).data)
+        """Put the values [n, …] of some windows in their place.
+
+        NOTE: the file is opened to write alone: a client of NFS that has read the rest of a page writes all of it, and
+        other machines write there too.
+        """
+        rest = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        place = batch.start * self.window_bytes
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            while rest:
+                count = os.pwrite(descriptor, rest, place)
+                rest, place = rest[count:], place + count
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,13 @@ class PieceRun:
     ids: Ids
     threads: int | None = None
 
+    def open(self) -> Session:
+        """The session, which this process keeps until it opens another piece or :func:`close_piece` is called."""
+        return _opened.session(self)
+
     def __call__(self, batch: Batch, others: Values | None = None) -> dict[str, NDArray[Any]]:
         """Run a batch, write what the next piece needs, and return the ``outputs``."""
-        session = _opened.session(self)
+        session = self.open()
         feeds = dict(others or {})
         if self.entry is not None:
             feeds[self.entry.value] = self.entry.read(batch)
@@ -190,6 +204,7 @@ class Streamed:
         values: further values to look at, by the segment that makes them.
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
+        held: bytes that the caller holds beside a run.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -201,6 +216,7 @@ class Streamed:
     values: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    held: int = 0
     with_output: bool = True
 
     @property
@@ -223,6 +239,11 @@ class Streamed:
         """The segment behind the last one that has to run."""
         return len(self.maker.segments) if self.with_output else max(self.values, default=-1) + 1
 
+    @property
+    def output(self) -> str:
+        """Name of the graph's first output."""
+        return self.maker.model.graph.output[0].name
+
     def observed(self, piece: Piece) -> list[str]:
         return [value for segment in range(piece.first, piece.stop) for value in self.values.get(segment, ())]
 
@@ -233,7 +254,7 @@ class Streamed:
     def model(self, piece: Piece) -> onnx.ModelProto:
         """The graph of a piece, ready to be loaded."""
         leaving, observed = self.exit_of(piece), self.observed(piece)
-        last = [self.maker.model.graph.output[0].name] if self.with_output else []
+        last = [self.output] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
         make_lean(model, fuse=self.mode != "int8", keep=observed)
         self.prepare(model, observed)
@@ -245,48 +266,48 @@ class Streamed:
         They are halved until they fit, or have one window.
         """
         fitted, base = self, base_memory()
-        while budget is not None and fitted.batch_size > 1 and base + fitted.least(first) > budget:
+        while budget is not None and fitted.batch_size > 1 and base + fitted.least(first, self.stop) > budget:
             fitted = replace(fitted, batch_size=fitted.batch_size // 2)
         return fitted
 
-    def plan(self, budget: int | None, first: int = 0) -> list[Piece]:
-        """As few pieces as fit into ``budget`` bytes for the whole process, from the segment ``first`` on.
+    def plan(self, budget: int | None, first: int = 0, stop: int | None = None) -> list[Piece]:
+        """As few pieces as fit into ``budget`` bytes for the whole process, from one segment to the one before another.
 
         Raises:
             BismoothError: one segment alone does not fit; the smallest budget that does is named.
         """
-        if budget is None:
-            return [Piece(first, self.stop)] if first < self.stop else []
-        base = base_memory()
-        if (least := base + self.least(first)) > budget:
-            raise BismoothError(
-                f"{self.path}: --memory is too small for one part of the model and {self.batch_size} windows of "
-                f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least + SPARE)} or more."
-            )
+        stop, base = self.stop if stop is None else stop, base_memory()
         pieces: list[Piece] = []
-        while first < self.stop:
-            pieces.append(self._longest(first, budget - base))
-            first = pieces[-1].stop
+        while first < stop:
+            end = stop if budget is None else self._longest(first, stop, budget - base)
+            if end == first:
+                least = format_bytes(base + self.least(first, stop) + SPARE)
+                raise BismoothError(
+                    f"{self.path}: --memory is too small for one part of the model on {self.batch_size} x "
+                    f"{self.ids.shape[1]} tokens at once. Expected {least} or more."
+                )
+            pieces.append(Piece(first, end))
+            first = end
         return pieces
 
-    def _longest(self, first: int, room: int) -> Piece:
-        """The longest piece from ``first`` on that fits; one segment does."""
-        stop, step = first + 1, 1
+    def _longest(self, first: int, stop: int, room: int) -> int:
+        """Where the longest piece from ``first`` on ends that fits."""
+        end, step = first, 1
         while step:
-            longer = min(stop + step, self.stop)
-            if longer > stop and self.need(Piece(first, longer)) <= room:
-                stop, step = longer, 2 * step
+            longer = min(end + step, stop)
+            if longer > end and self.need(Piece(first, longer)) <= room:
+                end, step = longer, 2 * step
             else:
                 step //= 2
-        return Piece(first, stop)
+        return end
 
-    def least(self, first: int = 0) -> int:
-        """Bytes that the largest segment takes, from ``first`` on."""
-        return max((self.need(Piece(segment, segment + 1)) for segment in range(first, self.stop)), default=0)
+    def least(self, first: int, stop: int) -> int:
+        """Bytes that the largest of some segments takes."""
+        return max((self.need(Piece(segment, segment + 1)) for segment in range(first, stop)), default=0)
 
     def need(self, piece: Piece) -> int:
-        """Bytes that a piece takes while it runs."""
-        return footprint(self.model(piece), self.sizes, self.mode)
+        """Bytes that a run of the piece takes, beside what the process has already."""
+        return self.held + footprint(self.model(piece), self.sizes, self.mode)
 
     def file(self, value: str, folder: Path) -> StreamFile:
         """Where a value that goes from one piece to the next lies."""

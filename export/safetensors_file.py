@@ -139,6 +139,31 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return _NAMES[dtype]
 
 
+def lay_out(
+    path: Path,
+    declared: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The bytes that a file of these tensors starts with, and where each tensor is, one right behind the other.
+
+    Raises:
+        ValueError: a dtype that the format lacks, or a name declared twice; ``path`` is for messages.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in declared:
+        if name in header:
+            raise ValueError(f"{path}: tensor {name} is declared twice")
+        length = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [end, end + length]}
+        end += length
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % _ALIGNMENT)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(name, value, 8 + len(raw)) for name, value in header.items()}
+    return len(raw).to_bytes(8, "little") + raw, entries
+
+
 class SafetensorsWriter:
     """Writes a safetensors file one tensor at a time; names, dtypes and shapes are declared first.
 
@@ -158,20 +183,8 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        end = 0
-        for name, dtype, shape in declared:
-            if name in header:
-                raise ValueError(f"{path}: tensor {name} is declared twice")
-            length = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [end, end + length]}
-            end += length
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-(len(raw) + 8) % _ALIGNMENT)
-        header.pop("__metadata__", None)
-        self.entries = {name: _entry(name, value, 8 + len(raw)) for name, value in header.items()}
+        self._header, self.entries = lay_out(path, declared, metadata)
         self._pending = set(self.entries)
-        self._header = len(raw).to_bytes(8, "little") + raw
         self._exit = ExitStack()
 
     def write(self, name: str, array: NDArray[Any]) -> None:

@@ -11,7 +11,8 @@ tensors are therefore also judged by themselves, channel by channel, when they a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -29,13 +30,16 @@ from ..passes._gs import (
     is_constant,
     make_variable,
     read,
+    read_pieces,
+    read_rows_of,
     set_type,
     shape_of,
 )
+from ..passes.executor import LOCAL, Executor, each
 from ..passes.fold import Factors, fold_graph, weight_edits
 from ..passes.graph import Index
 from ..passes.linears import Linear, find_linears
-from ..passes.parallel import ordered_map
+from ..passes.open_graph import OpenGraph
 from ..passes.precision_policy import float_limits
 from ..passes.refine import sample
 from ..passes.rounding import Rounding
@@ -52,6 +56,9 @@ WORSE = 2.0
 
 SAMPLED = 512
 """Outputs of a reading linear, and inputs of the producing one, that are computed with. The site's channels all are."""
+
+_BLOCK = 1 << 20
+"""Elements of a weight that are read together where its columns are wanted."""
 
 FEW_ROUNDINGS = 4
 """An error of so many roundings is no concern either: unfolded weights may be exact in 16 bits, folded ones are not."""
@@ -91,35 +98,70 @@ class FoldErrors:
 
 
 def check_folds(
-    graph: Graph,
+    model: OpenGraph,
     sites: Sequence[Site],
     factors: Factors,
     rounding: Rounding | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    executor: Executor = LOCAL,
 ) -> FoldErrors:
     """Fold each site on its own and measure by how much its results change.
 
     Args:
-        graph: The float32 graph before folding.
+        model: The float32 graph before folding.
         sites: The sites of ``find_sites``.
         factors: Per site name the divisor of its channels.
         rounding: That of the deployed graph; None if it computes in float32, and then ``compute`` stays empty.
         progress: Called with the name of each site that is done.
+        executor: Does the work.
 
     Raises:
         BismoothError: ONNX Runtime cannot run the operations around a site.
     """
-    linears = {linear.name: linear for linear in find_linears(graph)}
-    checker = _Checker(graph, Index.of(graph), Sizes.of(graph), linears, factors, rounding, _Sessions())
     errors = FoldErrors()
     smoothed = [site for site in sites if site.name in factors]
-    for site, (exact, compute) in zip(smoothed, ordered_map(checker.check, smoothed), strict=True):
+    for site, (exact, compute) in each(executor, CheckFold(model, factors, rounding), smoothed, progress):
         errors.exact[site.name] = exact
         if compute is not None:
             errors.compute[site.name] = compute
-        if progress is not None:
-            progress(site.name)
     return errors
+
+
+@dataclass(frozen=True, eq=False)
+class CheckFold:
+    """The work on one site; for the attributes see :func:`check_folds`."""
+
+    model: OpenGraph
+    factors: Factors
+    rounding: Rounding | None
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "check folds"
+
+    def __call__(self, site: Site) -> tuple[float, ComputeError | None]:
+        """The error in float32, and those in 16 bits if the deployed graph computes in that."""
+        return self._checker.check(site)
+
+    def encode(self, result: tuple[float, ComputeError | None]) -> Any:
+        """As JSON values."""
+        exact, compute = result
+        return [exact, None if compute is None else asdict(compute)]
+
+    def decode(self, plain: Any) -> tuple[float, ComputeError | None]:
+        """And back."""
+        exact, compute = plain
+        return exact, None if compute is None else ComputeError(**compute)
+
+    @cached_property
+    def _checker(self) -> "_Checker":
+        graph = self.model.graph
+        linears = {linear.name: linear for linear in find_linears(graph)}
+        return _Checker(graph, self.model.index, Sizes.of(graph), linears, self.factors, self.rounding, _Sessions())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_checker"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +173,17 @@ class _Sample:
 
     def of(self, values: Array) -> Array:
         return values if values.shape[self.axis] == len(self.places) else values.take(self.places, self.axis)
+
+    def read(self, tensor: Tensor) -> Array:
+        """The same of a constant, of which not all is in memory."""
+        shape = [int(str(dim)) for dim in shape_of(tensor) or ()]
+        if shape[self.axis] == len(self.places):
+            return read(tensor)
+        if self.axis == 0:
+            return read_rows_of(tensor, self.places)
+        rows = max(1, _BLOCK // shape[1])
+        blocks = (piece.reshape(-1, shape[1]) for piece in read_pieces(tensor, rows * shape[1]))
+        return np.concatenate([block[:, self.places] for block in blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +197,7 @@ class _Checker:
     sessions: "_Sessions"
 
     def check(self, site: Site) -> tuple[float, ComputeError | None]:
-        """The error in float32, and those in 16 bits if the deployed graph computes in that."""
+        """As :meth:`CheckFold.__call__`."""
         segment = cut(self.graph, self.index, site, self.sizes).graph
         folded = segment.copy()
         fold_graph(folded, weight_edits([site], self.factors))
@@ -226,19 +279,18 @@ def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array], samples: M
     """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
     random, names = np.random.default_rng(0), _Names()
 
-    def sampled(name: str, values: Array) -> Array:
-        return samples[name].of(values) if name in samples else values
-
     feeds: dict[str, Array] = {}
     for tensor in graph.inputs:
-        values = sampled(tensor.name, _data(tensor, sizes, random))
+        values = _data(tensor, sizes, random)
+        values = samples[tensor.name].of(values) if tensor.name in samples else values
         feeds[names.of(tensor)] = values
     for place, node in enumerate(graph.nodes):
         node.name = f"n{place}"
         for slot, tensor in enumerate(node.inputs):
             if is_constant(tensor) and _is_float(tensor):
                 if tensor.name not in constants:
-                    constants[tensor.name] = sampled(tensor.name, read(tensor))
+                    some = samples.get(tensor.name)
+                    constants[tensor.name] = read(tensor) if some is None else some.read(tensor)
                 node.inputs[slot] = make_variable("fed", dtype_of(tensor), None)
                 feeds[names.of(node.inputs[slot])] = constants[tensor.name]
                 graph.inputs.append(node.inputs[slot])

@@ -30,11 +30,13 @@ from ..export.errors import BismoothError
 from ..export.replacing import replacing
 from ._gs import Graph
 from .driver import PassRecord, run_passes
+from .executor import LOCAL, Executor
 from .fold import Edit, Factor, Factors, fold_graph, weight_edits
 from .fold_passes import FoldConstants, StoreFolded
 from .foldcheck import TOLERANCE, ComputeError, FoldErrors, check_folds
 from .graph import load, save
 from .linears import Linear, find_head, find_linears
+from .open_graph import OpenGraph
 from .precision import NARROW_TYPES, SetPrecision, stored_casts
 from .progress import Counter, Progress, silent
 from .qdq import InsertQdq
@@ -46,8 +48,9 @@ from .spec import ComputeType, LinearSpec, SiteKind
 from .static_ranges import Ranges, StaticRanges, static_ranges
 from .unsigned import UseUnsignedActivations
 from .wall_groups import Broken, find_broken, fitting, group_walls
-from .weight_file import QuantizedLinear, WeightFile, WeightSources, folded_blocks, write_weights
+from .weight_file import WeightFile, write_weights
 from .weight_reader import WeightReader
+from .weight_tasks import QuantizedLinear, WeightSources, folded_blocks
 
 LEAST_OPSET = 18
 """Reductions take their axes as an input from here on."""
@@ -95,6 +98,8 @@ def quantize_graph(
     progress: Progress = silent,
     *,
     narrow_source: Path | None = None,
+    executor: Executor = LOCAL,
+    grown: Path | None = None,
 ) -> QuantizeResult:
     """Quantize the float32 graph ``source`` by ``recipe`` into ``folder``, where its weight files are already.
 
@@ -105,31 +110,33 @@ def quantize_graph(
         calibration: Statistics of the activations, or None to smooth by the weights alone.
         progress: Called with a step's name, how much of it is done, and how much there is.
         narrow_source: The same graph in the recipe's 16-bit type, if the artifact has it; otherwise it is made.
+        executor: Does the work on the weights.
+        grown: Where the weight file grows, for an executor that goes on from an earlier run; it stays there, and
+            becomes a second name of the file in ``folder``. None: nothing is kept of a run that fails.
 
     Raises:
         BismoothError: the recipe does not fit the model, needs statistics that are missing, a weight holds NaN or
             overflows the compute type, or a fold changes the function.
     """
-    graph = load(source)
+    graph, model = load(source), OpenGraph.load(source)  # to change, and to read from
     if graph.opset < LEAST_OPSET:
         raise BismoothError(
             f"{source}: has opset {graph.opset}. Expected {LEAST_OPSET} or newer, for the quantized graph. Export "
             "the model at a newer opset, or convert it with onnx.version_converter."
         )
-    reader = WeightReader(graph)
+    reader = WeightReader(model)
     linears = find_linears(graph)
     sites, rejected = find_sites(graph, linears)
-    specs, factors, choices, broken = _plan(recipe, graph, sites, linears, reader, calibration, progress)
+    specs, factors, choices, broken = _plan(recipe, graph, sites, linears, reader, calibration, progress, executor)
     edits = weight_edits(sites, factors)
     graphs = _save_float(graph, source, narrow_source, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
-    file = WeightFile(folder / WEIGHTS)
-    original = graph.copy()
+    file = WeightFile(folder / WEIGHTS, grown=grown)
     records = run_passes(graph, _lowering(linears, specs, edits, ranges, file))
     narrowed, more = _narrowed(graph, recipe.compute_dtype)
-    errors = _checked_folds(original, sites, factors, narrowed, recipe.compute_dtype, progress)
+    errors = _checked_folds(model, sites, factors, narrowed, recipe.compute_dtype, progress, executor)
     sources = WeightSources(reader, linears, specs, edits, ranges, recipe.compute_dtype)
-    saved, quantized, last = _save_quantized(graph, narrowed, folder, file, sources, progress)
+    saved, quantized, last = _save_quantized(graph, narrowed, folder, file, sources, progress, executor)
     return QuantizeResult(
         graphs=graphs | saved,
         linears=quantized,
@@ -151,6 +158,7 @@ def _plan(
     reader: WeightReader,
     calibration: Calibration | None,
     progress: Progress,
+    executor: Executor,
 ) -> tuple[dict[str, LinearSpec], dict[str, Factor], list[Choice], list[Broken] | None]:
     """How each linear is computed, the smoothing factors, and the linears that one scale per output channel breaks.
 
@@ -163,6 +171,7 @@ def _plan(
         linears={linear.name: linear for linear in linears},
         blocks=reader.blocks,
         activations=calibration,
+        executor=executor,
     )
     shown = progress if recipe.smooths else silent
     factors, choices = choose(sites, specs=specs, on_site=Counter(shown, "smooth", len(sites)))
@@ -171,12 +180,12 @@ def _plan(
     edits = weight_edits(sites, factors)
     quantized = [linear for linear in linears if specs[linear.name].quantized]
     count = Counter(progress, "look for walls", len(quantized))
-    broken = find_broken(quantized, partial(folded_blocks, reader, edits=edits), count)
+    broken = find_broken(quantized, partial(folded_blocks, reader, edits=edits), count, executor)
     final = _with_walls(recipe, specs, broken, lambda names: _specs(recipe, linears, graph, sites, walls=names))
     final = group_walls(final, linears, broken)
     changed = [site for site in sites if any(final[item.linear] != specs[item.linear] for item in site.consumers)]
     count = Counter(shown, "smooth again", len(changed))
-    again, better = choose(changed, specs=final, on_site=count, earlier=factors)
+    again, better = choose(changed, specs=final, on_site=count, earlier=factors, step="smooth again")
     names = {site.name for site in changed}
     kept = {name: factor for name, factor in factors.items() if name not in names}
     chosen = {choice.site: choice for choice in better}
@@ -220,15 +229,16 @@ def _specs(
 
 
 def _checked_folds(
-    graph: Graph,
+    model: OpenGraph,
     sites: Sequence[Site],
     factors: Factors,
     deployed: Graph | None,
     compute: ComputeType,
     progress: Progress,
+    executor: Executor,
 ) -> FoldErrors:
     rounding = None if deployed is None else Rounding.of(deployed, NARROW_TYPES[compute.value])
-    errors = check_folds(graph, sites, factors, rounding, Counter(progress, "check folds", len(factors)))
+    errors = check_folds(model, sites, factors, rounding, Counter(progress, "check folds", len(factors)), executor)
     for name, error in errors.exact.items():
         if not error <= TOLERANCE:
             raise BismoothError(
@@ -311,10 +321,11 @@ def _save_quantized(
     file: WeightFile,
     sources: WeightSources,
     progress: Progress,
+    executor: Executor,
 ) -> tuple[dict[str, str], tuple[QuantizedLinear, ...], tuple[PassRecord, ...]]:
     """Write the weight file and the graphs that read it: for the CPU, and in the 16-bit type."""
     casts = () if narrowed is None else stored_casts(narrowed)
-    quantized = write_weights(file, sources, casts, progress)
+    quantized = write_weights(file, sources, casts, progress, executor)
     graphs = {"float32": "model.onnx"}
     file.place(graph)
     records = run_passes(graph, [UseUnsignedActivations()])

@@ -5,20 +5,21 @@ arXiv 2211.10438 equation 4). s may be below 1: that shrinks a channel of the we
 X. Without activations only such channels are touched, found from the weights alone.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from .executor import LOCAL, Executor, each
 from .flow import Absorption
 from .fold import Factor, Factors
 from .linears import Linear
 from .output_error import Consumer, OutputError, relative
-from .parallel import ordered_map
 from .refine import refine, sample
 from .sites import Site
 from .spec import LinearSpec, SiteKind, SmoothSpec
@@ -84,6 +85,9 @@ def choose_factors(
     activations: Activations | None,
     on_site: Callable[[str], None] = lambda _: None,
     earlier: Factors | None = None,
+    *,
+    step: str = "smooth",
+    executor: Executor = LOCAL,
 ) -> tuple[dict[str, Factor], list[Choice]]:
     """A factor for each site that the recipe smooths and that gains by it.
 
@@ -95,21 +99,54 @@ def choose_factors(
         activations: Statistics, or None to smooth by the weights alone.
         on_site: Called with the name of each site that is done.
         earlier: Factors that were chosen for other specifications: candidates too.
+        step: Name of the step.
+        executor: Does the work.
 
     Raises:
         BismoothError: the quantized linears behind a site disagree on smoothing, or a weight holds NaN or infinity.
     """
     factors: dict[str, Factor] = {}
     choices: list[Choice] = []
-    choose = partial(
-        _choose, linears=linears, specs=specs, blocks=blocks, activations=activations, earlier=earlier or {}
-    )
-    for site, (factor, choice) in zip(sites, ordered_map(choose, sites), strict=True):
-        choices.append(choice)
-        if factor is not None:
-            factors[site.name] = factor
-        on_site(site.name)
+    task = ChooseFactor(step, linears, specs, blocks, activations, earlier or {})
+    for site, found in each(executor, task, sites, on_site):
+        choices.append(found.choice)
+        if found.factor is not None:
+            factors[site.name] = found.factor
     return factors, choices
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What was found for a site: the factor, None to leave it as it is, and why."""
+
+    factor: Factor | None
+    choice: Choice
+
+
+@dataclass(frozen=True, eq=False)
+class ChooseFactor:
+    """The work on one site; for the attributes see :func:`choose_factors`."""
+
+    step: str
+    linears: Mapping[str, Linear]
+    specs: Mapping[str, LinearSpec]
+    blocks: Callable[[Linear], Iterable[Float]]
+    activations: Activations | None
+    earlier: Factors
+
+    def __call__(self, site: Site) -> Chosen:
+        """The factor for a site, and why."""
+        return Chosen(*_choose(site, self.linears, self.specs, self.blocks, self.activations, self.earlier))
+
+    def encode(self, result: Chosen) -> Any:
+        """As JSON values: the factors in base64, as the float32 that they are."""
+        factor = None if result.factor is None else b64encode(result.factor.astype("<f4").tobytes()).decode()
+        return {"factor": factor, "choice": asdict(result.choice)}
+
+    def decode(self, plain: Any) -> Chosen:
+        """And back."""
+        factor = None if plain["factor"] is None else np.frombuffer(b64decode(plain["factor"]), "<f4").astype(float)
+        return Chosen(factor, Choice(**plain["choice"] | {"kind": SiteKind(plain["choice"]["kind"])}))
 
 
 def _choose(

@@ -7,17 +7,17 @@ channels. Groups by magnitude do with two what takes many groups along K: the ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .diagnosis import scaled_error
+from .executor import LOCAL, Executor, each
 from .linears import Linear
-from .parallel import ordered_map
 from .spec import LinearSpec, PerChannel, PerGroup, PerMagnitude
 from .walls import AT_RISK, walls_of_rows
 from .weight_scan import scan
@@ -45,7 +45,10 @@ Blocks: TypeAlias = Callable[[Linear, int], Iterable[Float]]
 
 
 def find_broken(
-    linears: Sequence[Linear], blocks: Blocks, on_linear: Callable[[str], None] = lambda _: None
+    linears: Sequence[Linear],
+    blocks: Blocks,
+    on_linear: Callable[[str], None] = lambda _: None,
+    executor: Executor = LOCAL,
 ) -> list[Broken]:
     """The linears that break, as ``diagnose`` finds them, the largest error first.
 
@@ -53,15 +56,37 @@ def find_broken(
         linears: Those to look at.
         blocks: Reads their weights.
         on_linear: Called with the name of each linear that is done.
+        executor: Does the work.
 
     Raises:
         BismoothError: a weight holds NaN or infinity.
     """
-    found: list[Broken] = []
-    for linear, broken in zip(linears, ordered_map(partial(_broken, blocks=blocks), linears), strict=True):
-        found += [] if broken is None else [broken]
-        on_linear(linear.name)
+    found = [broken for _, broken in each(executor, LookForWalls(blocks), linears, on_linear) if broken is not None]
     return sorted(found, key=lambda item: -item.error)
+
+
+@dataclass(frozen=True, eq=False)
+class LookForWalls:
+    """The work on one linear: what breaks in its weight, or None."""
+
+    blocks: Blocks
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "look for walls"
+
+    def __call__(self, linear: Linear) -> Broken | None:
+        """What breaks."""
+        return _broken(linear, self.blocks)
+
+    def encode(self, result: Broken | None) -> Any:
+        """As JSON values."""
+        return None if result is None else asdict(result) | {"walls": list(result.walls.items())}
+
+    def decode(self, plain: Any) -> Broken | None:
+        """And back."""
+        return None if plain is None else Broken(**plain | {"walls": dict(plain["walls"])})
 
 
 def _broken(linear: Linear, blocks: Blocks) -> Broken | None:

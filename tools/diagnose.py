@@ -18,6 +18,7 @@ from ..export.errors import BismoothError
 from ..passes.diagnosis import Diagnosis, diagnose_weight, output_errors, scaled_error
 from ..passes.graph import load
 from ..passes.linears import Linear, find_linears
+from ..passes.open_graph import OpenGraph
 from ..passes.parallel import ordered_map
 from ..passes.sites import Site, find_sites
 from ..passes.smoothing import Activations
@@ -187,7 +188,7 @@ def diagnose(
         check_page(Path(html))
     with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
         graph = load(artifact.graph("float32"))
-        linears, reader = find_linears(graph), WeightReader(graph)
+        linears, reader = find_linears(graph), WeightReader(OpenGraph(graph))
         if not linears:
             raise BismoothError(
                 f"{source}: has no linear layers. Expected some (MatMul or Gemm with a constant matrix); convolutions "

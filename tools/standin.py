@@ -31,6 +31,7 @@ from ..export.folder import new_folder
 from ..passes.fold import Edit, Factor, apply_edit, weight_edits
 from ..passes.graph import Index, load, stored_place
 from ..passes.linears import Layout, find_linears
+from ..passes.open_graph import OpenGraph
 from ..passes.sites import Site, find_sites
 from ..passes.spec import SiteKind, StandinKind
 from ..passes.walls import MAX_SHARE, channel_peaks
@@ -181,7 +182,7 @@ def _plant(
     path = artifact.graph("float32")
     graph = load(path)
     linears = {linear.name: linear for linear in find_linears(graph)}
-    index, reader, random = Index.of(graph), WeightReader(graph), np.random.default_rng(seed)
+    index, reader, random = Index.of(graph), WeightReader(OpenGraph(graph)), np.random.default_rng(seed)
     factors: dict[str, Factor] = {}
     for site in sites:
         weights = [(partial(reader.blocks, linears[item.linear]), item.labels) for item in site.consumers]

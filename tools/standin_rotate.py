@@ -17,6 +17,7 @@ from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..passes.graph import Index, load, stored_place
 from ..passes.linears import Layout, Linear, find_linears
+from ..passes.open_graph import OpenGraph
 from ..passes.residual import Norm, Reader, Residual, find_residual
 from ..passes.rotation import (
     Float,
@@ -82,7 +83,7 @@ def rotate(
         if norm.name.startswith(prefixes)
     }
     _check(residual, readers, channels)
-    index, weights, random = Index.of(graph), WeightReader(graph), np.random.default_rng(seed)
+    index, weights, random = Index.of(graph), WeightReader(OpenGraph(graph)), np.random.default_rng(seed)
     gammas = {norm: _gamma(index, norm) for norm in residual.norms}
     moments = _measure(artifact, list(readers), residual.width, random)
     traffic = [

@@ -15,6 +15,7 @@ from bismooth.passes._gs import FileValues, Graph, set_type
 from bismooth.passes.foldcheck import TOLERANCE, ComputeError, FoldErrors, check_folds
 from bismooth.passes.graph import Index
 from bismooth.passes.linears import find_linears
+from bismooth.passes.open_graph import OpenGraph
 from bismooth.passes.precision import NARROW_TYPES, SetPrecision
 from bismooth.passes.rounding import Rounding
 from bismooth.passes.segment import Sizes, cut
@@ -38,7 +39,7 @@ def factors_for(sites: list[Site]) -> dict[str, Factor]:
 @pytest.mark.parametrize("block", [block for block, _ in SITES.values()], ids=SITES.keys())
 def test_right_folds_pass(block: Block, tmp_path: Path) -> None:
     graph, sites = prepared(block(), tmp_path)
-    errors = check_folds(graph, sites, factors_for(sites)).exact
+    errors = check_folds(OpenGraph(graph), sites, factors_for(sites)).exact
     assert errors.keys() == {site.name for site in sites}
     assert max(errors.values()) <= TOLERANCE
 
@@ -46,7 +47,7 @@ def test_right_folds_pass(block: Block, tmp_path: Path) -> None:
 def test_decoder_with_external_weights(tmp_path: Path) -> None:
     graph, sites = prepared(decoder(tied=False), tmp_path, external=True)
     done: list[str] = []
-    errors = check_folds(graph, sites, factors_for(sites), progress=done.append).exact
+    errors = check_folds(OpenGraph(graph), sites, factors_for(sites), progress=done.append).exact
     assert done == list(errors) == [site.name for site in sites]
     assert 0 < max(errors.values()) <= TOLERANCE
 
@@ -54,7 +55,7 @@ def test_decoder_with_external_weights(tmp_path: Path) -> None:
 def test_the_graph_is_left_as_it_was(tmp_path: Path) -> None:
     graph, sites = prepared(decoder(), tmp_path, external=True)
     graphs.save(graph, tmp_path / "before.onnx")
-    check_folds(graph, sites, factors_for(sites))
+    check_folds(OpenGraph(graph), sites, factors_for(sites))
     graphs.save(graph, tmp_path / "after.onnx")
     assert (tmp_path / "before.onnx").read_bytes() == (tmp_path / "after.onnx").read_bytes()
 
@@ -70,13 +71,13 @@ def test_only_weights_of_the_site_are_read(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(FileValues, "load", note)
     site = next(site for site in sites if site.name == "model.layers.1.mlp.up_proj")
-    check_folds(graph, [site], factors_for(sites))
+    check_folds(OpenGraph(graph), [site], factors_for(sites))
     assert sorted(read) == ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"]
 
 
 def test_sites_without_factors_are_not_run(tmp_path: Path) -> None:
     graph, sites = prepared(relu_mlp(), tmp_path)
-    assert check_folds(graph, sites, {}) == FoldErrors()
+    assert check_folds(OpenGraph(graph), sites, {}) == FoldErrors()
 
 
 def wrong(site: Site, what: str) -> Site:
@@ -111,7 +112,7 @@ def test_wrong_folds_fail(block: str, name: str, what: str, tmp_path: Path) -> N
     graph, sites = prepared(SITES[block][0](), tmp_path)
     site = next(site for site in sites if site.name == name)
     faulty = wrong(site, what)
-    errors = check_folds(graph, [faulty], factors_for([faulty])).exact
+    errors = check_folds(OpenGraph(graph), [faulty], factors_for([faulty])).exact
     assert errors[name] > 100 * TOLERANCE
 
 
@@ -139,7 +140,7 @@ def test_segment_computes_shapes_and_takes_activations(tmp_path: Path) -> None:
 def test_results_that_are_not_finite_count_as_infinite_error(tmp_path: Path) -> None:
     graph, sites = prepared(relu_mlp(), tmp_path)
     s: Mapping[str, Factor] = {"fc1": np.full(12, 1e-38)}
-    assert check_folds(graph, sites, s).exact == {"fc1": float("inf")}
+    assert check_folds(OpenGraph(graph), sites, s).exact == {"fc1": float("inf")}
 
 
 def test_what_cannot_run_is_reported(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_what_cannot_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(
         BismoothError, match=r"norm: the fold cannot be checked\. Expected ONNX Runtime to run the oper"
     ):
-        check_folds(graph, sites, factors_for(sites))
+        check_folds(OpenGraph(graph), sites, factors_for(sites))
 
 
 def test_decoder_whose_dimensions_have_no_names(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_decoder_whose_dimensions_have_no_names(tmp_path: Path) -> None:
     b.unknown = None
     graph, sites = prepared(b, tmp_path)
     assert any("unk__" in str(Index.of(graph).shape(name)) for name in Index.of(graph).values)
-    assert max(check_folds(graph, sites, factors_for(sites)).exact.values()) <= TOLERANCE
+    assert max(check_folds(OpenGraph(graph), sites, factors_for(sites)).exact.values()) <= TOLERANCE
 
 
 def test_sizes_of_symbolic_dimensions(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_dimensions_without_a_name_are_guessed(tmp_path: Path) -> None:
     for value in Index.of(graph).values.values():
         if value.name == "x":
             set_type(value, np.dtype(np.float32), [None, "2*k", H])
-    assert max(check_folds(graph, sites, factors_for(sites)).exact.values()) <= TOLERANCE
+    assert max(check_folds(OpenGraph(graph), sites, factors_for(sites)).exact.values()) <= TOLERANCE
 
 
 def rounding_of(graph: Graph, compute: Literal["float16", "bfloat16"]) -> Rounding:
@@ -188,8 +189,8 @@ def test_right_folds_cost_16_bits_nothing(
     block: Block, compute: Literal["float16", "bfloat16"], tmp_path: Path
 ) -> None:
     graph, sites = prepared(block(), tmp_path)
-    errors = check_folds(graph, sites, factors_for(sites), rounding_of(graph, compute))
-    assert errors.exact == check_folds(graph, sites, factors_for(sites)).exact
+    errors = check_folds(OpenGraph(graph), sites, factors_for(sites), rounding_of(graph, compute))
+    assert errors.exact == check_folds(OpenGraph(graph), sites, factors_for(sites)).exact
     assert errors.compute.keys() == errors.exact.keys()
     one_rounding = {"float16": 2**-11, "bfloat16": 2**-8}[compute]
     for error in errors.compute.values():
@@ -207,11 +208,11 @@ def test_a_row_that_overflows_float16_is_caught_by_name(tmp_path: Path) -> None:
     graph, sites = prepared(decoder(tied=False), tmp_path, external=True)
     factors = {site.name: np.ones(site.size) for site in sites}
     factors[V][3] = 1e-7
-    errors = check_folds(graph, sites, factors, rounding_of(graph, "float16"))
+    errors = check_folds(OpenGraph(graph), sites, factors, rounding_of(graph, "float16"))
     assert max(errors.exact.values()) <= TOLERANCE
     assert [name for name, error in errors.compute.items() if not error.is_kept] == [V]
     assert errors.compute[V].folded is None
-    wide = check_folds(graph, sites, factors, rounding_of(graph, "bfloat16"))
+    wide = check_folds(OpenGraph(graph), sites, factors, rounding_of(graph, "bfloat16"))
     assert all(error.is_kept for error in wide.compute.values())
 
 
@@ -222,7 +223,7 @@ def test_what_overflows_without_folding_is_not_held_against_it(tmp_path: Path) -
     graph, sites = prepared(b, tmp_path)
     site = next(site for site in sites if site.name == "fc1")
     factors = {"fc1": np.where(np.arange(site.size) == 0, 1e7, 1.0)}
-    error = check_folds(graph, [site], factors, rounding_of(graph, "float16")).compute["fc1"]
+    error = check_folds(OpenGraph(graph), [site], factors, rounding_of(graph, "float16")).compute["fc1"]
     assert (error.unfolded, error.limit, error.is_kept) == (None, None, True)
     assert error.folded is not None
     assert ComputeError(None, None, None).is_kept
@@ -230,7 +231,7 @@ def test_what_overflows_without_folding_is_not_held_against_it(tmp_path: Path) -
 
 def test_where_nothing_is_rounded_the_errors_are_those_of_float32(tmp_path: Path) -> None:
     graph, sites = prepared(relu_mlp(), tmp_path)
-    errors = check_folds(graph, sites, factors_for(sites), Rounding(NARROW_TYPES["float16"], {}, {}))
+    errors = check_folds(OpenGraph(graph), sites, factors_for(sites), Rounding(NARROW_TYPES["float16"], {}, {}))
     assert {name: (error.unfolded, error.folded) for name, error in errors.compute.items()} == {
         name: (0.0, error) for name, error in errors.exact.items()
     }

@@ -164,7 +164,7 @@ def test_a_piece_has_its_own_weights_alone(made: Made) -> None:
 def test_values_by_segment(made: Made) -> None:
     maker = PieceMaker(load_graph(made("float")))
     values = [maker.segments[2].exit or "", maker.segments[0].exit or "", "attention_mask"]
-    assert maker.by_segment([*values, values[0]]) == {2: [values[0]], 0: values[1:]}
+    assert maker.by_segment([*values, values[0]]) == {2: values[:1], 0: values[1:2], 1: values[2:]}
     with pytest.raises(BismoothError, match=r"value nowhere: not in the graph"):
         maker.by_segment(["nowhere"])
 
