@@ -135,6 +135,7 @@ class _Values:
                 self.bytes_of.setdefault(name, weights.get(first, self._widened(node)))
             if node.op_type in _VIEWS and first not in weights:
                 self._roots[node.output[0]] = self._roots.get(first, first)
+                self._widths.setdefault(node.output[0], self._widths.get(first, _FLOAT_BYTES))
 
     def _widened(self, node: onnx.NodeProto) -> int:
         """Bytes of an output without a shape: those of its first input, in float32 if the node makes it that."""

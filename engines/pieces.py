@@ -30,6 +30,11 @@ class PieceMaker:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._infos = {info.name: info for info in (*graph.value_info, *graph.output)}
 
+    def type_of(self, value: str) -> onnx.TypeProto.Tensor | None:
+        """What the graph says of a value's type and shape."""
+        info = self._infos.get(value)
+        return None if info is None else info.type.tensor_type
+
     def by_segment(self, values: Iterable[str]) -> dict[int, list[str]]:
         """Values by the segment that makes them; those outside of the stream, by the first segment that needs them.
 

@@ -227,7 +227,7 @@ class Streamed:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the symbolic dimensions, in a run of a full batch."""
-        count, length = min(self.batch_size, len(self.ids)), self.ids.shape[1]
+        count, length = self.windows_per_run, self.ids.shape[1]
         sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
         first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
         for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (count, length), strict=False):
@@ -309,14 +309,28 @@ class Streamed:
         """Bytes that a run of the piece takes, beside what the process has already."""
         return self.held + footprint(self.model(piece), self.sizes, self.mode)
 
+    @property
+    def windows_per_run(self) -> int:
+        """Windows of a full batch."""
+        return min(self.batch_size, len(self.ids))
+
+    def shape(self, value: str) -> tuple[int, ...] | None:
+        """The shape of a value in a run of a full batch, if the graph says it."""
+        kind = self.maker.type_of(value)
+        return resolve(kind.shape, self.sizes) if kind is not None and kind.HasField("shape") else None
+
     def file(self, value: str, folder: Path) -> StreamFile:
         """Where a value that goes from one piece to the next lies."""
-        infos = self.maker.model.graph.value_info
-        kind = next(info.type.tensor_type for info in infos if info.name == value)
-        shape = resolve(kind.shape, self.sizes)
-        assert shape is not None, value  # cuts are made of such values alone
+        kind, shape = self.maker.type_of(value), self.shape(value)
+        assert kind is not None, value  # cuts are made of values of which all is known
+        assert shape is not None, value
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        return StreamFile(folder / f"{sha256(value.encode()).hexdigest()[:16]}.bin", value, dtype.str, shape[1:])
+        return StreamFile(self.file_path(value, folder), value, dtype.str, shape[1:])
+
+    @staticmethod
+    def file_path(value: str, folder: Path) -> Path:
+        """A file in ``folder`` for what belongs to a value."""
+        return folder / f"{sha256(value.encode()).hexdigest()[:16]}.bin"
 
     @contextmanager
     def running(self, piece: Piece, folder: Path, threads: int | None = None) -> Generator[PieceRun]:
