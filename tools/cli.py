@@ -89,6 +89,9 @@ def calibrate(
     histograms: Annotated[
         bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
     ] = False,
+    grams: Annotated[
+        bool, typer.Option(help="Compute XᵀX of each linear's input too: K x K x 4 bytes for K channels.")
+    ] = False,
     memory: o.Memory = None,
     executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     restart: o.Restart = False,
@@ -97,10 +100,8 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text, budget = (
-        o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."),
-        o.parse_memory(memory),
-    )
+    text = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'.")
+    budget = o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -113,6 +114,7 @@ def calibrate(
         seed=seed,
         batch_size=batch_size,
         histograms=histograms,
+        grams=grams,
         memory=budget,
         executor=executor,
         restart=restart,
