@@ -92,10 +92,20 @@ class StreamFile:
         return data.reshape(count, *self.shape)
 
     def write(self, batch: Batch, values: NDArray[Any]) -> None:
-        """Put the values [n, …] of some windows in their place."""
-        with self.path.open("r+b") as file:
-            file.seek(batch.start * self.window_bytes)
-            file.write(np.ascontiguousarray(values, self.dtype).data)
+        """Put the values [n, …] of some windows in their place.
+
+        NOTE: the file is opened to write alone: a client of NFS that has read the rest of a page writes all of it, and
+        other machines write there too.
+        """
+        rest = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        place = batch.start * self.window_bytes
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            while rest:
+                count = os.pwrite(descriptor, rest, place)
+                rest, place = rest[count:], place + count
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -253,19 +253,22 @@ def place_file(source: Path, target: Path, *, copy: bool = False) -> bool:
     return False
 
 
-def scan_files(folder: Path, hashes: Mapping[str, str] = MappingProxyType({})) -> dict[str, FileRecord]:
+def scan_files(
+    folder: Path, hashes: Mapping[str, str] = MappingProxyType({}), own: Collection[str] = ()
+) -> dict[str, FileRecord]:
     """Records of all files below ``folder``; those with more than one hard link count as linked.
 
     Args:
         folder: the artifact.
         hashes: SHA-256 by name, of files whose content was read.
+        own: files whose other link is about to go: that of the state of the run which makes the artifact.
     """
     records: dict[str, FileRecord] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             name, status = path.relative_to(folder).as_posix(), path.stat()
             record = FileRecord(status.st_size, sha256=hashes.get(name))
-            if status.st_nlink > 1:
+            if status.st_nlink > 1 and name not in own:
                 record = replace(record, linked=True, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
             records[name] = record
     return records
@@ -309,6 +312,11 @@ def _is_artifact(folder: Path, kind: str | None) -> bool:
     return isinstance(document, dict) and kind in (None, cast(dict[str, Any], document).get("kind"))
 
 
-def finish_folder(folder: Path, manifest: Manifest, hashes: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write the manifest, with records of all files that are in the folder now; ``hashes`` as for `scan_files`."""
-    write_manifest(folder, replace(manifest, files=scan_files(folder, hashes)))
+def finish_folder(
+    folder: Path,
+    manifest: Manifest,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+    own: Collection[str] = (),
+) -> None:
+    """Write the manifest, with records of all files that are in the folder now, as :func:`scan_files` makes them."""
+    write_manifest(folder, replace(manifest, files=scan_files(folder, hashes, own)))

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from .placed_tensors import TensorWriter
 
-MOST = 1 << 28
+MOST = 1 << 27
 """Bytes of the tensor that are held: runs of a column block lie apart in the file, and short ones cost a call each."""
 
-_TILE = 128
-"""Rows that are turned together: two cache lines of a column, for bytes."""
+_TILE = 512
+"""Rows that are turned together: each of their columns lies on another page of memory, and finding it takes time."""
 
 _APART = 64
 """Bytes between rows of a tile: rows a power of two apart would all fall into the same few places of a cache."""

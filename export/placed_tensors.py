@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import BismoothError
 from .safetensors_file import DTYPES, TensorEntry, lay_out
 
 
@@ -37,7 +38,23 @@ class PlacedTensors:
         header, entries = lay_out(path, declared)
         with path.open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + sum(entry.length for entry in entries.values()))
+            file.truncate(_size(header, entries))
+        return PlacedTensors(path, entries)
+
+    @staticmethod
+    def open(path: Path, declared: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> PlacedTensors:
+        """The file that :meth:`create` has made of these tensors, with what was written to it since.
+
+        Raises:
+            BismoothError: it is not there, or is another one.
+            ValueError: as :meth:`create`.
+        """
+        header, entries = lay_out(path, declared)
+        if not path.is_file() or path.stat().st_size != _size(header, entries) or _start(path, len(header)) != header:
+            raise BismoothError(
+                f"{path}: is not what an unfinished run has left there. Expected a file of {_size(header, entries)} "
+                "bytes with that run's tensors. Pass --restart to discard that run."
+            )
         return PlacedTensors(path, entries)
 
     @contextmanager
@@ -54,6 +71,15 @@ class PlacedTensors:
             writer.require_all()
         finally:
             os.close(descriptor)
+
+
+def _size(header: bytes, entries: Mapping[str, TensorEntry]) -> int:
+    return len(header) + sum(entry.length for entry in entries.values())
+
+
+def _start(path: Path, length: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(length)
 
 
 class TensorWriter:
@@ -100,20 +126,26 @@ class TensorWriter:
         if columns.shape[1] == width:
             self._put(entry, 0, columns)
             return
-        for number, row in enumerate(columns):
-            self._put(entry, (number * width + first) * size, row)
+        self._require_type(entry, columns)
+        for number, row in enumerate(columns.view(np.uint8)):
+            self._put_bytes(entry, (number * width + first) * size, row.data)
 
     def _put(self, entry: TensorEntry, start: int, array: NDArray[Any]) -> None:
-        if array.dtype != DTYPES[entry.dtype]:
-            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
+        self._require_type(entry, array)
         if start + array.nbytes > entry.length:
             raise ValueError(f"{entry.name}: declared {entry.length} bytes, got {start + array.nbytes}")
-        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        self._put_bytes(entry, start, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _put_bytes(self, entry: TensorEntry, start: int, rest: memoryview) -> None:
         place = entry.offset + start
         self._written[entry.name] += len(rest)
         while rest:
             count = os.pwrite(self._descriptor, rest, place)
             rest, place = rest[count:], place + count
+
+    def _require_type(self, entry: TensorEntry, array: NDArray[Any]) -> None:
+        if array.dtype != DTYPES[entry.dtype]:
+            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
 
     def require_all(self) -> None:
         """Raise ``ValueError`` if bytes are missing."""

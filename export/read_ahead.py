@@ -1,4 +1,4 @@
-"""Go through a part of a file block by block, while the system reads what comes next."""
+"""Read parts of a matrix in a file: block by block, while the system reads what comes next, or rows or columns."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ Bytes = NDArray[np.uint8]
 
 
 def read_blocks(path: Path, offset: int, size: int, step: int) -> Iterator[Bytes]:
-    """``size`` bytes of a file from byte ``offset`` on, ``step`` at a time; each block is an array of its own.
+    """``size`` bytes of a file from byte ``offset`` on, ``step`` at a time; each overwrites the one before.
 
     Raises:
         BismoothError: the file ends before that.
     """
-    asked = 0
+    asked, room = 0, np.empty(min(step, size), np.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         for start in range(0, size, step):
             while asked < min(size, start + step + WINDOW):
                 _will_need(file, offset + asked, min(WINDOW, size - asked))
                 asked += WINDOW
-            block = np.empty(min(step, size - start), np.uint8)
+            block = room[: size - start]
             _fill(file, block, path)
             yield block
+
+
+def read_rows(path: Path, offset: int, width: int, rows: NDArray[np.intp]) -> Bytes:
+    """Some rows, of ``width`` bytes each, of a matrix that starts at byte ``offset`` of a file: [rows, width].
+
+    Raises:
+        BismoothError: the file ends before the last of them does.
+    """
+    block = np.empty((len(rows), width), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for number, row in zip(rows.tolist(), block, strict=True):
+            file.seek(offset + number * width)
+            _fill(file, row, path)
+    return block
 
 
 def read_columns(path: Path, offset: int, shape: tuple[int, int], columns: slice) -> Bytes:

@@ -54,14 +54,25 @@ def replacing(path: Path) -> Generator[Path]:
 def put_in_place(source: Path, path: Path) -> None:
     """Let the finished file ``source``, on the same file system, take the place of ``path`` as :func:`replacing` does.
 
+    Where the file system has links, it stays where it was as well: if the process is killed now, nothing is lost.
+
     Raises:
         BismoothError: as :func:`replacing`.
     """
     with replacing(path) as temporary:
         if temporary.is_file():
-            source.replace(temporary)
+            temporary.unlink()
+            link_or_move(source, temporary)
         else:
             shutil.copyfile(source, temporary)
+
+
+def link_or_move(source: Path, target: Path) -> None:
+    """Give the file ``source`` the new name ``target`` too, or instead where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        source.replace(target)
 
 
 def check_replaceable(path: Path, what: str, is_one: Callable[[Path], bool]) -> None:

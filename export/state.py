@@ -166,9 +166,8 @@ def _kept(state: State, target: Path) -> Generator[None]:
         if not state.done:
             _remove(state.folder)
         else:
-            shown.add_note(
-                f"{state.done} finished units of work are kept in {state.folder}: the same command goes on from there."
-            )
+            kept = f"What was done is kept in {state.folder} (units of work: {state.done})"
+            shown.add_note(f"{kept}: the same command goes on from there.")
         if shown is error:
             raise
         raise shown from error

@@ -99,6 +99,7 @@ def quantize_graph(
     *,
     narrow_source: Path | None = None,
     executor: Executor = LOCAL,
+    grown: Path | None = None,
 ) -> QuantizeResult:
     """Quantize the float32 graph ``source`` by ``recipe`` into ``folder``, where its weight files are already.
 
@@ -110,6 +111,8 @@ def quantize_graph(
         progress: Called with a step's name, how much of it is done, and how much there is.
         narrow_source: The same graph in the recipe's 16-bit type, if the artifact has it; otherwise it is made.
         executor: Does the work on the weights.
+        grown: Where the weight file grows, for an executor that goes on from an earlier run; it stays there, and
+            becomes a second name of the file in ``folder``. None: nothing is kept of a run that fails.
 
     Raises:
         BismoothError: the recipe does not fit the model, needs statistics that are missing, a weight holds NaN or
@@ -128,7 +131,7 @@ def quantize_graph(
     edits = weight_edits(sites, factors)
     graphs = _save_float(graph, source, narrow_source, folder, edits, recipe.compute_dtype)
     ranges = static_ranges(linears, specs, sites, factors, calibration)
-    file = WeightFile(folder / WEIGHTS)
+    file = WeightFile(folder / WEIGHTS, grown=grown)
     records = run_passes(graph, _lowering(linears, specs, edits, ranges, file))
     narrowed, more = _narrowed(graph, recipe.compute_dtype)
     errors = _checked_folds(model, sites, factors, narrowed, recipe.compute_dtype, progress, executor)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..export.placed_tensors import PlacedTensors
-from ..export.replacing import replacing
+from ..export.replacing import link_or_move, replacing
 from ..export.safetensors_file import TensorEntry
 from ._gs import Graph, Tensor, make_external, read, shape_of
 from .executor import LOCAL, Executor, each
 from .fold import FOLDED, Edit
 from .fold_passes import folded_name
-from .fold_underflow import require_kept
 from .graph import Index
 from .linears import Linear
 from .precision import StoredCast, store
 from .progress import Counter, Progress
 from .weight_tasks import (
+    CopyMade,
     CopyNarrow,
     Initializer,
+    LayOut,
+    Layout,
     Output,
     QuantizedLinear,
     QuantizeLinear,
@@ -43,16 +45,31 @@ class WeightFile:
         path: Where it will be.
         declared: Type and shape of its tensors.
         entries: Where each is in the file; empty until :func:`write_weights` has run.
+        grown: Where it grows, over several runs if need be; None: under a temporary name, in one.
     """
 
     path: Path
     declared: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = field(default_factory=dict[str, Any])
     entries: dict[str, TensorEntry] = field(default_factory=dict[str, TensorEntry])
+    grown: Path | None = None
 
     def declare(self, name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Tensor:
         """An initializer for a tensor of the file; :meth:`place` sets its offset when that is known."""
         self.declared.setdefault(name, (dtype, tuple(shape)))
         return make_external(name, dtype, shape, self.path, 0)
+
+    @contextmanager
+    def growing(self) -> Generator[Path]:
+        """Where it is to be written; at the end it is in place as well.
+
+        There it is a second name of what has grown, or its new one where the file system has no links.
+        """
+        if self.grown is None:
+            with replacing(self.path) as path:
+                yield path
+            return
+        yield self.grown
+        link_or_move(self.grown, self.path)
 
     def place(self, graph: Graph) -> None:
         """Point the graph's initializers that are tensors of the file at their bytes."""
@@ -104,8 +121,11 @@ def write_weights(
         name = copy_name(cast.initializer.name, cast.dtype)
         file.declare(name, cast.dtype, tuple(int(str(dim)) for dim in shape_of(cast.initializer) or ()))
     largest_first = sorted(file.declared.items(), key=lambda item: -prod(item[1][1]) * item[1][0].itemsize)
-    with replacing(file.path) as path:
-        tensors = PlacedTensors.create(path, [(name, *declared) for name, declared in largest_first])
+    with file.growing() as path:
+        layout = Layout(path.name, [(name, *declared) for name, declared in largest_first])
+        for _ in executor.map(LayOut(path.parent), [layout]):
+            pass
+        tensors = PlacedTensors.open(path, layout.tensors)
         file.entries.update(tensors.entries)
         return _Work.of(sources, tensors, casts).run(executor, progress)
 
@@ -118,7 +138,7 @@ class _Work:
         quantize: Writes the weights of ``quantized``.
         fold: Writes those of ``folded``.
         copy: Writes copies of ``copied``, initializers of the source.
-        made: Constants that folding made, small enough to be in the graph, by name, with the factors in them.
+        make: Writes copies of ``made``, constants that folding made.
     """
 
     quantize: QuantizeLinear
@@ -127,7 +147,8 @@ class _Work:
     folded: list[Linear]
     copy: CopyNarrow
     copied: list[Initializer]
-    made: dict[str, tuple[Tensor, Edit | None]]
+    make: CopyMade
+    made: list[Initializer]
 
     @staticmethod
     def of(sources: WeightSources, tensors: PlacedTensors, casts: Sequence[StoredCast]) -> _Work:
@@ -140,6 +161,8 @@ class _Work:
         others = {
             cast.initializer.name: cast.initializer for cast in casts if cast.initializer.name not in tensors.entries
         }
+        made = {name: tensor for name, tensor in others.items() if name not in sources.reader}
+        constants = {name: (read(tensor), _edit_of(name, sources.edits)) for name, tensor in made.items()}
         return _Work(
             quantize=QuantizeLinear(sources, output),
             quantized=quantized,
@@ -147,11 +170,8 @@ class _Work:
             folded=[linear for linear in rest if folded_name(linear) in tensors.entries],
             copy=CopyNarrow(sources.reader, output),
             copied=[Initializer(name) for name in others if name in sources.reader],
-            made={
-                name: (tensor, sources.edits.get(name.removesuffix(FOLDED)) if name.endswith(FOLDED) else None)
-                for name, tensor in others.items()
-                if name not in sources.reader
-            },
+            make=CopyMade(constants, output),
+            made=list(map(Initializer, made)),
         )
 
     def run(self, executor: Executor, progress: Progress) -> tuple[QuantizedLinear, ...]:
@@ -163,23 +183,19 @@ class _Work:
             pass
         for _ in each(executor, self.copy, self.copied, count):
             pass
-        for name, (tensor, edit) in self.made.items():
-            self._copy_made(name, read(tensor), edit)
-            count(name)
+        for _ in each(executor, self.make, self.made, count):
+            pass
         return done
-
-    def _copy_made(self, name: str, values: NDArray[Any], edit: Edit | None) -> None:
-        output = self.copy.output
-        with output.tensors.writing(output.with_copies(name)[1:]) as writer:
-            output.narrow(writer, name, lambda: [values], name)
-        if edit is not None:
-            for dtype in output.copies[name]:
-                require_kept([values.reshape(1, -1)], (1, values.size), edit, dtype, name)
 
     def _require_all(self) -> None:
         written = [name for linear in self.quantized for name in self.quantize.writes(linear)]
         written += [name for linear in self.folded for name in self.fold.writes(linear)]
         written += [name for item in self.copied for name in self.copy.writes(item)]
-        written += [name for made in self.made for name in self.copy.output.with_copies(made)[1:]]
+        written += [name for item in self.made for name in self.make.writes(item)]
         if left := self.copy.output.tensors.entries.keys() - set(written):
             raise ValueError(f"{len(left)} declared tensors are not written: {', '.join(sorted(left)[:3])}")
+
+
+def _edit_of(name: str, edits: Mapping[str, Edit]) -> Edit | None:
+    """The factors in a constant that folding made."""
+    return edits.get(name.removesuffix(FOLDED)) if name.endswith(FOLDED) else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ from .groups import without_walls
 from .linears import Linear
 from .precision import NARROW_TYPES, narrow_pieces
 from .qdq import Product, rescale
+from .room import Room
 from .spec import ComputeType, LinearSpec, PerGroup, PerMagnitude, StaticActivation
 from .static_ranges import StaticRanges
 from .weight_reader import WeightReader
-from .weights import CACHED, QuantizedWeight, in_two_digits, quantize_weight, weight_error
+from .weights import ROWS, QuantizedWeight, in_two_digits, quantize_weight, weight_error
 
 Float = NDArray[np.float32]
 
@@ -85,15 +87,54 @@ def folded_blocks(
 ) -> Iterator[Float]:
     """W of a linear with the smoothing factors folded in, some rows at a time: float32 [.., K].
 
-    Its products are rounded as those of :func:`.fold.apply_edit`.
+    A block may be changed; the next one overwrites it. Its products are rounded as those of :func:`.fold.apply_edit`.
     """
     edit, start = edits.get(linear.weight, Edit()), 0
     rows, columns = (None if s is None else s.astype(np.float32) for s in (edit.rows, edit.columns))
     for block in reader.blocks(linear, elements):
         stop = start + len(block)
-        folded = block if rows is None else block * rows[start:stop, None]
-        yield folded if columns is None else np.multiply(folded, columns, out=None if folded is block else folded)
+        if rows is not None:
+            block *= rows[start:stop, None]
+        if columns is not None:
+            block *= columns
+        yield block
         start = stop
+
+
+class _OnlyWrites:
+    """A task whose result is what it has written."""
+
+    def encode(self, result: None) -> None:
+        """As a JSON value."""
+        return result
+
+    def decode(self, plain: None) -> None:
+        """And back."""
+        return plain
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A file to come: its name, and the name, type and shape of its tensors."""
+
+    name: str
+    tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, eq=False)
+class LayOut(_OnlyWrites):
+    """Make a file that tensors can be written to."""
+
+    folder: Path
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "lay out"
+
+    def __call__(self, layout: Layout) -> None:
+        """Make it."""
+        PlacedTensors.create(self.folder / layout.name, layout.tensors)
 
 
 @dataclass(frozen=True)
@@ -171,14 +212,14 @@ class QuantizeLinear:
         Raises:
             BismoothError: its weight holds NaN or infinity, or a scale does not fit into the 16-bit type.
         """
-        spec, first = self.sources.specs[linear.name], 0
+        spec, room, first = self.sources.specs[linear.name], Room(), 0
         products = Product.of(linear, spec.groups)
         with self.output.tensors.writing(self.writes(linear)) as writer:
             parts = [
                 _Part(product, ColumnWriter(writer, product.values, product.values_shape, INT8)) for product in products
             ]
-            for block in folded_blocks(self.sources.reader, linear, CACHED, edits=self.sources.edits):
-                for part, quantized in zip(parts, self._quantize(linear, spec, block, first), strict=True):
+            for block in folded_blocks(self.sources.reader, linear, ROWS, edits=self.sources.edits):
+                for part, quantized in zip(parts, self._quantize(linear, spec, block, first, room), strict=True):
                     part.add(quantized)
                 first += len(block)
             for part in parts:
@@ -206,17 +247,22 @@ class QuantizeLinear:
         tuples = {"walls": walls, "wall_nodes": tuple(plain["wall_nodes"])}
         return QuantizedLinear(**plain | tuples)
 
-    def _quantize(self, linear: Linear, spec: LinearSpec, block: Float, first: int) -> list[QuantizedWeight]:
+    def _quantize(
+        self, linear: Linear, spec: LinearSpec, block: Float, first: int, room: Room
+    ) -> list[QuantizedWeight]:
         """Some rows of W, from number ``first`` on, as each of the linear's products has them."""
         storage = None if spec.has_rescale else NARROW_TYPES.get(self.sources.compute)
         group = spec.groups.size if isinstance(spec.groups, PerGroup) else None
         make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
         if not isinstance(spec.groups, PerMagnitude):
-            return [make(block)]
+            return [make(block, room=room)]
         rest, *walls = without_walls(block, spec.groups.walls)
         pairs = [(part, make(part)) for part in walls]
         two = spec.groups.wall_bits == 16
-        return [make(rest), *chain.from_iterable(in_two_digits(*pair) if two else pair[1:] for pair in pairs)]
+        return [
+            make(rest, room=room),
+            *chain.from_iterable(in_two_digits(*pair) if two else pair[1:] for pair in pairs),
+        ]
 
     def _write_scale(self, writer: TensorWriter, linear: Linear, spec: LinearSpec, part: _Part) -> None:
         scale, product = np.concatenate(part.scales), part.product
@@ -235,7 +281,7 @@ class QuantizeLinear:
 
 
 @dataclass(frozen=True, eq=False)
-class StoreFoldedWeight:
+class StoreFoldedWeight(_OnlyWrites):
     """Write the weight of a linear that stays float, with the smoothing factors folded in."""
 
     sources: WeightSources
@@ -257,7 +303,7 @@ class StoreFoldedWeight:
             BismoothError: it does not fit into the 16-bit type, or folding made it too small for that.
         """
         name, edit = folded_name(linear), self.sources.edits[linear.weight]
-        blocks = partial(folded_blocks, self.sources.reader, linear, CACHED, edits=self.sources.edits)
+        blocks = partial(folded_blocks, self.sources.reader, linear, ROWS, edits=self.sources.edits)
         with self.output.tensors.writing(self.writes(linear)) as writer:
             _write_rows(writer, name, linear, blocks(), np.dtype(np.float32))
             for dtype in self.output.copies.get(name, ()):
@@ -266,24 +312,16 @@ class StoreFoldedWeight:
         for dtype in self.output.copies.get(name, ()):
             require_kept(blocks(), (linear.n, linear.k), edit, dtype, linear.weight)
 
-    def encode(self, result: None) -> None:
-        """As a JSON value."""
-        return result
-
-    def decode(self, plain: None) -> None:
-        """And back."""
-        return plain
-
 
 @dataclass(frozen=True)
 class Initializer:
-    """An initializer of the source."""
+    """An initializer of the source, or a constant that folding made."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
-class CopyNarrow:
+class CopyNarrow(_OnlyWrites):
     """Write the 16-bit copies of an initializer of the source."""
 
     reader: WeightReader
@@ -308,13 +346,40 @@ class CopyNarrow:
         with self.output.tensors.writing(self.writes(initializer)) as writer:
             self.output.narrow(writer, name, lambda: self.reader.pieces(name), name)
 
-    def encode(self, result: None) -> None:
-        """As a JSON value."""
-        return result
 
-    def decode(self, plain: None) -> None:
-        """And back."""
-        return plain
+@dataclass(frozen=True, eq=False)
+class CopyMade(_OnlyWrites):
+    """Write the 16-bit copies of a constant that folding made.
+
+    Attributes:
+        constants: By name, the values with the factors in them, and the factors. They are small.
+        output: The file.
+    """
+
+    constants: Mapping[str, tuple[NDArray[Any], Edit | None]]
+    output: Output
+
+    @property
+    def step(self) -> str:
+        """Name of the step."""
+        return "store 16-bit constants"
+
+    def writes(self, constant: Initializer) -> list[str]:
+        """Names of the tensors that a call writes."""
+        return self.output.with_copies(constant.name)[1:]
+
+    def __call__(self, constant: Initializer) -> None:
+        """Write them.
+
+        Raises:
+            BismoothError: the constant does not fit into the 16-bit type, or folding made it too small for that.
+        """
+        name, (values, edit) = constant.name, self.constants[constant.name]
+        with self.output.tensors.writing(self.writes(constant)) as writer:
+            self.output.narrow(writer, name, lambda: [values], name)
+        if edit is not None:
+            for dtype in self.output.copies[name]:
+                require_kept([values.reshape(1, -1)], (1, values.size), edit, dtype, name)
 
 
 def _write_rows(

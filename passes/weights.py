@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .precision_policy import float_limits
+from .room import Room
 
 QMAX = 127
 """Weights use −127 … 127, so that −q is representable too."""
@@ -27,8 +28,9 @@ _SUBNORMAL = 2.0**-2
 """How far below the normal numbers a stored scale may be. In float16, 8 of its 10 bits are left there, so rounding a
 scale up costs less than 2⁻⁸ of it; rows with max|W| above 127 · 2⁻¹⁶ = 0.0019 keep all their levels."""
 
-CACHED = 1 << 17
-"""Elements to work on together: with two results of the same size, 1.5 MB in float32, they stay in a core's cache."""
+ROWS = 1 << 20
+"""Elements to round at a time. Fewer would fit a core's own cache, but threads that work on less wait more for each
+other, since only one at a time can begin an operation."""
 
 _CHUNK = 1 << 22
 Float = NDArray[np.float32]
@@ -58,7 +60,13 @@ def weight_scale(weight: Float) -> Float:
 
 
 def quantize_weight(
-    weight: Float, name: str, *, storage: np.dtype[Any] | None = None, group: int | None = None, first: int = 0
+    weight: Float,
+    name: str,
+    *,
+    storage: np.dtype[Any] | None = None,
+    group: int | None = None,
+    first: int = 0,
+    room: Room | None = None,
 ) -> QuantizedWeight:
     """Round W [N, K] to INT8, symmetric, to nearest even, with a scale per output channel.
 
@@ -69,6 +77,7 @@ def quantize_weight(
             is rounded with the scale as stored, so nothing is clipped.
         group: Give each run of so many input channels a scale of its own; zeros fill up the last one.
         first: Number of the first row, for messages.
+        room: Space to work in; the values are in it, too.
 
     Raises:
         BismoothError: W holds NaN or infinity, or is too large for the scale's type.
@@ -79,11 +88,13 @@ def quantize_weight(
         require_finite(weight, name, first)
     if storage is not None:
         scale = _stored_scale(scale, storage, name)
-    values = np.empty(rows.shape, np.int8)
+    room = room or Room()
+    values = room.bytes("values", rows.shape)
     lost = total = 0.0
-    for part in row_chunks(rows.shape, CACHED):
-        ratio = rows[part] / scale[part, None]
-        rounded = np.rint(ratio)
+    for part in row_chunks(rows.shape, ROWS):
+        shape = (part.stop - part.start, rows.shape[1])
+        ratio = np.divide(rows[part], scale[part, None], out=room.floats("ratio", shape))
+        rounded = np.rint(ratio, out=room.floats("rounded", shape))
         values[part] = rounded
         squared = scale[part].astype(np.float64) ** 2
         total += float(squared @ _squares(ratio))

@@ -44,6 +44,7 @@ def report(error: BaseException, command: str | None, as_json: bool) -> int:
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     status, message = explain(error, command)
+    message = " ".join([message, *getattr(error, "__notes__", ())])
     if as_json:
         console.show_json({"error": {"status": status, "message": message}})
     else:

@@ -96,6 +96,13 @@ def note(text: str) -> None:
         _Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
+def note_resumed(units: int, progress: tuple[str, int, int] | None) -> None:
+    """Say that a run goes on from an earlier one, if that has done any units; ``progress``: how far it was."""
+    if units:
+        where = "" if progress is None else " ({}: {} of {})".format(*progress)
+        note(f"continues an earlier run: {units} units are there{where}")
+
+
 def show_warning(message: str) -> None:
     """Write one message to stderr, as :func:`show_error` does."""
     Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)

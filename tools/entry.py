@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 INTERRUPTED = 130
-MESSAGE = "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here."
+MESSAGE = "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here."
 
 
 def main() -> int:

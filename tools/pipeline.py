@@ -64,9 +64,11 @@ def compile(
     capacity: int | None = None,
     thresholds: Mapping[str, float | None] | None = None,
     allow_float: bool = False,
+    executor: str = "local",
     trust_remote_code: bool = False,
     copy_weights: bool = False,
     force: bool = False,
+    restart: bool = False,
 ) -> CompileResult:
     """Run all stages: ``output/float`` and ``output/quantized``, with the engines and ``verify.json`` in the latter.
 
@@ -74,7 +76,8 @@ def compile(
     weights alone decide, and nothing is verified.
 
     What an earlier run with the same inputs has left at ``output`` is kept; only verification is always done. What is
-    there and would come out differently is an error before anything is changed, unless ``force`` makes all anew.
+    there and would come out differently is an error before anything is changed, unless ``force`` makes all anew. A
+    stage that was broken off goes on where it was; ``restart`` discards what it has done.
 
     Raises:
         BismoothError: bad input to any stage, an argument without effect, or results of other inputs at ``output``.
@@ -137,9 +140,11 @@ def compile(
             rows=rows,
             seed=seed,
             histograms=chosen.needs_histograms,
+            executor=executor,
+            restart=restart,
         )
     if not is_quantized:
-        stages.quantize(folder, chosen, target, data_free=not data, force=force)
+        stages.quantize(folder, chosen, target, data_free=not data, executor=executor, force=force, restart=restart)
     built = [
         finished.get((engine, group))
         or stages.build(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -137,6 +140,13 @@ class Programs:
                     self.state.record(key, piece.stop)
                 if run.entry is not None:
                     run.entry.path.unlink()
+
+
+@contextmanager
+def scratch(artifact: Path) -> Generator[Path]:
+    """A folder for hidden states, gone at the end: in the artifact if that can be written to, else in ``TMPDIR``."""
+    with tempfile.TemporaryDirectory(dir=artifact if os.access(artifact, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def with_held(streamed: Streamed) -> Streamed:

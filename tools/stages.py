@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, finish_folder, new_folder, place_file
+from ..export.artifact import Artifact, finish_folder, new_folder
 from ..export.errors import BismoothError
 from ..export.fingerprint import run_fingerprint
-from ..export.hashing import array_sha256, file_sha256, hashing
+from ..export.hashing import array_sha256
 from ..export.replacing import check_replaceable, replacing
 from ..export.state import open_state
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from ..passes.recipe import WALLS, Recipe
+from ..passes.recipe import Recipe
 from . import console
+from .executors import open_spread
 from .exporting import copies_weights, export, export_module
 from .hops import is_report
-from .meant import engine_source, meant_int8, quantize_stage, statistics_record
-from .results import BuildStageResult, CalibrateResult, QuantizeStageResult
+from .meant import engine_source, meant_int8, quantize_stage
+from .quantizing import STATISTICS, load_recipe, quantize
+from .results import BuildStageResult, CalibrateResult
 from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
 if TYPE_CHECKING:
-    from ..calibrators.statistics import Statistics
     from ..engines.base import Logits
     from .engines import Sizes
 
@@ -42,8 +42,6 @@ __all__ = [
     "verify",
 ]
 
-STATISTICS = "statistics.safetensors"
-
 
 def calibrate(
     artifact: str | Path,
@@ -56,13 +54,17 @@ def calibrate(
     batch_size: int | None = None,
     histograms: bool = False,
     memory: int | None = None,
+    executor: str = "local",
     restart: bool = False,
     output: str | Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.
 
+    Batches of windows run on the machines of ``executor``, see :func:`.executors.open_executor`.
+
     Raises:
-        BismoothError: the artifact or the text cannot be used, or ``output`` is a file of another kind.
+        BismoothError: the artifact or the text cannot be used, ``output`` is a file of another kind, or the executor
+            cannot be used.
     """
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
@@ -79,7 +81,8 @@ def calibrate(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
     values = {linear.x: linear.k for linear in find_linears(load(loaded.graph("float32")))}
-    with console.progress() as progress:
+    shared = [artifact / name for name in loaded.manifest.files]
+    with console.progress() as progress, open_spread(executor, shared, memory) as share:
         run(
             artifact,
             values,
@@ -90,145 +93,13 @@ def calibrate(
             rows=rows,
             seed=seed,
             histograms=histograms,
-            memory=memory,
+            memory=share.memory,
             restart=restart,
+            threads=share.threads,
+            spread=share.spread,
             progress=progress,
         )
     return CalibrateResult(target, len(values), windows, length, text.sha256, time.perf_counter() - start)
-
-
-def quantize(
-    artifact: str | Path,
-    recipe: str | Path | Recipe,
-    output: str | Path,
-    *,
-    data_free: bool = False,
-    statistics: str | Path | None = None,
-    alpha: float | None = None,
-    max_share: float | None = None,
-    force: bool = False,
-) -> QuantizeStageResult:
-    """Smooth and quantize a float artifact by a recipe.
-
-    Raises:
-        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken.
-    """
-    from ..calibrators.calibration import StatisticsCalibration
-    from ..passes.quantize import WEIGHTS, quantize_graph
-
-    start = time.perf_counter()
-    artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
-    loaded = Artifact.load(artifact, "float")
-    chosen = load_recipe(recipe, alpha, max_share, data_free=data_free)
-    _check_statistics(statistics, chosen, data_free=data_free)
-    found = None if data_free else _find_statistics(loaded, statistics, chosen)
-    calibration, used = (None, None) if found is None else (StatisticsCalibration(found), statistics_record(found))
-    inputs = [path for path in (artifact, statistics) if path is not None]
-    with console.progress() as progress, new_folder(output, "quantized", force=force, inputs=inputs) as folder:
-        with hashing(_carry(loaded, folder)) as hashes:
-            source, role = loaded.graph("float32"), chosen.compute_dtype.value
-            narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
-            result = quantize_graph(source, folder, chosen, calibration, progress, narrow_source=narrow)
-            digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
-        loaded.check_files()  # nobody has modified the weights meanwhile
-        stage: dict[str, Any] = {
-            "stage": "quantize",
-            "recipe": chosen.to_dict() | {"name": chosen.name},
-            "fingerprint": chosen.fingerprint,
-            "statistics": used,
-            "quantized": [asdict(linear) for linear in result.linears],
-            "float": list(result.float_linears),
-            "broken": result.broken and list(result.broken),
-            "sites": [asdict(choice) for choice in result.choices],
-            "rejected": [asdict(item) for item in result.rejected],
-            "fold_errors": result.fold_errors,
-            "fold_errors_compute": {name: asdict(error) for name, error in result.fold_errors_compute.items()},
-            "passes": [asdict(record) for record in result.passes],
-        }
-        manifest = replace(
-            loaded.manifest,
-            kind="quantized",
-            graphs=result.graphs,
-            tools=tool_versions(),
-            stages=(*loaded.manifest.stages, stage),
-        )
-        finish_folder(folder, manifest, digests)
-        size = (folder / WEIGHTS).stat().st_size
-    return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
-
-
-def load_recipe(
-    source: str | Path | Recipe,
-    alpha: float | None = None,
-    max_share: float | None = None,
-    *,
-    data_free: bool = False,
-) -> Recipe:
-    """The recipe, with its α fixed to ``alpha`` and its ``max_share`` set.
-
-    Raises:
-        BismoothError: there is no such recipe, it is not valid, or ``alpha`` or ``max_share`` changes nothing.
-    """
-    recipe = Recipe.load(source)
-    if max_share is not None:
-        if not 0 <= max_share <= 1:
-            raise BismoothError(f"--max-share {max_share:g}: Expected a share from 0 to 1.")
-        if not recipe.selects_walls:
-            raise BismoothError(
-                f"--max-share {max_share:g}: has no effect: the recipe {recipe.name} has no rule for {WALLS}. Leave it "
-                "out, or take a recipe that has one (w8a8-mixed)."
-            )
-        recipe = replace(recipe, max_share=max_share)
-    if alpha is None:
-        return recipe
-    if data_free or not recipe.smooths:
-        reason = f"the recipe {recipe.name} does not smooth. Leave it out, or take a recipe that smooths."
-        if recipe.smooths:
-            reason = "without data, the weights alone decide. Leave it out, or smooth with statistics."
-        raise BismoothError(f"--alpha {alpha:g}: has no effect: {reason}")
-    return recipe.with_alpha(alpha)
-
-
-def _check_statistics(statistics: Path | None, recipe: Recipe, *, data_free: bool) -> None:
-    if statistics is not None and (data_free or not recipe.needs_statistics):
-        reason = "--data none" if data_free else f"the recipe {recipe.name}"
-        raise BismoothError(f"--statistics {statistics}: has no effect with {reason}. Leave one of them out.")
-
-
-def _find_statistics(artifact: Artifact, statistics: Path | None, recipe: Recipe) -> Statistics | None:
-    from ..calibrators.run import hash_model
-    from ..calibrators.statistics import Statistics
-
-    path = statistics or artifact.path / STATISTICS
-    if not path.is_file():
-        if statistics is None and not recipe.needs_statistics:
-            return None
-        raise BismoothError(
-            f"{path}: there are no statistics. Expected those of 'bismooth calibrate {artifact.path} --data FILE'. "
-            "Run it first, or pass --data none to smooth by the weights alone."
-        )
-    loaded = Statistics.load(path)
-    loaded.check_graph(hash_model(artifact.graph("float32")))
-    return loaded
-
-
-def _carry(artifact: Artifact, folder: Path) -> dict[str, Path]:
-    """Bring the files that later stages need: weights as links, what lies beside them as copies; the former, by name.
-
-    Graphs, statistics and weight files that no graph refers to stay behind.
-    """
-    from ..export.external_data import weight_files
-
-    weights = weight_files(artifact.graph("float32"))
-    beside = [name for name in artifact.manifest.files if Path(name).suffix not in (".onnx", ".safetensors")]
-    for name in dict.fromkeys([*weights, *beside]):
-        path, target = artifact.path / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in weights:
-            place_file(path, target, copy=copies_weights(artifact))
-        else:
-            shutil.copyfile(path, target)
-    return {name: folder / name for name in weights}
 
 
 def build(
@@ -353,6 +224,7 @@ def verify(
     digest = array_sha256(ids)
     fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops))
     with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
+        console.note_resumed(state.resumed, state.progress)
         result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)
         result = replace(
             result.demanding([name for name, limit in limits.items() if limit is not None]),

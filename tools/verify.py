@@ -5,7 +5,6 @@ Each hop compares two programs on the same token windows, one window at a time.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from .comparison import Comparison, Figures, Ids, Logits, Track, WindowFile, com
 from .decoding import common_prefix, cut_prompts, greedy
 from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
-from .programs import Programs
+from .programs import Programs, scratch
 from .shipped import find_engines
 
 __all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "verify_artifact"]
@@ -91,7 +90,7 @@ def verify_artifact(
     """
     wanted = find_hops(artifact, hops)
     with ExitStack() as stack:
-        folder = state.folder if state else Path(stack.enter_context(_scratch(artifact.path)))
+        folder = state.folder if state else stack.enter_context(scratch(artifact.path))
         programs = Programs(ids, folder, progress, memory, state)
         verifier = _Verifier(artifact, programs, gates)
         results = verifier.run(wanted)
@@ -362,11 +361,6 @@ class _Verifier:
         clean = self._artifact.graph("folded") if "folded" in self._graphs else reference
         graph = self._artifact.graph("float32")
         return layer_sqnr(reference, clean, graph, names, self._programs)
-
-
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder for hidden states, in ``folder`` if that can be written to."""
-    return tempfile.TemporaryDirectory(dir=folder if os.access(folder, os.W_OK) else None)
 
 
 def _failures(hop: Hop, track: Track) -> list[str]:

@@ -19,7 +19,7 @@ from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.export.hashing import array_sha256
 from bismooth.passes.recipe import Recipe
-from bismooth.tools import pipeline, stages
+from bismooth.tools import entry, pipeline, stages
 from bismooth.tools.cli import main
 from tests.tiny import Tiny, make_tiny, snapshot
 
@@ -142,10 +142,7 @@ def test_a_run_that_is_stopped_after_its_export(tiny: Tiny, complete: Path, tmp_
         errors = process.stderr.read()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
-        assert (
-            errors
-            == "error: Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.\n"
-        )
+        assert errors == f"error: {entry.MESSAGE}\n"
     assert FLOAT in again(tiny, output)
     for name in COMPARED:
         assert (output / name).read_bytes() == (complete / name).read_bytes(), name

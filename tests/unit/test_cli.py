@@ -366,7 +366,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here.",
+            "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here.",
         ),
         (
             ValueError("two\nlines"),
@@ -461,5 +461,5 @@ def test_an_interruption_while_the_command_is_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bismooth", "recipes"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    message = "Interrupted. Nothing is half-written. Run the command again; 'compile' goes on from here."
+    message = "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here."
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"error: {message}\n")

@@ -24,6 +24,7 @@ STEPS = [
     "look for walls",
     "smooth again",
     "check folds",
+    "lay out",
     "quantize weights",
     "store folded weights",
     "store 16-bit weights",

@@ -65,7 +65,7 @@ def test_an_interrupted_run_is_continued(target: Path) -> None:
         state.note("position", 2)
         (state.folder / "data").write_text("data", "utf-8")
         raise KeyboardInterrupt
-    kept = f"3 finished units of work are kept in {state.folder}: the same command goes on from there."
+    kept = f"What was done is kept in {state.folder} (units of work: 3): the same command goes on from there."
     assert caught.value.__notes__ == [kept]
     with open_state(target, "quantize", MADE_OF) as state:
         assert (state.resumed, state.done) == (3, 3)
@@ -223,7 +223,7 @@ def test_a_full_disk(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = f"{target}: the disk is full. Free some space and run the command again; nothing was changed."
     assert str(caught.value) == message
     assert caught.value.__notes__ == [
-        f"2 finished units of work are kept in {state.folder}: the same command goes on from there."
+        f"What was done is kept in {state.folder} (units of work: 2): the same command goes on from there."
     ]
     monkeypatch.undo()
     assert read_units(state.folder)[0] == {"a": 1, "b": 2}

@@ -72,7 +72,7 @@ def test_blocks_are_the_rows_of_the_weight(
     model = OpenGraph.load(b.save(tmp_path, external=external))
     reader = weight_reader.WeightReader(model)
     for linear in find_linears(model.graph):
-        blocks = list(reader.blocks(linear, 10 * K))
+        blocks = [block.copy() for block in reader.blocks(linear, 10 * K)]
         assert [len(block) for block in blocks] == [10] * 6 + [4]
         stored = b.initializers[f"{linear.name}.weight"]
         np.testing.assert_array_equal(np.concatenate(blocks), stored if layout == "NK" else stored.T)
