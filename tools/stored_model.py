@@ -138,7 +138,7 @@ class StoredModel:
     def _keeps(self) -> bool:
         """Whether the model can compute logits of some positions alone."""
         has_body = self._model.base_model is not self._model
-        return self._width > 0 and has_body and _KEEP in inspect.signature(type(self._model).forward).parameters
+        return self._width > 0 and has_body and _KEEP in inspect.signature(self._model.forward).parameters
 
     @property
     def _least_logits(self) -> int:

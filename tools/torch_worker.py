@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..engines.child_process import Request, Tell, serve
 from ..engines.memory import peak_rss
-from ..export.errors import BismoothError
+from ..export.replacing import cannot_write
 from .stored_model import StoredModel
 
 
@@ -81,7 +81,7 @@ def _run(request: Request, tell: Tell) -> dict[str, Any]:
     try:
         shape = write_outputs(folder, np.load(ids), outputs, request["memory"], request["beside"], tell)
     except OSError as error:
-        raise BismoothError(f"{outputs}: cannot be written: {error.strerror}. Free some space, or set TMPDIR.") from error
+        raise cannot_write(outputs, error) from error
     return {"shape": shape, "peak_rss": peak_rss()}
 
 

@@ -12,8 +12,8 @@ import transformers as _transformers
 from transformers.models.llama import modeling_llama
 
 from bismooth.export.errors import BismoothError
-from bismooth.export.record import record_blocks
 from bismooth.export.model_class import model_class
+from bismooth.export.record import record_blocks
 from bismooth.export.skeleton import Skeleton, build_skeleton
 from tests.models import ARCHITECTURES
 
