@@ -192,10 +192,11 @@ class _Verifier:
 
         windows = self._ids[:SOURCE_WINDOWS]
         track = Track(self._make())
+        programs = self._programs
         with judge.timed():
-            for number, values in enumerate(torch_outputs(self._artifact.path, windows)):
-                track.update(windows[number], values, self._reference.read(number))
-                self._progress("run the torch model", number + 1, len(windows))
+            outputs = torch_outputs(self._artifact.path, windows, programs.folder, programs.budget, self._progress)
+            for number in range(len(windows)):
+                track.update(windows[number], outputs.read(number), self._reference.read(number))
         figures = track.figures()
         figures |= _renamed(figures, {"float_error": "relative_error", "float_kl": "kl"})
         return [judge.result(figures, _failures(Hop.FLOAT, track), len(windows))]
