@@ -7,10 +7,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu-check lint format bench wheel clean
+.PHONY: help setup demo test gpu-check lint format bench bench-scale wheel clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 11
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 13
 
 setup: $(READY) ## Make .venv with everything pinned
 
@@ -49,8 +49,11 @@ bench: $(READY) ## Measure the numbers in README.md, docs/bundle.md and docs/lla
 	$(BIN)/python -m bismooth build build/bench/w8a8 --engine onnxruntime --force
 	$(BIN)/python -m bismooth package build/bench/w8a8 -o build/bench/bundle --force
 	$(BIN)/python -m bismooth.tools.bench_bundle build/bench/bundle
-	$(BIN)/python -m bismooth.tools.bench_walls --kinds scale --factors 100 300 --output build/bench-scale
-	$(BIN)/python -m bismooth.tools.bench_walls --kinds rotate --factors 30 100 --output build/bench-rotate
+	$(BIN)/python -m bismooth.tools.bench_walls --kinds scale --factors 100 300 --output build/walls-scale
+	$(BIN)/python -m bismooth.tools.bench_walls --kinds rotate --factors 30 100 --output build/walls-rotate
+
+bench-scale: $(READY) ## Measure docs/scale.md: models of up to 18 GB, 30 GB of disk
+	$(BIN)/python -m bismooth.tools.bench_scale
 
 wheel: $(READY) ## Build the wheel into dist/
 	rm -rf build/lib build/bdist.*

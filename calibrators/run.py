@@ -152,12 +152,12 @@ def calibrate(
             is too little for a part of it, what an earlier run has left was made of something else, or ``output``
             cannot be written.
     """
-    batch_size = default_batch(windows.shape[-1]) if batch_size is None else batch_size
-    if not values or windows.ndim != 2 or not windows.size or min(batch_size, rows) < 1:
+    if not values or windows.ndim != 2 or not windows.size or rows < 1 or (batch_size is not None and batch_size < 1):
         raise BismoothError(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
+    batch_size = default_batch(windows.shape[1]) if batch_size is None else batch_size
     path = artifact / graph
     maker = PieceMaker(load_graph(path))
     provenance = provenance_of(path, windows, seed)
@@ -181,6 +181,7 @@ def calibrate(
             writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms)
             pieces = streamed.plan(find_budget(memory), state.get(_DONE) or 0)
             count = Counter(progress, "calibrate", len(pieces) * len(windows))
+            count.add(0)
             for piece in pieces:
                 observed = streamed.observed(piece)
                 with streamed.running(piece, state.folder, threads) as run:

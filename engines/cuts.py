@@ -16,7 +16,8 @@ import onnx
 from ..export.graph_names import ATTENTION_MASK, POSITION_IDS, is_past
 from .subgraph import captured
 
-_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+#: Types that a cut may carry. Not bfloat16: ONNX Runtime takes no such arrays from Python.
+_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16})
 #: Outputs of these say nothing of the content of what they read.
 _SHAPES = frozenset({"Shape", "Size"})
 _SIGNATURE_LIMIT = 16

@@ -18,9 +18,6 @@ was freed lies about."""
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is the memory of their input."""
 
-_PACKED = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8})
-"""Types of weights of which mode "int8" makes a copy in the order in which its kernels read them."""
-
 _FLOAT_BYTES = 4
 
 
@@ -34,9 +31,8 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
         mode: of the session.
     """
     stored = sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
-    packed = sum(tensor_bytes(tensor) for tensor in model.graph.initializer if tensor.data_type in _PACKED)
     values = int((1 + SLACK) * _peak(model.graph, sizes, mode))
-    return stored + (packed if mode == "int8" else 0) + values + MARGIN
+    return stored + values + MARGIN
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

@@ -8,7 +8,7 @@ outputs; a transposed copy is never made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 import numpy as np
@@ -24,12 +24,15 @@ SLICE = 1 << 28
 _MICROSOFT = "com.microsoft"
 
 
-def make_lean(model: onnx.ModelProto, *, fuse: bool, most: int = MOST, piece: int = SLICE) -> None:
+def make_lean(
+    model: onnx.ModelProto, *, fuse: bool, keep: Collection[str] = (), most: int = MOST, piece: int = SLICE
+) -> None:
     """Rewrite ``model`` in place.
 
     Args:
         model: its weights are external data.
         fuse: whether nothing optimizes the graph later: then products read transposed weights as they are stored.
+        keep: values that stay in the graph, though nothing in it may read them any more.
         most: bytes of a float32 copy from which on a linear is cut into slices.
         piece: bytes of the float32 copy of a slice.
     """
@@ -39,7 +42,7 @@ def make_lean(model: onnx.ModelProto, *, fuse: bool, most: int = MOST, piece: in
             rewriter.look_up_first(node)
         elif node.op_type == "MatMul" and not node.domain and not rewriter.slice_outputs(node, most, piece) and fuse:
             rewriter.fuse_transpose(node)
-    rewriter.finish()
+    rewriter.finish(frozenset(keep))
     if any(node.domain == _MICROSOFT for node in model.graph.node) and not any(
         opset.domain == _MICROSOFT for opset in model.opset_import
     ):
@@ -57,20 +60,27 @@ class _Rewriter:
         """Values that a reader was taken from."""
 
     def look_up_first(self, node: onnx.NodeProto) -> None:
-        """Gather(Cast(table), ids) becomes Cast(Gather(table, ids))."""
-        cast = self.producers.get(node.input[0])
-        if cast is None or cast.op_type != "Cast" or cast.input[0] not in self.initializers:
+        """Gather(Cast(table), ids) becomes Cast(Gather(table, ids)); of several Casts in a row, all are moved."""
+        casts: list[onnx.NodeProto] = []
+        table = node.input[0]
+        while (cast := self.producers.get(table)) is not None and cast.op_type == "Cast":
+            casts.insert(0, cast)
+            table = cast.input[0]
+        if not casts or table not in self.initializers:
             return
-        narrow, output = f"{node.output[0]}/stored", node.output[0]
-        self.left.add(node.input[0])
-        node.input[0], node.output[0] = cast.input[0], narrow
-        widen = helper.make_node("Cast", [narrow], [output], f"{node.name}/Cast")
-        widen.attribute.extend(cast.attribute)
-        self.behind[narrow] = [widen]
+        output, narrow = node.output[0], f"{node.output[0]}/stored"
         known = next((info for info in (*self.graph.value_info, *self.graph.output) if info.name == output), None)
-        if known is not None:
-            shape = known.type.tensor_type.shape
-            self._declare(narrow, self.initializers[cast.input[0]].data_type, shape)
+        self.left.add(node.input[0])
+        node.input[0], node.output[0] = table, narrow
+        value, kind = narrow, self.initializers[table].data_type
+        for number, cast in enumerate(casts, 1):
+            if known is not None:
+                self._declare(value, kind, known.type.tensor_type.shape)
+            result = output if number == len(casts) else f"{output}/{number}"
+            widen = helper.make_node("Cast", [value], [result], f"{node.name}/Cast_{number}")
+            widen.attribute.extend(cast.attribute)
+            self.behind.setdefault(narrow, []).append(widen)
+            value, kind = result, next(a.i for a in cast.attribute if a.name == "to")
 
     def fuse_transpose(self, node: onnx.NodeProto) -> None:
         """MatMul(x, Transpose(w)) becomes one product, as ONNX Runtime's own optimizer would do."""
@@ -166,8 +176,8 @@ class _Rewriter:
             self.graph.initializer.append(tensor)
         return name
 
-    def finish(self) -> None:
-        """Put new nodes in their places, and drop those whose readers were replaced."""
+    def finish(self, keep: frozenset[str]) -> None:
+        """Put new nodes in their places, and drop those whose readers were replaced, unless they make what is kept."""
         order: list[onnx.NodeProto] = []
         for node in self.graph.node:
             order += self.instead.get(node.output[0], [node])
@@ -175,7 +185,7 @@ class _Rewriter:
         uses = Counter(name for node in order for name in node.input)
         kept: list[onnx.NodeProto] = []
         for node in reversed(order):
-            if self.left.isdisjoint(node.output) or any(uses[name] for name in node.output):
+            if self.left.isdisjoint(node.output) or any(uses[name] or name in keep for name in node.output):
                 kept.append(node)
             else:
                 uses.subtract(node.input)

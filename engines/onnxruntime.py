@@ -297,9 +297,9 @@ def _session_options(
     }
     if lean:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        entries["session.disable_prepacking"] = "1"
         if mode != "int8":  # which its fusions make
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            entries["session.disable_prepacking"] = "1"
     if isinstance(model, InMemoryGraph):
         entries["session.model_external_initializers_file_folder_path"] = str(model.folder)
     if provider != "cpu":

@@ -31,13 +31,21 @@ class PieceMaker:
         self._infos = {info.name: info for info in (*graph.value_info, *graph.output)}
 
     def by_segment(self, values: Iterable[str]) -> dict[int, list[str]]:
-        """Values by the segment that makes them; those that do not depend on the tokens belong to the first.
+        """Values by the segment that makes them; those outside of the stream, by the first segment that needs them.
 
         Raises:
             BismoothError: a name is not a value of the graph.
         """
         wanted = list(dict.fromkeys(values))
         check_names(self.model.graph, wanted)
+        homes = self._homes()
+        places: dict[int, list[str]] = {}
+        for value in wanted:
+            places.setdefault(homes.get(value, 0), []).append(value)
+        return places
+
+    def _homes(self) -> dict[str, int]:
+        """The segment that each value is made in, or else first needed in."""
         nodes = self.model.graph.node
         homes = {
             name: place
@@ -45,10 +53,15 @@ class PieceMaker:
             for number in segment.nodes
             for name in nodes[number].output
         }
-        places: dict[int, list[str]] = {}
-        for value in wanted:
-            places.setdefault(homes.get(value, 0), []).append(value)
-        return places
+        for place, segment in enumerate(self.segments):
+            pending = [name for number in segment.nodes for name in reads(nodes[number])]
+            while pending:
+                name = pending.pop()
+                if name not in homes:
+                    homes[name] = place
+                    producer = self._producers.get(name)
+                    pending += [] if producer is None else reads(nodes[producer])
+        return homes
 
     def make(self, piece: Piece, outputs: Sequence[str], values: Sequence[str] = ()) -> onnx.ModelProto:
         """The graph of a piece, which computes ``outputs`` and ``values``, and has the former as outputs."""

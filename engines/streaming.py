@@ -92,10 +92,20 @@ class StreamFile:
         return data.reshape(count, *self.shape)
 
     def write(self, batch: Batch, values: NDArray[Any]) -> None:
-        """Put the values [n, …] of some windows in their place."""
-        with self.path.open("r+b") as file:
-            file.seek(batch.start * self.window_bytes)
-            file.write(np.ascontiguousarray(values, self.dtype).data)
+        """Put the values [n, …] of some windows in their place.
+
+        NOTE: the file is opened to write alone: a client of NFS that has read the rest of a page writes all of it, and
+        other machines write there too.
+        """
+        rest = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        place = batch.start * self.window_bytes
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            while rest:
+                count = os.pwrite(descriptor, rest, place)
+                rest, place = rest[count:], place + count
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -124,9 +134,13 @@ class PieceRun:
     ids: Ids
     threads: int | None = None
 
+    def open(self) -> Session:
+        """The session, which this process keeps until it opens another piece or :func:`close_piece` is called."""
+        return _opened.session(self)
+
     def __call__(self, batch: Batch, others: Values | None = None) -> dict[str, NDArray[Any]]:
         """Run a batch, write what the next piece needs, and return the ``outputs``."""
-        session = _opened.session(self)
+        session = self.open()
         feeds = dict(others or {})
         if self.entry is not None:
             feeds[self.entry.value] = self.entry.read(batch)
@@ -187,6 +201,7 @@ class Streamed:
         values: further values to look at, by the segment that makes them.
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
+        held: bytes that the caller holds beside a run.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -198,6 +213,7 @@ class Streamed:
     values: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    held: int = 0
     with_output: bool = True
 
     @property
@@ -220,6 +236,11 @@ class Streamed:
         """The segment behind the last one that has to run."""
         return len(self.maker.segments) if self.with_output else max(self.values, default=-1) + 1
 
+    @property
+    def output(self) -> str:
+        """Name of the graph's first output."""
+        return self.maker.model.graph.output[0].name
+
     def observed(self, piece: Piece) -> list[str]:
         return [value for segment in range(piece.first, piece.stop) for value in self.values.get(segment, ())]
 
@@ -230,14 +251,14 @@ class Streamed:
     def model(self, piece: Piece) -> onnx.ModelProto:
         """The graph of a piece, ready to be loaded."""
         leaving, observed = self.exit_of(piece), self.observed(piece)
-        last = [self.maker.model.graph.output[0].name] if self.with_output else []
+        last = [self.output] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
-        make_lean(model, fuse=self.mode != "int8")
+        make_lean(model, fuse=self.mode != "int8", keep=observed)
         self.prepare(model, observed)
         return model
 
-    def plan(self, budget: int | None, first: int = 0) -> list[Piece]:
-        """As few pieces as fit into ``budget`` bytes for the whole process, from the segment ``first`` on.
+    def plan(self, budget: int | None, first: int = 0, stop: int | None = None) -> list[Piece]:
+        """As few pieces as fit into ``budget`` bytes for the whole process, from one segment to the one before another.
 
         Raises:
             BismoothError: one segment alone does not fit; the smallest budget that does is named.
@@ -245,29 +266,30 @@ class Streamed:
         taken = current_rss()
         room = None if budget is None else budget - taken
         pieces: list[Piece] = []
-        while first < self.stop:
-            stop = self._longest(first, room)
-            pieces.append(Piece(first, stop))
-            first = stop
+        end = self.stop if stop is None else stop
+        while first < end:
+            pieces.append(Piece(first, self._longest(first, end, room)))
+            first = pieces[-1].stop
         return pieces
 
-    def _longest(self, first: int, room: int | None) -> int:
-        """Where the longest piece from ``first`` on ends that fits."""
-        if room is None or self._need(first, self.stop) <= room:
-            return self.stop
-        fits, too_long = first, self.stop
+    def _longest(self, first: int, end: int, room: int | None) -> int:
+        """Where the longest piece from ``first`` on ends that fits, ``end`` at most."""
+        if room is None or self.need(Piece(first, end)) <= room:
+            return end
+        fits, too_long = first, end
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self._need(first, middle) <= room else (fits, middle)
+            fits, too_long = (middle, too_long) if self.need(Piece(first, middle)) <= room else (fits, middle)
         if fits == first:
             raise self._too_little()
         return fits
 
-    def _need(self, first: int, stop: int) -> int:
-        return footprint(self.model(Piece(first, stop)), self.sizes, self.mode)
+    def need(self, piece: Piece) -> int:
+        """Bytes that a run of the piece takes, beside what the process has already."""
+        return self.held + footprint(self.model(piece), self.sizes, self.mode)
 
     def _too_little(self) -> BismoothError:
-        least = current_rss() + max(self._need(segment, segment + 1) for segment in range(self.stop))
+        least = current_rss() + max(self.need(Piece(segment, segment + 1)) for segment in range(self.stop))
         return BismoothError(
             f"{self.path}: --memory is too small for one part of the model, and {self.batch_size} windows of "
             f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least)} or more."
@@ -294,18 +316,20 @@ class Streamed:
         exit_file = None if leaving is None else self.file(leaving, folder)
         if exit_file is not None:
             exit_file.create(len(self.ids))
-        yield PieceRun(
-            str(self.path),
-            model.SerializeToString(),
-            self.path.parent,
-            self.mode,
-            None if entry is None else self.file(entry, folder),
-            exit_file,
-            tuple(value.name for value in model.graph.output if value.name != leaving),
-            self.ids,
-            threads,
-        )
-        close_piece()
+        try:
+            yield PieceRun(
+                str(self.path),
+                model.SerializeToString(),
+                self.path.parent,
+                self.mode,
+                None if entry is None else self.file(entry, folder),
+                exit_file,
+                tuple(value.name for value in model.graph.output if value.name != leaving),
+                self.ids,
+                threads,
+            )
+        finally:
+            close_piece()
         if exit_file is not None:
             flush(exit_file.path)
 

@@ -112,17 +112,40 @@ class TensorWriter:
             self._put(entry, start, piece)
             start += piece.nbytes
 
+    def write_columns(self, name: str, first: int, columns: NDArray[Any]) -> None:
+        """Write columns of a tensor [.., N], from number ``first`` on: [K, n] where K is all axes but the last.
+
+        Raises:
+            ValueError: they have another type than declared, or do not fit.
+        """
+        entry = self._entries[name]
+        width, size = entry.shape[-1], columns.itemsize
+        if len(columns) * width * size != entry.length or first + columns.shape[1] > width:
+            got = f"{columns.dtype} {columns.shape} from column {first} on"
+            raise ValueError(f"{name}: declared {entry.dtype} {entry.shape}, got {got}")
+        if columns.shape[1] == width:
+            self._put(entry, 0, columns)
+            return
+        self._require_type(entry, columns)
+        for number, row in enumerate(columns.view(np.uint8)):
+            self._put_bytes(entry, (number * width + first) * size, row.data)
+
     def _put(self, entry: TensorEntry, start: int, array: NDArray[Any]) -> None:
-        if array.dtype != DTYPES[entry.dtype]:
-            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
+        self._require_type(entry, array)
         if start + array.nbytes > entry.length:
             raise ValueError(f"{entry.name}: declared {entry.length} bytes, got {start + array.nbytes}")
-        rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        self._put_bytes(entry, start, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _put_bytes(self, entry: TensorEntry, start: int, rest: memoryview) -> None:
         place = entry.offset + start
         self._written[entry.name] += len(rest)
         while rest:
             count = os.pwrite(self._descriptor, rest, place)
             rest, place = rest[count:], place + count
+
+    def _require_type(self, entry: TensorEntry, array: NDArray[Any]) -> None:
+        if array.dtype != DTYPES[entry.dtype]:
+            raise ValueError(f"{entry.name}: declared {entry.dtype}, got a piece of {array.dtype}")
 
     def require_all(self) -> None:
         """Raise ``ValueError`` if bytes are missing."""

@@ -18,6 +18,7 @@ import onnx_graphsurgeon  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from ..export.read_ahead import read_blocks, read_columns, read_rows
 
 _gs: Any = onnx_graphsurgeon
 _gs.logger.G_LOGGER.severity = _gs.logger.G_LOGGER.ERROR  # it warns of every bfloat16 value on stdout
@@ -88,17 +89,36 @@ class FileValues(_LazyValues):
         return cast(Array, data.view(dtype).reshape(tuple(self.proto.dims)))
 
     def load_pieces(self, elements: int) -> Iterator[Array]:
-        """The same, flat, so many elements at a time."""
+        """The same, flat, so many elements at a time; each piece overwrites the one before."""
         if self.proto.data_type in _PACKED_BITS:
             yield self.load().reshape(-1)
             return
         place = external_location(self.proto, self.folder)
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
-        step = elements * dtype.itemsize
-        with place.file.open("rb", buffering=0) as file:  # once: the system reads ahead for whoever goes on reading
-            file.seek(place.offset)
-            for start in range(0, place.size, step):
-                yield np.fromfile(file, np.uint8, min(step, place.size - start)).view(dtype)
+        for block in read_blocks(place.file, place.offset, place.size, elements * dtype.itemsize):
+            yield block.view(dtype)
+
+    def load_rows(self, rows: NDArray[np.intp]) -> Array:
+        """Some rows of a matrix, or elements of a vector."""
+        if self.proto.data_type in _PACKED_BITS:
+            return self.load()[rows]
+        place = external_location(self.proto, self.folder)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        shape = tuple(self.proto.dims[1:])
+        found = read_rows(place.file, place.offset, math.prod(shape) * dtype.itemsize, rows)
+        return found.view(dtype).reshape(len(rows), *shape)
+
+    def load_columns(self, columns: slice) -> Array:
+        """Some columns of a matrix."""
+        if self.proto.data_type in _PACKED_BITS:
+            return self.load()[:, columns]
+        place = external_location(self.proto, self.folder)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.proto.data_type)
+        size = dtype.itemsize
+        shape = (self.proto.dims[0], self.proto.dims[1] * size)
+        return read_columns(place.file, place.offset, shape, slice(columns.start * size, columns.stop * size)).view(
+            dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -280,7 +300,10 @@ def read(tensor: Tensor) -> Array:
 
 
 def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
-    """The values of a constant in row-major order, flat, so many elements at a time; files are read on the way."""
+    """The values of a constant in row-major order, flat, so many elements at a time; files are read on the way.
+
+    Pieces are to be read only, and before the next one is there: it may overwrite them.
+    """
     values = cast(Any, tensor)._values
     if isinstance(values, FileValues):
         yield from values.load_pieces(elements)
@@ -288,6 +311,18 @@ def read_pieces(tensor: Tensor, elements: int = 1 << 22) -> Iterator[Array]:
     flat = read(tensor).reshape(-1)
     for start in range(0, flat.size, elements):
         yield flat[start : start + elements]
+
+
+def read_rows_of(tensor: Tensor, rows: NDArray[np.intp]) -> Array:
+    """Some rows of a constant, in this order; no others are read."""
+    values = cast(Any, tensor)._values
+    return values.load_rows(rows) if isinstance(values, FileValues) else read(tensor)[rows]
+
+
+def read_columns_of(tensor: Tensor, columns: slice) -> Array:
+    """Some columns of a constant matrix; no others are read."""
+    values = cast(Any, tensor)._values
+    return values.load_columns(columns) if isinstance(values, FileValues) else read(tensor)[:, columns]
 
 
 def to_constant(tensor: Tensor, source: Tensor) -> None:

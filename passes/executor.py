@@ -22,9 +22,10 @@ class Item(Protocol):
 ItemT = TypeVar("ItemT", bound=Item)
 Item_contra = TypeVar("Item_contra", bound=Item, contravariant=True)
 ResultT = TypeVar("ResultT")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-class Task(Protocol[Item_contra, ResultT]):
+class Work(Protocol[Item_contra, Result_co]):
     """The work of one step: a picklable value. What cannot be pickled is opened anew, from its path, by each process.
 
     Large data do not pass through it: a call reads what it needs from files, and writes to files that are there.
@@ -36,9 +37,13 @@ class Task(Protocol[Item_contra, ResultT]):
         """Name of the step, different from all others of a run."""
         ...
 
-    def __call__(self, item: Item_contra, /) -> ResultT:
+    def __call__(self, item: Item_contra, /) -> Result_co:
         """The result for an item: small and picklable."""
         ...
+
+
+class Task(Work[Item_contra, ResultT], Protocol[Item_contra, ResultT]):
+    """Work whose results can be put on record."""
 
     def encode(self, result: ResultT, /) -> Any:
         """The result as plain JSON values, to the last bit."""

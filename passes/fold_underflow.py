@@ -1,5 +1,6 @@
 """Whether smoothing factors made a folded tensor too small for float16, whose numbers end at 2⁻²⁴."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,20 +8,22 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .fold import Edit
-from .weights import row_chunks
 
 TOLERANCE = 2.0**-8
 """Relative error that a channel may have after rounding: that of bfloat16. Float16's normal numbers have 2⁻¹¹."""
 
 
-def require_kept(folded: NDArray[Any], edit: Edit, dtype: np.dtype[Any], name: str) -> None:
+def require_kept(
+    blocks: Iterable[NDArray[Any]], shape: tuple[int, int], edit: Edit, dtype: np.dtype[Any], name: str
+) -> None:
     """Check that a folded weight or bias is in float16 what it was before folding.
 
     The rounding error is measured in the units before folding: per row and per column of a weight, over all elements
     of a bias. What float16 could not hold before folding either is no concern: checkpoints have such numbers.
 
     Args:
-        folded: A weight [N, K], or a bias with ``edit.values`` of its shape; finite in ``dtype``.
+        blocks: A folded weight [N, K], some rows at a time, or a bias as one row; finite in ``dtype``.
+        shape: N and K.
         edit: What it was multiplied with.
         dtype: The type it is stored in; others than float16 have the range of float32.
         name: For messages.
@@ -31,9 +34,8 @@ def require_kept(folded: NDArray[Any], edit: Edit, dtype: np.dtype[Any], name: s
     if dtype != np.float16:
         return
     is_bias = edit.values is not None
-    values = folded.reshape(1, -1) if is_bias else folded
     columns = edit.values.reshape(-1) if edit.values is not None else edit.columns
-    by_row, by_column = _squares(values, edit.rows, columns)
+    by_row, by_column = _squares(blocks, shape, edit.rows, columns)
     axes = {"rows": by_row} if is_bias else {"rows": by_row, "columns": by_column}
     worse = {axis: found for axis, sums in axes.items() if (found := _lost(sums)).size}
     if worse:
@@ -55,18 +57,23 @@ def _lost(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _squares(
-    values: NDArray[Any], rows: NDArray[np.float64] | None, columns: NDArray[np.float64] | None
+    blocks: Iterable[NDArray[Any]],
+    shape: tuple[int, int],
+    rows: NDArray[np.float64] | None,
+    columns: NDArray[np.float64] | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sums of squares by row [3, N] and by column [3, K]: error after and before folding, and the values before it."""
-    by_row, by_column = np.zeros((3, values.shape[0])), np.zeros((3, values.shape[1]))
-    for part in row_chunks(values.shape):
+    by_row, by_column, start = np.zeros((3, shape[0])), np.zeros((3, shape[1])), 0
+    for values in blocks:
+        part = slice(start, start + len(values))
         factor = (1.0 if rows is None else rows[part, None]) * (np.ones(1) if columns is None else columns)
-        block = values[part].astype(np.float64)
+        block = values.astype(np.float64)
         original = block / factor
         for place, error in enumerate((_rounding(block) / factor, _rounding(original), original)):
             error *= error
             by_row[place, part] = error.sum(axis=1)
             by_column[place] += error.sum(axis=0)
+        start = part.stop
     return by_row, by_column
 
 

@@ -30,6 +30,8 @@ from ..passes._gs import (
     is_constant,
     make_variable,
     read,
+    read_pieces,
+    read_rows_of,
     set_type,
     shape_of,
 )
@@ -54,6 +56,9 @@ WORSE = 2.0
 
 SAMPLED = 512
 """Outputs of a reading linear, and inputs of the producing one, that are computed with. The site's channels all are."""
+
+_BLOCK = 1 << 20
+"""Elements of a weight that are read together where its columns are wanted."""
 
 FEW_ROUNDINGS = 4
 """An error of so many roundings is no concern either: unfolded weights may be exact in 16 bits, folded ones are not."""
@@ -169,6 +174,17 @@ class _Sample:
     def of(self, values: Array) -> Array:
         return values if values.shape[self.axis] == len(self.places) else values.take(self.places, self.axis)
 
+    def read(self, tensor: Tensor) -> Array:
+        """The same of a constant, of which not all is in memory."""
+        shape = [int(str(dim)) for dim in shape_of(tensor) or ()]
+        if shape[self.axis] == len(self.places):
+            return read(tensor)
+        if self.axis == 0:
+            return read_rows_of(tensor, self.places)
+        rows = max(1, _BLOCK // shape[1])
+        blocks = (piece.reshape(-1, shape[1]) for piece in read_pieces(tensor, rows * shape[1]))
+        return np.concatenate([block[:, self.places] for block in blocks])
+
 
 @dataclass(frozen=True, eq=False)
 class _Checker:
@@ -263,19 +279,18 @@ def _program(graph: Graph, sizes: Sizes, constants: dict[str, Array], samples: M
     """Take the names and the float constants out of a segment; ``constants`` keeps those that were read."""
     random, names = np.random.default_rng(0), _Names()
 
-    def sampled(name: str, values: Array) -> Array:
-        return samples[name].of(values) if name in samples else values
-
     feeds: dict[str, Array] = {}
     for tensor in graph.inputs:
-        values = sampled(tensor.name, _data(tensor, sizes, random))
+        values = _data(tensor, sizes, random)
+        values = samples[tensor.name].of(values) if tensor.name in samples else values
         feeds[names.of(tensor)] = values
     for place, node in enumerate(graph.nodes):
         node.name = f"n{place}"
         for slot, tensor in enumerate(node.inputs):
             if is_constant(tensor) and _is_float(tensor):
                 if tensor.name not in constants:
-                    constants[tensor.name] = sampled(tensor.name, read(tensor))
+                    some = samples.get(tensor.name)
+                    constants[tensor.name] = read(tensor) if some is None else some.read(tensor)
                 node.inputs[slot] = make_variable("fed", dtype_of(tensor), None)
                 feeds[names.of(node.inputs[slot])] = constants[tensor.name]
                 graph.inputs.append(node.inputs[slot])

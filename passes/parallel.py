@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, at
     several threads that each want all cores would wait for each other.
     """
     workers = min(at_once, os.cpu_count() or 1)
-    with _ONE_CORE.each_product(), ThreadPoolExecutor(workers) as pool:
+    with one_core(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -40,6 +40,17 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, at
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def one_core() -> AbstractContextManager[None]:
+    """While it is open, a matrix product takes one core."""
+    return _ONE_CORE.each_product()
+
+
+def blas_kernels() -> list[str]:
+    """For which kind of CPU the BLAS libraries have chosen their kernels, of those that come with NumPy."""
+    found = [library for library in _LIBRARIES.info() if "numpy" in library["filepath"]]
+    return [f"{library['internal_api']} {library['version']} {library.get('architecture')}" for library in found]
 
 
 class _OneCore:

@@ -28,6 +28,7 @@ from ._gs import (
     read,
     shape_of,
 )
+from .half import half_of
 from .precision_plan import Planner
 from .precision_policy import AGNOSTIC, CLAMPED, MASK, float_limits, is_float, is_inline, is_mask, is_standard
 
@@ -35,6 +36,7 @@ NARROW_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_BFLOAT16 = NARROW_TYPES["bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +134,16 @@ def narrow_pieces(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> I
     """The same for a tensor that comes in pieces; what it raises does not depend on how it was cut."""
     rest = iter(pieces)
     for piece in rest:
-        with np.errstate(over="ignore"):
-            result = piece.astype(dtype)
-        if not np.all(np.isfinite(result)):
+        result = half_of(piece) if (piece.dtype, dtype) == (_BFLOAT16, np.float16) else _rounded(piece, dtype)
+        if result is None:
             raise _does_not_fit(chain([piece], rest), dtype, name)
         yield result
+
+
+def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    return result if np.all(np.isfinite(result)) else None
 
 
 def _does_not_fit(pieces: Iterable[Array], dtype: np.dtype[Any], name: str) -> BismoothError:

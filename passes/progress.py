@@ -12,7 +12,7 @@ def silent(_step: str, _done: int, _total: int) -> None:
 
 
 class Counter:
-    """Reports one more unit of a step each time it is called."""
+    """Counts the units of a step that are done: one more each time it is called."""
 
     def __init__(self, progress: Progress, step: str, total: int) -> None:
         self._progress, self._step, self._total, self._done = progress, step, total, 0

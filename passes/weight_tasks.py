@@ -6,7 +6,7 @@ A call reads a weight of the source, some rows at a time, and writes what it mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.column_writer import ColumnWriter
 from ..export.placed_tensors import PlacedTensors, TensorWriter
-from .fold import Edit, apply_edit
+from .emit import INT8
+from .fold import Edit
 from .fold_passes import folded_name
 from .fold_underflow import require_kept
 from .groups import without_walls
 from .linears import Linear
 from .precision import NARROW_TYPES, narrow_pieces
 from .qdq import Product, rescale
+from .room import Room
 from .spec import ComputeType, LinearSpec, PerGroup, PerMagnitude, StaticActivation
 from .static_ranges import StaticRanges
 from .weight_reader import WeightReader
-from .weights import QuantizedWeight, in_two_digits, joined, quantize_weight, row_chunks, weight_error
+from .weights import ROWS, QuantizedWeight, in_two_digits, quantize_weight, weight_error
 
 Float = NDArray[np.float32]
 
@@ -78,21 +81,23 @@ class WeightSources:
     ranges: StaticRanges
     compute: ComputeType
 
-    def folded(self, linear: Linear) -> Float:
-        """W after folding, float32 [N, K]."""
-        weight = self.reader.weight(linear)
-        edit = self.edits.get(linear.weight)
-        return weight if edit is None else apply_edit(weight, edit, "NK")
-
 
 def folded_blocks(
     reader: WeightReader, linear: Linear, elements: int | None = None, *, edits: Mapping[str, Edit]
 ) -> Iterator[Float]:
-    """W of a linear with the smoothing factors folded in, some rows at a time: float32 [.., K]."""
-    edit, start = edits.get(linear.weight), 0
+    """W of a linear with the smoothing factors folded in, some rows at a time: float32 [.., K].
+
+    A block may be changed; the next one overwrites it. Its products are rounded as those of :func:`.fold.apply_edit`.
+    """
+    edit, start = edits.get(linear.weight, Edit()), 0
+    rows, columns = (None if s is None else s.astype(np.float32) for s in (edit.rows, edit.columns))
     for block in reader.blocks(linear, elements):
         stop = start + len(block)
-        yield block if edit is None else apply_edit(block, edit.of_rows(slice(start, stop)), "NK")
+        if rows is not None:
+            block *= rows[start:stop, None]
+        if columns is not None:
+            block *= columns
+        yield block
         start = stop
 
 
@@ -161,6 +166,29 @@ def copy_name(name: str, dtype: np.dtype[Any]) -> str:
     return f"{name}.{dtype.name}"
 
 
+@dataclass(eq=False)
+class _Part:
+    """A product's weight as far as it was quantized: its values go to the file, its scales come last."""
+
+    product: Product
+    columns: ColumnWriter
+    scales: list[Float] = field(default_factory=list[Float])
+    lost: float = 0.0
+    power: float = 0.0
+
+    @staticmethod
+    def of(product: Product, writer: TensorWriter) -> _Part:
+        """Nothing yet."""
+        return _Part(product, ColumnWriter(writer, product.values, product.values_shape, INT8))
+
+    def add(self, rows: QuantizedWeight) -> None:
+        """The next rows."""
+        self.columns.add(rows.values.reshape(len(rows.values), -1))
+        self.scales.append(rows.scale)
+        self.lost += rows.lost
+        self.power += rows.power
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizeLinear:
     """Write the INT8 weight of a linear, and its scales."""
@@ -184,23 +212,26 @@ class QuantizeLinear:
         Raises:
             BismoothError: its weight holds NaN or infinity, or a scale does not fit into the 16-bit type.
         """
-        spec, quantized = self.sources.specs[linear.name], self._quantize(linear)
+        spec, room, first = self.sources.specs[linear.name], Room(), 0
         products = Product.of(linear, spec.groups)
         with self.output.tensors.writing(self.writes(linear)) as writer:
-            for product, part in zip(products, quantized, strict=True):
-                limits = self._limits(linear, spec, product)
-                writer.write(product.values, np.moveaxis(part.values, 0, -1))
-                scale = rescale(part.scale, limits) if spec.has_rescale else part.scale
-                stored = scale.T.reshape(product.scale_shape)
-                writer.write(product.scale, stored)
-                self.output.narrow(writer, product.scale, partial(_rows, stored), linear.weight)
+            parts = [
+                _Part(product, ColumnWriter(writer, product.values, product.values_shape, INT8)) for product in products
+            ]
+            for block in folded_blocks(self.sources.reader, linear, ROWS, edits=self.sources.edits):
+                for part, quantized in zip(parts, self._quantize(linear, spec, block, first, room), strict=True):
+                    part.add(quantized)
+                first += len(block)
+            for part in parts:
+                part.columns.close()
+                self._write_scale(writer, linear, spec, part)
         return QuantizedLinear(
             name=linear.name,
             node=linear.node,
             n=linear.n,
             k=linear.k,
             int8=spec.activations is not None,
-            weight_error=weight_error(quantized),
+            weight_error=weight_error(sum(part.lost for part in parts), sum(part.power for part in parts)),
             group=spec.groups.size if isinstance(spec.groups, PerGroup) else None,
             walls=spec.groups.walls if isinstance(spec.groups, PerMagnitude) else (),
             wall_nodes=tuple(product.node for product in products[1:]),
@@ -216,25 +247,30 @@ class QuantizeLinear:
         tuples = {"walls": walls, "wall_nodes": tuple(plain["wall_nodes"])}
         return QuantizedLinear(**plain | tuples)
 
-    def _quantize(self, linear: Linear) -> list[QuantizedWeight]:
-        """The weight of each of the linear's products, some rows of W at a time."""
-        spec = self.sources.specs[linear.name]
+    def _quantize(
+        self, linear: Linear, spec: LinearSpec, block: Float, first: int, room: Room
+    ) -> list[QuantizedWeight]:
+        """Some rows of W, from number ``first`` on, as each of the linear's products has them."""
         storage = None if spec.has_rescale else NARROW_TYPES.get(self.sources.compute)
         group = spec.groups.size if isinstance(spec.groups, PerGroup) else None
-        quantized: list[list[QuantizedWeight]] = []
-        first = 0
-        for block in folded_blocks(self.sources.reader, linear, edits=self.sources.edits):
-            make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
-            if isinstance(spec.groups, PerMagnitude):
-                rest, *walls = without_walls(block, spec.groups.walls)
-                pairs = [(part, make(part)) for part in walls]
-                two = spec.groups.wall_bits == 16
-                digits = (in_two_digits(*pair) if two else pair[1:] for pair in pairs)
-                quantized.append([make(rest), *chain.from_iterable(digits)])
-            else:
-                quantized.append([make(block)])
-            first += len(block)
-        return [joined(blocks) for blocks in zip(*quantized, strict=True)]
+        make = partial(quantize_weight, name=linear.weight, storage=storage, group=group, first=first)
+        if not isinstance(spec.groups, PerMagnitude):
+            return [make(block, room=room)]
+        rest, *walls = without_walls(block, spec.groups.walls)
+        pairs = [(part, make(part)) for part in walls]
+        two = spec.groups.wall_bits == 16
+        return [
+            make(rest, room=room),
+            *chain.from_iterable(in_two_digits(*pair) if two else pair[1:] for pair in pairs),
+        ]
+
+    def _write_scale(self, writer: TensorWriter, linear: Linear, spec: LinearSpec, part: _Part) -> None:
+        scale, product = np.concatenate(part.scales), part.product
+        if spec.has_rescale:
+            scale = rescale(scale, self._limits(linear, spec, product))
+        stored = scale.T.reshape(product.scale_shape)
+        writer.write(product.scale, stored)
+        self.output.narrow(writer, product.scale, lambda: [stored], linear.weight)
 
     def _limits(self, linear: Linear, spec: LinearSpec, product: Product) -> Sequence[float] | None:
         """The static ranges of what a product reads: one, or one per group of a size."""
@@ -266,13 +302,15 @@ class StoreFoldedWeight(_OnlyWrites):
         Raises:
             BismoothError: it does not fit into the 16-bit type, or folding made it too small for that.
         """
-        weight, name = self.sources.folded(linear), folded_name(linear)
-        stored = weight if linear.layout == "NK" else weight.T
+        name, edit = folded_name(linear), self.sources.edits[linear.weight]
+        blocks = partial(folded_blocks, self.sources.reader, linear, ROWS, edits=self.sources.edits)
         with self.output.tensors.writing(self.writes(linear)) as writer:
-            writer.write(name, stored)
-            self.output.narrow(writer, name, partial(_rows, stored), linear.weight)
+            _write_rows(writer, name, linear, blocks(), np.dtype(np.float32))
+            for dtype in self.output.copies.get(name, ()):
+                narrowed = narrow_pieces(blocks(), dtype, linear.weight)
+                _write_rows(writer, copy_name(name, dtype), linear, narrowed, dtype)
         for dtype in self.output.copies.get(name, ()):
-            require_kept(weight, self.sources.edits[linear.weight], dtype, linear.weight)
+            require_kept(blocks(), (linear.n, linear.k), edit, dtype, linear.weight)
 
 
 @dataclass(frozen=True)
@@ -341,10 +379,17 @@ class CopyMade(_OnlyWrites):
             self.output.narrow(writer, name, lambda: [values], name)
         if edit is not None:
             for dtype in self.output.copies[name]:
-                require_kept(values, edit, dtype, name)
+                require_kept([values.reshape(1, -1)], (1, values.size), edit, dtype, name)
 
 
-def _rows(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """A tensor of one axis or more, some rows at a time."""
-    for part in row_chunks((len(values), values[:1].size)):
-        yield values[part]
+def _write_rows(
+    writer: TensorWriter, name: str, linear: Linear, blocks: Iterable[NDArray[Any]], dtype: np.dtype[Any]
+) -> None:
+    """Write a weight in the layout that the linear's has, from rows of W [N, K]."""
+    if linear.layout == "NK":
+        writer.write_pieces(name, blocks)
+        return
+    columns = ColumnWriter(writer, name, (linear.k, linear.n), dtype)
+    for block in blocks:
+        columns.add(block)
+    columns.close()

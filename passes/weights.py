@@ -1,6 +1,6 @@
 """INT8 values: rounding weights and activations with one scale per row, and what that costs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .precision_policy import float_limits
+from .room import Room
 
 QMAX = 127
 """Weights use −127 … 127, so that −q is representable too."""
@@ -26,6 +27,10 @@ result cannot overflow, and an accumulator of 1 is still a normal number. The re
 _SUBNORMAL = 2.0**-2
 """How far below the normal numbers a stored scale may be. In float16, 8 of its 10 bits are left there, so rounding a
 scale up costs less than 2⁻⁸ of it; rows with max|W| above 127 · 2⁻¹⁶ = 0.0019 keep all their levels."""
+
+ROWS = 1 << 20
+"""Elements to round at a time. Fewer would fit a core's own cache, but threads that work on less wait more for each
+other, since only one at a time can begin an operation."""
 
 _CHUNK = 1 << 22
 Float = NDArray[np.float32]
@@ -55,7 +60,13 @@ def weight_scale(weight: Float) -> Float:
 
 
 def quantize_weight(
-    weight: Float, name: str, *, storage: np.dtype[Any] | None = None, group: int | None = None, first: int = 0
+    weight: Float,
+    name: str,
+    *,
+    storage: np.dtype[Any] | None = None,
+    group: int | None = None,
+    first: int = 0,
+    room: Room | None = None,
 ) -> QuantizedWeight:
     """Round W [N, K] to INT8, symmetric, to nearest even, with a scale per output channel.
 
@@ -66,6 +77,7 @@ def quantize_weight(
             is rounded with the scale as stored, so nothing is clipped.
         group: Give each run of so many input channels a scale of its own; zeros fill up the last one.
         first: Number of the first row, for messages.
+        room: Space to work in; the values are in it, too.
 
     Raises:
         BismoothError: W holds NaN or infinity, or is too large for the scale's type.
@@ -76,16 +88,18 @@ def quantize_weight(
         require_finite(weight, name, first)
     if storage is not None:
         scale = _stored_scale(scale, storage, name)
-    values = np.empty(rows.shape, np.int8)
+    room = room or Room()
+    values = room.bytes("values", rows.shape)
     lost = total = 0.0
-    for part in row_chunks(rows.shape):
-        ratio = rows[part] / scale[part, None]
-        rounded = np.rint(ratio)
+    for part in row_chunks(rows.shape, ROWS):
+        shape = (part.stop - part.start, rows.shape[1])
+        ratio = np.divide(rows[part], scale[part, None], out=room.floats("ratio", shape))
+        rounded = np.rint(ratio, out=room.floats("rounded", shape))
         values[part] = rounded
-        ratio -= rounded
         squared = scale[part].astype(np.float64) ** 2
-        lost += float(squared @ np.einsum("nk,nk->n", ratio, ratio, dtype=np.float64))
-        total += float(np.einsum("nk,nk->", rows[part], rows[part], dtype=np.float64))
+        total += float(squared @ _squares(ratio))
+        ratio -= rounded
+        lost += float(squared @ _squares(ratio))
     if group is not None:
         values, scale = values.reshape(len(weight), -1, group), scale.reshape(len(weight), -1)
     return QuantizedWeight(values, scale, lost, total)
@@ -105,26 +119,15 @@ def in_two_digits(part: Float, high: QuantizedWeight) -> tuple[QuantizedWeight, 
     ratio = part / high.scale[:, None] - high.values
     low = np.rint(ratio * LOW)
     ratio -= low / LOW
-    lost = float(high.scale.astype(np.float64) ** 2 @ np.einsum("nk,nk->n", ratio, ratio, dtype=np.float64))
+    lost = float(high.scale.astype(np.float64) ** 2 @ _squares(ratio))
     both = np.concatenate([high.values, low.astype(np.int8)], axis=1)
     scale = high.scale / np.float32(LOW)
     return QuantizedWeight(high.values, high.scale, lost, high.power), QuantizedWeight(both, scale, 0.0, 0.0)
 
 
-def joined(blocks: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """A weight whose rows were quantized block by block."""
-    return QuantizedWeight(
-        np.concatenate([block.values for block in blocks]),
-        np.concatenate([block.scale for block in blocks]),
-        sum(block.lost for block in blocks),
-        sum(block.power for block in blocks),
-    )
-
-
-def weight_error(parts: Sequence[QuantizedWeight]) -> float:
-    """‖W − Ŵ‖ / ‖W‖ of a weight in parts, 0 for a weight of zeros."""
-    power = sum(part.power for part in parts)
-    return float(np.sqrt(sum(part.lost for part in parts) / power)) if power else 0.0
+def weight_error(lost: float, power: float) -> float:
+    """‖W − Ŵ‖ / ‖W‖ of their squares, 0 for a weight of zeros."""
+    return float(np.sqrt(lost / power)) if power else 0.0
 
 
 def require_finite(weight: Float, name: str, first: int = 0) -> None:
@@ -140,6 +143,11 @@ def require_finite(weight: Float, name: str, first: int = 0) -> None:
             raise BismoothError(
                 f"{name}: the weight holds NaN or infinity in row {row}. Expected finite values. Check the checkpoint."
             )
+
+
+def _squares(rows: Float) -> Float:
+    """‖row‖² of each row: [N], of values up to :data:`QMAX`. BLAS sums many lanes apart, so float32 is exact enough."""
+    return (rows[:, None, :] @ rows[:, :, None])[:, 0, 0]
 
 
 def _stored_scale(scale: Float, storage: np.dtype[Any], name: str) -> Float:

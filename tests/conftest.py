@@ -1,16 +1,18 @@
-"""What every test runs under: no network, no terminal width, repeatable examples; golden files; GPUs and browsers."""
+"""What every test runs under: no network, no terminal width, repeatable examples; what some ask for."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from bismooth.engines.cuda import cuda_available
 from tests.browser import browser_available
+from tests.cluster import cluster_available, running_cluster
 
 # Before any library reads them: nothing may be downloaded, and text is laid out alike everywhere.
 os.environ.update(HF_HUB_OFFLINE="1", NO_COLOR="1", COLUMNS="100", TERM="dumb")
@@ -21,7 +23,7 @@ settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 
-_NEEDS = {"gpu": cuda_available, "browser": browser_available}
+_NEEDS = {"gpu": cuda_available, "browser": browser_available, "cluster": cluster_available}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` or ``browser`` where none can be used, and say why."""
+    """Skip the tests marked ``gpu``, ``browser`` or ``cluster`` where none can be used, and say why."""
     for marker, available in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if not marked or not (reason := available()):
@@ -64,3 +66,17 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text("utf-8")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def session_cluster() -> Generator[Any]:
+    """``ray.cluster_utils.Cluster`` on this machine: two nodes of a CPU each, and an idle head."""
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(session_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``session_cluster``, at ``RAY_ADDRESS``."""
+    monkeypatch.setenv("RAY_ADDRESS", session_cluster.address)
+    return session_cluster

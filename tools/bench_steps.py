@@ -19,7 +19,10 @@ from .demo import write_demo_text
 
 @dataclass(frozen=True)
 class Step:
-    """A finished process: what it printed as JSON, its wall time in seconds and its peak memory in bytes."""
+    """A finished process: what it printed as JSON, its wall time in seconds and its peak memory in bytes.
+
+    The peak is at least that of this process: Linux lets a new process inherit it.
+    """
 
     name: str
     output: dict[str, Any]
@@ -51,9 +54,14 @@ class Runner:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        with process.stdout as pipe:
-            text = pipe.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            with process.stdout as pipe:
+                text = pipe.read()
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # nothing works on after the bench, on files that it deletes
+            process.kill()
+            process.wait()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         missed_gate = process.returncode == 1 and text
         if process.returncode and not missed_gate:

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from . import console
 from .bench_steps import Runner, add_texts, texts
 from .cli_errors import report
 from .demo import demo_model
-from .large_model import write_large_model
+from .large_model import LLAMA3_70B, write_large_model
 
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "w8a8-per-channel": ("w8a8-per-channel",),
@@ -190,7 +190,7 @@ class WallsBench:
         made, walls, art = (self._output / f"large{suffix}" for suffix in ("", "-standin", "-float"))
         shutil.rmtree(made, ignore_errors=True)
         words = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
-        write_large_model(made, tokenizer, vocabulary=words)
+        write_large_model(made, tokenizer, replace(LLAMA3_70B, blocks=3, vocabulary=words, tied=True))
         self._runner.steps.clear()
         self._runner.bismooth("standin", made, "-o", walls, "--factor", "100", "--blocks", "0,1", "--force")
         self._runner.bismooth("export", walls, "-o", art, "--force")

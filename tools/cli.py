@@ -90,6 +90,7 @@ def calibrate(
         bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
     ] = False,
     memory: o.Memory = None,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     restart: o.Restart = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
@@ -113,6 +114,7 @@ def calibrate(
         batch_size=batch_size,
         histograms=histograms,
         memory=budget,
+        executor=executor,
         restart=restart,
         output=output,
     )
@@ -130,6 +132,7 @@ def quantize(
     ] = None,
     alpha: o.Alpha = None,
     max_share: o.MaxShare = None,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     force: o.Force = False,
     restart: o.Restart = False,
     as_json: o.AsJson = False,
@@ -151,6 +154,7 @@ def quantize(
         statistics=statistics,
         alpha=alpha,
         max_share=max_share,
+        executor=executor,
         force=force,
         restart=restart,
     )
@@ -207,13 +211,15 @@ def verify(
         list[Hop], typer.Option("--hop", metavar="NAME...", help=f"Hops to judge, of {', '.join(Hop)}.")
     ] = [],
     gate: o.GateOptions = [],
+    memory: o.Memory = None,
+    restart: o.Restart = False,
     output: o.OptionalOutput = None,
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Judge every hop from the source to the engine by its gates."""
     text = o.parse_text(data, "Programs are compared by what they compute on it.")
-    thresholds = o.parse_gates(gate)
+    thresholds, budget = o.parse_gates(gate), o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -225,6 +231,8 @@ def verify(
         length=length,
         hops=tuple(hop),
         thresholds=thresholds,
+        memory=budget,
+        restart=restart,
         output=output,
     )
     finish(result, as_json)
@@ -240,6 +248,7 @@ def compare(
     windows: o.Windows = 16,
     skip_windows: o.SkipWindows = 0,
     length: o.Length = 512,
+    memory: o.Memory = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON report to write.")] = None,
     html: o.Html = None,
     as_json: o.AsJson = False,
@@ -247,6 +256,7 @@ def compare(
 ) -> None:
     """Compare artifacts with one float reference, and with each other."""
     text = o.parse_text(data, "Artifacts are compared by what they compute on it.")
+    budget = o.parse_memory(memory)
     from .compare import compare as run
 
     console.show_progress(not quiet)
@@ -257,6 +267,7 @@ def compare(
         windows=windows,
         skip_windows=skip_windows,
         length=length,
+        memory=budget,
         output=output,
         html=html,
     )
@@ -290,6 +301,7 @@ def compile_(
     capacity: o.Capacity = None,
     gate: o.GateOptions = [],
     allow_float: o.AllowFloat = False,
+    executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     trust_remote_code: o.TrustRemoteCode = False,
     copy_weights: o.CopyWeights = False,
     force: o.Force = False,
@@ -332,6 +344,7 @@ def compile_(
         capacity=capacity,
         thresholds=thresholds,
         allow_float=allow_float,
+        executor=executor,
         trust_remote_code=trust_remote_code,
         copy_weights=copy_weights,
         force=force,

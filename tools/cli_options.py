@@ -27,6 +27,13 @@ class EngineName(StrEnum):
     NULL = "null"
 
 
+class ExecutorName(StrEnum):
+    """Who does the work of long steps."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class Logits(StrEnum):
     """Positions to compute logits of."""
 
@@ -129,6 +136,15 @@ KvCache = Annotated[
 ComputeOption = Annotated[
     ComputeType,
     typer.Option("--dtype", metavar="TYPE", help=f"Float type of the deployed graph: {', '.join(ComputeType)}."),
+]
+ExecutorOption = Annotated[
+    ExecutorName,
+    typer.Option(
+        "--executor",
+        metavar="local|ray",
+        help="Who does the work: this machine, or the Ray cluster at RAY_ADDRESS, by default the one that this "
+        "machine is a node of. All its nodes need bismooth[compile,ray], and ART at the same path.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

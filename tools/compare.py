@@ -14,7 +14,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..calibrators.data import load_tokenizer, load_windows
-from ..engines.onnxruntime import Session
 from ..engines.token_feeds import Port
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
@@ -29,6 +28,7 @@ from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_
 from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
+from .programs import Programs, scratch
 from .resume import finished_engine
 from .shipped import find_engines
 from .stages import check_length
@@ -50,6 +50,7 @@ def compare(
     windows: int = 16,
     length: int = 512,
     skip_windows: int = 0,
+    memory: int | None = None,
     output: str | Path | None = None,
     html: str | Path | None = None,
 ) -> CompareResult:
@@ -65,13 +66,14 @@ def compare(
         windows: how many windows.
         length: tokens per window.
         skip_windows: windows to pass over first.
+        memory: bytes that this process may take; most of what the machine has left by default.
         output: a JSON file to write.
         html: a file for a page that shows the result; it needs the extra ``report``.
 
     Raises:
-        BismoothError: no artifacts or one of them twice, one that cannot be run or whose vocabulary or tokenizer is
-            not the reference's, text that cannot be used, a reference that gives NaN or infinity, or ``output`` or
-            ``html`` cannot be written or is a file of another kind.
+        BismoothError: no artifacts or one of them twice, one that cannot be run, or whose vocabulary or tokenizer is
+            not the reference's, too little memory, text that cannot be used, a reference that gives NaN or infinity, or
+            ``output`` or ``html`` cannot be written or is a file of another kind.
     """
     if output is not None:
         check_replaceable(Path(output), "a report of 'bismooth compare'", lambda path: is_report(path, FORMAT))
@@ -89,7 +91,7 @@ def compare(
     ids = _load_ids(base, loaded, data, windows, length, skip_windows)
     engines, problems = zip(*map(_engines, loaded), strict=True)
     with console.progress() as progress:
-        runs = list(_run_all(base, loaded, ids, progress))
+        runs = list(_run_all(base, loaded, ids, memory, progress))
     result = CompareResult(
         base.path,
         *ids.shape,
@@ -162,20 +164,24 @@ def _load_ids(
     return ids
 
 
-def _run_all(base: Artifact, artifacts: Sequence[Artifact], ids: Ids, progress: console.Report) -> Iterator[_Run]:
-    """Run the reference and then each artifact; one session at a time is open."""
+def _run_all(
+    base: Artifact, artifacts: Sequence[Artifact], ids: Ids, memory: int | None, progress: console.Report
+) -> Iterator[_Run]:
+    """Run the reference and then each artifact."""
     resampling = Resampling(len(ids)) if len(ids) > 1 else None
     with WindowFile([base.path, Path(tempfile.gettempdir())], len(ids)) as outputs:
-        port = _run_reference(base, ids, outputs, progress)
+        with scratch(base.path) as folder:
+            port = _run_reference(base, Programs(ids, folder, progress, memory), outputs)
         make = comparison_of(base, port)
         for artifact in artifacts:
             start, track = time.perf_counter(), Track(make())
+            graph = artifact.graph("float32")
             mode = "reference" if artifact.manifest.kind == "quantized" else "plain"
-            with Session(artifact.graph("float32"), mode=mode) as session:
-                _check_width(artifact, session.outputs[0], base, port)
-                for number, window in enumerate(ids):
-                    track.update(window, outputs.read(number), session.logits(window[None])[0])
-                    progress(f"run {artifact.path}", number + 1, len(ids))
+            with scratch(artifact.path) as folder:
+                programs = Programs(ids, folder, progress, memory)
+                _check_width(artifact, programs.output(graph), base, port)
+                for number, values in enumerate(programs.outputs(graph, mode, f"run {artifact.path}")):
+                    track.update(ids[number], outputs.read(number), values)
             figures, replicates, step = track.figures(), dict[str, Rows](), f"resample {artifact.path}"
             if figures and resampling:
                 progress(step, 0, 1)
@@ -184,20 +190,17 @@ def _run_all(base: Artifact, artifacts: Sequence[Artifact], ids: Ids, progress: 
             yield _Run(artifact, figures, replicates, track.failure, time.perf_counter() - start)
 
 
-def _run_reference(base: Artifact, ids: Ids, outputs: WindowFile, progress: console.Report) -> Port:
+def _run_reference(base: Artifact, programs: Programs, outputs: WindowFile) -> Port:
     """Store the outputs of the reference, and say what they are."""
     graph = base.graph("reference" if base.manifest.kind == "quantized" else "float32")
-    with Session(graph, mode="plain") as session:
-        for number, window in enumerate(ids):
-            values = session.logits(window[None])[0]
-            if not np.isfinite(values).all():
-                raise BismoothError(
-                    f"{graph}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
-                    "Check the weights of the source."
-                )
-            outputs.append(values)
-            progress("run the reference", number + 1, len(ids))
-        return session.outputs[0]
+    for values in programs.outputs(graph, "plain", "run the reference"):
+        if not np.isfinite(values).all():
+            raise BismoothError(
+                f"{graph}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
+                "Check the weights of the source."
+            )
+        outputs.append(values)
+    return programs.output(graph)
 
 
 def _check_width(artifact: Artifact, output: Port, base: Artifact, expected: Port) -> None:

@@ -11,8 +11,11 @@ and the weighted sum are edges: a fused kernel keeps them in registers, an unfus
 inside (a norm's mean, the exponentials of a softmax) is float32, and values that are only moved are the same edge.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +26,8 @@ import onnx
 from numpy.typing import NDArray
 
 from ..engines.onnxruntime import InMemoryGraph, Session
+from ..engines.pieces import Piece, PieceMaker
+from ..engines.streaming import Streamed, default_batch
 from ..export.errors import BismoothError
 from ..passes._gs import (
     Graph,
@@ -43,13 +48,13 @@ from ..passes.graph import load
 from ..passes.lint import Finding, Severity
 from ..passes.precision_policy import CLAMPED, Role, float_limits, role_of
 from ..passes.rounding import round_trip
+from .comparison import Ids, Values
+from .half_peaks import PREFIX, add_peaks, peak_of_stored, peaks_of
+from .programs import Programs, with_held
 
 _FLOAT32 = np.dtype(np.float32)
+_MODE = "reference"
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-_NEW = "halfsim/"
-"""Begins the names of what is added."""
-_PEAKS = f"{_NEW}peaks"
-_REDUCTIONS = ("ReduceMax", "ReduceMin", "ReduceL1")
 _EXACT = frozenset({"Abs", "Ceil", "Clip", "Floor", "Max", "Min", "Neg", "Relu", "Round", "Sign"})
 """Operators whose result is one of their inputs, up to its sign, or a smaller whole number."""
 
@@ -76,24 +81,22 @@ class HalfRun:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """The edges of a graph that was made to simulate, and those of them that are casts of stored weights."""
+    """The edges of a graph that was made to simulate, and the weights behind those that are casts of stored ones."""
 
     edges: tuple[Edge, ...]
     stored: dict[str, Tensor]
 
-    def peaks_of_stored(self) -> dict[str, float]:
-        """max|W| after rounding, by edge; reads one tensor at a time."""
-        return {
-            edge.value: _peak(self.stored[edge.value], edge.dtype) for edge in self.edges if edge.value in self.stored
-        }
-
 
 class HalfSimulation:
-    """A 16-bit graph, loaded for simulation; a context manager that frees the memory on exit.
+    """A 16-bit graph that simulates; a context manager that frees the memory on exit.
+
+    Attributes:
+        edges: the values that are rounded.
+        ratios: per edge the largest ratio (see :class:`HalfRun`) in the windows that :meth:`outputs` has run.
 
     Args:
         path: an ONNX file whose values are float16 or bfloat16; nothing is written, and weights stay in their files.
-        threads: threads per operator; one per core by default.
+        threads: threads per operator of :meth:`feed`; one per core by default.
 
     Raises:
         BismoothError: the file cannot be loaded, or has no 16-bit value.
@@ -102,19 +105,19 @@ class HalfSimulation:
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         graph = load(path)
         simulation = simulate(graph)
-        self.edges = simulation.edges
-        self._stored = simulation.peaks_of_stored()
-        self._measured = [edge.value not in self._stored for edge in self.edges]
-        if not any(self._measured):
+        self.edges, self.ratios = simulation.edges, np.zeros(len(simulation.edges))
+        self._path, self._threads = path, threads
+        self._stored, self._peaks_of_stored = simulation.stored, dict[str, float]()
+        self._largest = {edge.value: float_limits(edge.dtype).largest for edge in self.edges}
+        measured = [edge.value for edge in self.edges if edge.value not in self._stored]
+        if not measured:
             raise BismoothError(
                 f"{path}: nothing to simulate. Expected a graph that computes in float16 or bfloat16, got one without "
                 "a 16-bit activation. Give the deployment graph, model.float16.onnx."
             )
-        self._largest = np.array([float_limits(edge.dtype).largest for edge in self.edges])
-        self._output = graph.outputs[0].name
-        _measure(graph, [edge for edge in self.edges if edge.value not in self._stored])
-        model = InMemoryGraph(f"{path} (simulated)", _serialize(graph), path.parent)
-        self._session = Session(model, mode="reference", threads=threads)
+        self._maker = PieceMaker(export_model(graph))
+        self._measured = self._maker.by_segment(measured)
+        self._resources = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -122,10 +125,31 @@ class HalfSimulation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session.close()
+        self._resources.close()
+
+    def outputs(self, programs: Programs, count: int) -> Iterator[Values]:
+        """Logits [S, V], float32, of each of the first ``count`` windows, in order; the graph runs piece by piece.
+
+        Raises:
+            BismoothError: the graph cannot be run, or the memory is too little for a part of it.
+        """
+        streamed = with_held(self._streamed(programs.ids[:count]))
+        stored = self._maker.by_segment(self._stored)
+        key = f"{self._path.name} simulated {count} windows"
+        self.ratios = np.array(programs.noted(key) or np.zeros(len(self.edges)))
+        for piece, run, counter in programs.runs(streamed, key, f"simulate {self._path.name}"):
+            weights = [value for segment in range(piece.first, piece.stop) for value in stored.get(segment, ())]
+            self._see({value: self._peak_of_stored(value) for value in weights})
+            for batch in streamed.batches:
+                results = run(batch)
+                self._see(dict(zip(streamed.observed(piece), peaks_of(results), strict=True)))
+                counter.add(batch.stop - batch.start)
+                if piece.stop == streamed.stop:
+                    yield from results[streamed.output].astype(np.float32, copy=False)
+            programs.note(key, self.ratios.tolist())
 
     def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> HalfRun:
-        """Run token ids [batch, sequence]; without a mask there is no padding.
+        """Run token ids [batch, sequence] through the whole graph; without a mask there is no padding.
 
         Raises:
             BismoothError: the graph has inputs that token ids do not determine, or cannot run on these.
@@ -135,18 +159,42 @@ class HalfSimulation:
             feeds["attention_mask"] = attention_mask
         return self.feed(feeds)
 
-    def feed(self, feeds: dict[str, NDArray[Any]]) -> HalfRun:
-        """Run any inputs, by name.
+    def feed(self, feeds: Mapping[str, NDArray[Any]]) -> HalfRun:
+        """Run any inputs, by name, through the whole graph.
 
         Raises:
             BismoothError: an input is missing or does not fit.
         """
-        results = self._session.run(feeds, [self._output, _PEAKS])
-        top, bottom, total = results[_PEAKS].astype(np.float64).reshape(len(_REDUCTIONS), -1)
-        peaks = np.array([self._stored.get(edge.value, 0.0) for edge in self.edges])
-        with np.errstate(invalid="ignore"):
-            peaks[self._measured] = np.where(np.isnan(total), np.nan, np.maximum(top, -bottom))
-        return HalfRun(results[self._output], peaks / self._largest)
+        results = self._session.run(feeds)
+        peaks = {value: self._peak_of_stored(value) for value in self._stored}
+        peaks |= zip(chain.from_iterable(self._measured.values()), peaks_of(results), strict=True)
+        return HalfRun(results[self._maker.model.graph.output[0].name], self._ratios(peaks))
+
+    @cached_property
+    def _session(self) -> Session:
+        """The whole graph."""
+        streamed = self._streamed(np.zeros((1, 1), np.int64))
+        model = streamed.model(Piece(0, streamed.stop)).SerializeToString()
+        graph = InMemoryGraph(f"{self._path} (simulated)", model, self._path.parent)
+        return self._resources.enter_context(Session(graph, mode=_MODE, threads=self._threads, lean=True))
+
+    def _streamed(self, ids: Ids) -> Streamed:
+        return Streamed(
+            self._path, self._maker, _MODE, ids, default_batch(ids.shape[1]), values=self._measured, prepare=add_peaks
+        )
+
+    def _peak_of_stored(self, value: str) -> float:
+        if value not in self._peaks_of_stored:
+            dtype = next(edge.dtype for edge in self.edges if edge.value == value)
+            self._peaks_of_stored[value] = peak_of_stored(self._stored[value], dtype)
+        return self._peaks_of_stored[value]
+
+    def _ratios(self, peaks: Mapping[str, float]) -> NDArray[np.float64]:
+        """Of all edges; 0 for those that ``peaks`` has not."""
+        return np.array([peaks.get(value, 0.0) / largest for value, largest in self._largest.items()])
+
+    def _see(self, peaks: Mapping[str, float]) -> None:
+        self.ratios = np.maximum(self.ratios, self._ratios(peaks))  # keeps NaN
 
     def findings(self, ratios: NDArray[np.float64], limit: float = 0.5) -> list[Finding]:
         """The edges that are not finite or above ``limit``, worst first; join runs by ``np.maximum``, it keeps NaN."""
@@ -161,12 +209,6 @@ def simulate(graph: Graph) -> Simulation:
     simulator = _Simulator(graph)
     simulator.run()
     return Simulation(tuple(simulator.edges), simulator.stored)
-
-
-def _peak(tensor: Tensor, dtype: np.dtype[Any]) -> float:
-    values = read(tensor)
-    with np.errstate(over="ignore"):
-        return float(np.maximum(values.max(), -values.min()).astype(dtype))
 
 
 def _is_narrow(tensor: Tensor) -> bool:
@@ -185,6 +227,7 @@ class _Simulator:
         """Rewrite every node; a node that reads or makes 16-bit values reads and makes float32 ones instead."""
         exact = _integer_operands(self.graph)
         for node in list(self.graph.nodes):
+            source = node.inputs[0] if node.inputs else None
             for place, tensor in enumerate(node.inputs):
                 if _is_narrow(tensor):
                     node.inputs[place] = self._read(tensor)
@@ -194,6 +237,8 @@ class _Simulator:
                 if _is_narrow(tensor):
                     is_rounded = not (role_of(node) is Role.MOVE or node.op in _EXACT or tensor.name in exact)
                     self._write(node, place, tensor, is_rounded)
+                    if is_rounded and node.op == "Cast" and source is not None and is_constant(source):
+                        self.stored[tensor.name] = source
         self.graph.nodes[:] = self._nodes
         for place, tensor in enumerate(self.graph.outputs):
             self.graph.outputs[place] = self._values.get(tensor.name, tensor)
@@ -205,12 +250,12 @@ class _Simulator:
 
     def _constant(self, tensor: Tensor) -> Tensor:
         if external_proto(tensor) is None:
-            return make_constant(f"{_NEW}{tensor.name}.float32", read(tensor).astype(np.float32))
+            return make_constant(f"{PREFIX}{tensor.name}.float32", read(tensor).astype(np.float32))
         return self._input(tensor)
 
     def _input(self, tensor: Tensor) -> Tensor:
         """What is stored in 16 bits, in a file or by the caller, widened when it is read."""
-        return self._cast(tensor, f"{_NEW}{tensor.name}.float32", _FLOAT32)
+        return self._cast(tensor, f"{PREFIX}{tensor.name}.float32", _FLOAT32)
 
     def _write(self, node: Node, place: int, tensor: Tensor, is_rounded: bool) -> None:
         dtype = dtype_of(tensor)
@@ -219,20 +264,25 @@ class _Simulator:
             value = make_variable(tensor.name, _FLOAT32, shape_of(tensor))
             node.outputs[place] = value
         else:
-            exact = make_variable(f"{_NEW}{tensor.name}.exact", _FLOAT32, shape_of(tensor))
-            node.outputs[place] = exact
             value = make_variable(tensor.name, _FLOAT32, shape_of(tensor))
-            self._nodes += round_trip(exact, value, dtype, _NEW)
             if not _is_clamped(node):
                 self.edges.append(Edge(tensor.name, node.name, dtype))
-            if node.op == "Cast" and is_constant(node.inputs[0]):
-                self.stored[tensor.name] = node.inputs[0]
+            self._nodes += round_trip(self._exact(node, place, tensor), value, dtype, PREFIX)
         self._values[tensor.name] = value
+
+    def _exact(self, node: Node, place: int, tensor: Tensor) -> Tensor:
+        """What is rounded, as the node computes it; of a cast of what is float32 by now, what it reads."""
+        if node.op == "Cast" and dtype_of(node.inputs[0]) == _FLOAT32:
+            source = self._nodes.pop().inputs[0]
+            node.inputs.clear()
+            return source
+        node.outputs[place] = make_variable(f"{PREFIX}{tensor.name}.exact", _FLOAT32, shape_of(tensor))
+        return node.outputs[place]
 
     def _cast(self, source: Tensor, name: str, dtype: np.dtype[Any]) -> Tensor:
         result = make_variable(name, dtype, shape_of(source))
         to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-        self._nodes.append(make_node("Cast", f"{_NEW}{name}/Cast", [source], [result], {"to": to}))
+        self._nodes.append(make_node("Cast", f"{PREFIX}{name}/Cast", [source], [result], {"to": to}))
         return result
 
 
@@ -273,46 +323,6 @@ def _is_clamped(node: Node) -> bool:
     """Whether a node narrows a mask that was clamped to the lowest number of the type on purpose."""
     producer = node.inputs[0].inputs[0] if node.op == "Cast" and node.inputs[0].inputs else None
     return producer is not None and producer.op == "Max" and node.inputs[0].name.endswith(CLAMPED)
-
-
-def _measure(graph: Graph, edges: Sequence[Edge]) -> None:
-    """Add the output ``_PEAKS``: the maximum, the minimum and the sum of magnitudes of each edge, one after the other.
-
-    The sum is there for NaN, which a maximum may skip.
-    """
-    measured = {edge.value for edge in edges}
-    flat_shape = make_constant(f"{_NEW}flat", np.array([-1], np.int64))
-    parts: list[list[Tensor]] = [[] for _ in _REDUCTIONS]
-    nodes: list[Node] = []
-    for node in list(graph.nodes):
-        nodes.append(node)
-        for tensor in node.outputs:
-            if tensor.name in measured:
-                nodes.extend(_reductions(tensor, flat_shape, parts))
-    peaks = make_variable(_PEAKS, _FLOAT32, (len(_REDUCTIONS) * len(edges),))
-    nodes.append(make_node("Concat", _PEAKS, [tensor for part in parts for tensor in part], [peaks], {"axis": 0}))
-    graph.nodes[:] = nodes
-    graph.outputs.append(peaks)
-
-
-def _reductions(value: Tensor, flat_shape: Tensor, parts: list[list[Tensor]]) -> list[Node]:
-    flat = make_variable(f"{_NEW}{value.name}.flat", _FLOAT32, (None,))
-    nodes = [make_node("Reshape", f"{_NEW}{value.name}/flat", [value, flat_shape], [flat])]
-    for part, op in zip(parts, _REDUCTIONS, strict=True):
-        part.append(make_variable(f"{_NEW}{value.name}.{op}", _FLOAT32, (1,)))
-        nodes.append(make_node(op, f"{_NEW}{value.name}/{op}", [flat], [part[-1]], {"keepdims": 1}))
-    return nodes
-
-
-def _serialize(graph: Graph) -> bytes:
-    """The model, its weights declared as inputs with defaults: else ONNX Runtime folds their Casts into copies."""
-    model = export_model(graph)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    return model.SerializeToString()
 
 
 def _finding(edge: Edge, ratio: float, limit: float) -> Finding:

@@ -64,6 +64,7 @@ def compile(
     capacity: int | None = None,
     thresholds: Mapping[str, float | None] | None = None,
     allow_float: bool = False,
+    executor: str = "local",
     trust_remote_code: bool = False,
     copy_weights: bool = False,
     force: bool = False,
@@ -139,10 +140,11 @@ def compile(
             rows=rows,
             seed=seed,
             histograms=chosen.needs_histograms,
+            executor=executor,
             restart=restart,
         )
     if not is_quantized:
-        stages.quantize(folder, chosen, target, data_free=not data, force=force, restart=restart)
+        stages.quantize(folder, chosen, target, data_free=not data, executor=executor, force=force, restart=restart)
     built = [
         finished.get((engine, group))
         or stages.build(

@@ -16,6 +16,7 @@ from ..export.state import open_state
 from ..export.versions import tool_versions
 from ..passes.recipe import WALLS, Recipe
 from . import console
+from .executors import open_executor
 from .exporting import copies_weights
 from .meant import statistics_record
 from .results import QuantizeStageResult
@@ -36,6 +37,7 @@ def quantize(
     statistics: str | Path | None = None,
     alpha: float | None = None,
     max_share: float | None = None,
+    executor: str = "local",
     force: bool = False,
     restart: bool = False,
 ) -> QuantizeStageResult:
@@ -49,15 +51,15 @@ def quantize(
         statistics: those to use, instead of the artifact's.
         alpha: see :func:`load_recipe`.
         max_share: see :func:`load_recipe`.
+        executor: who works on the weights, see :func:`.executors.open_executor`.
         force: replace a quantized artifact at ``output``.
         restart: discard what an unfinished run has left.
 
     Raises:
-        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken, or
-            what an unfinished run has left was made of something else.
+        BismoothError: recipe and model do not fit, statistics are missing or of another model, a weight is broken,
+            what an unfinished run has left was made of something else, or the executor cannot be used.
     """
     from ..calibrators.calibration import StatisticsCalibration
-    from ..passes.executor import LOCAL
     from ..passes.quantize import WEIGHTS, quantize_graph
     from ..passes.resuming import ResumingExecutor
 
@@ -76,7 +78,11 @@ def quantize(
         grown = state.folder / WEIGHTS
         with console.progress() as progress, new_folder(output, "quantized", force=force, inputs=inputs) as folder:
             weights = _carry(loaded, folder)
-            with hashing(weights, state) as hashes, ResumingExecutor(LOCAL, state, grown) as executor:
+            with (
+                hashing(weights, state) as hashes,
+                open_executor(executor, _shared(loaded, found, folder)) as opened,
+                ResumingExecutor(opened, state, grown) as resuming,
+            ):
                 result = quantize_graph(
                     source,
                     folder,
@@ -84,7 +90,7 @@ def quantize(
                     calibration,
                     progress,
                     narrow_source=narrow,
-                    executor=executor,
+                    executor=resuming,
                     grown=grown,
                 )
                 digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
@@ -99,6 +105,13 @@ def quantize(
             finish_folder(folder, manifest, digests, own=[WEIGHTS])
             size = (folder / WEIGHTS).stat().st_size
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
+
+
+def _shared(artifact: Artifact, statistics: Statistics | None, folder: Path) -> list[Path]:
+    """Files that whoever works on the weights must see: what is read, and what is already where the output is made."""
+    read = [artifact.path / name for name in artifact.manifest.files]
+    made = [path for path in folder.rglob("*") if path.is_file()]
+    return [*read, *([] if statistics is None else [statistics.path]), *made]
 
 
 def _fingerprint(artifact: Artifact, recipe: Recipe, statistics: Statistics | None) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.artifact import Artifact, finish_folder, new_folder
 from ..export.errors import BismoothError
+from ..export.fingerprint import run_fingerprint
 from ..export.hashing import array_sha256
 from ..export.replacing import check_replaceable, replacing
+from ..export.state import open_state
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.recipe import Recipe
 from . import console
+from .executors import open_spread
 from .exporting import copies_weights, export, export_module
 from .hops import is_report
 from .meant import engine_source, meant_int8, quantize_stage
@@ -51,13 +54,17 @@ def calibrate(
     batch_size: int | None = None,
     histograms: bool = False,
     memory: int | None = None,
+    executor: str = "local",
     restart: bool = False,
     output: str | Path | None = None,
 ) -> CalibrateResult:
     """Run text through the float graph and write statistics of the inputs of all linears.
 
+    Batches of windows run on the machines of ``executor``, see :func:`.executors.open_executor`.
+
     Raises:
-        BismoothError: the artifact or the text cannot be used, or ``output`` is a file of another kind.
+        BismoothError: the artifact or the text cannot be used, ``output`` is a file of another kind, or the executor
+            cannot be used.
     """
     from ..calibrators.data import load_tokenizer, load_windows
     from ..calibrators.run import calibrate as run
@@ -74,7 +81,8 @@ def calibrate(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
     values = {linear.x: linear.k for linear in find_linears(load(loaded.graph("float32")))}
-    with console.progress() as progress:
+    shared = [artifact / name for name in loaded.manifest.files]
+    with console.progress() as progress, open_spread(executor, shared, memory) as share:
         run(
             artifact,
             values,
@@ -85,8 +93,10 @@ def calibrate(
             rows=rows,
             seed=seed,
             histograms=histograms,
-            memory=memory,
+            memory=share.memory,
             restart=restart,
+            threads=share.threads,
+            spread=share.spread,
             progress=progress,
         )
     return CalibrateResult(target, len(values), windows, length, text.sha256, time.perf_counter() - start)
@@ -186,6 +196,8 @@ def verify(
     thresholds: Mapping[str, float | None] | None = None,
     output: str | Path | None = None,
     skip_windows: int = 0,
+    memory: int | None = None,
+    restart: bool = False,
 ) -> VerifyResult:
     """Judge every hop of an artifact on text, and write the report to ``output`` (``verify.json`` in the artifact).
 
@@ -209,14 +221,17 @@ def verify(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     ids = text.ids[skip_windows:]
-    with console.progress() as progress:
-        result = verify_artifact(loaded, ids, gates, hops, progress)
-    result = replace(
-        result.demanding([name for name, limit in limits.items() if limit is not None]),
-        data={"data": list(map(str, data)), "data_sha256": array_sha256(ids)},
-    )
-    with replacing(target) as temporary:
-        temporary.write_text(console.json_text(result.to_json()), "utf-8")
+    digest = array_sha256(ids)
+    fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops))
+    with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
+        console.note_resumed(state.resumed, state.progress)
+        result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)
+        result = replace(
+            result.demanding([name for name, limit in limits.items() if limit is not None]),
+            data={"data": list(map(str, data)), "data_sha256": digest},
+        )
+        with replacing(target) as temporary:
+            temporary.write_text(console.json_text(result.to_json()), "utf-8")
     return result
 
 

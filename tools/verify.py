@@ -6,7 +6,7 @@ Each hop compares two programs on the same token windows, one window at a time.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +15,24 @@ from typing import Any
 import numpy as np
 
 from ..engines.base import audit_path
-from ..engines.onnxruntime import Session
+from ..engines.linears import summarize
+from ..engines.onnxruntime import Mode, Session
 from ..engines.publish import read_audit
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..export.graph_names import has_caches
+from ..export.state import State
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
-from ..passes.progress import Counter
-from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
-from .decoding import common_prefix, cut_prompts, greedy, stepwise_logits
+from ..passes.progress import Counter, Progress, silent
+from .comparison import Comparison, Figures, Ids, Logits, Track, WindowFile, comparison_of
+from .decoding import common_prefix, cut_prompts, greedy
 from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
+from .programs import Programs, scratch
 from .shipped import find_engines
 
 __all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "verify_artifact"]
-
-Progress = Callable[[str, int, int], None]
 
 SOURCE_WINDOWS = 2
 """Windows on which the torch model and the folded graph run: equality shows on any text."""
@@ -65,20 +66,35 @@ def verify_artifact(
     ids: Ids,
     gates: Gates,
     hops: Sequence[Hop] = (),
-    progress: Progress = lambda _step, _done, _total: None,
+    progress: Progress = silent,
+    *,
+    memory: int | None = None,
+    state: State | None = None,
 ) -> VerifyResult:
     """Run ``hops``, or all that the artifact has, on token windows ids [N, S].
 
     A candidate whose outputs are not finite fails its hop.
+
+    Args:
+        artifact: what is judged.
+        ids: token windows.
+        gates: the limits.
+        hops: which to run.
+        progress: told about the steps.
+        memory: bytes that this process may take; most of what the machine has left by default.
+        state: where to note what is done, and what an earlier run has done.
 
     Raises:
         BismoothError: the artifact has no such hop, a graph cannot be run, or there is no space for the outputs of the
             float graph.
     """
     wanted = find_hops(artifact, hops)
-    verifier = _Verifier(artifact, ids, gates, progress)
-    results = verifier.run(wanted)
-    layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
+    with ExitStack() as stack:
+        folder = state.folder if state else stack.enter_context(scratch(artifact.path))
+        programs = Programs(ids, folder, progress, memory, state)
+        verifier = _Verifier(artifact, programs, gates)
+        results = verifier.run(wanted)
+        layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
     return VerifyResult(
         artifact.path, len(ids), ids.shape[1], results, gates, layers, engine_source(artifact), tools=tool_versions()
     )
@@ -109,10 +125,12 @@ def check_gates(names: Iterable[str], hops: Sequence[Hop]) -> None:
 
 
 class _Verifier:
-    def __init__(self, artifact: Artifact, ids: Ids, gates: Gates, progress: Progress) -> None:
-        self._artifact, self._ids, self._gates, self._progress = artifact, ids, gates, progress
+    def __init__(self, artifact: Artifact, programs: Programs, gates: Gates) -> None:
+        self._artifact, self._programs, self._gates = artifact, programs, gates
+        self._ids, self._progress = programs.ids, programs.progress
         self._graphs = artifact.manifest.graphs
-        self._reference = WindowFile([artifact.path, Path(tempfile.gettempdir())], len(ids))
+        folders = [artifact.path, Path(tempfile.gettempdir())]
+        self._reference, self._exact = (WindowFile(folders, len(self._ids)) for _ in range(2))
         self._make: Callable[[], Comparison] = Logits
         self.is_broken = False
         """Whether the float32 graph itself gives NaN or infinity."""
@@ -130,7 +148,7 @@ class _Verifier:
             Hop.DEVICE: self._device,
         }
         results: dict[Hop, HopResult] = {}
-        with self._reference:
+        with self._reference, self._exact:
             if _NEED_REFERENCE.intersection(wanted):
                 self._run_reference()
             for hop in wanted:
@@ -152,17 +170,11 @@ class _Verifier:
 
     def _run_reference(self) -> None:
         """Store the outputs of the float32 graph."""
-        role = "reference" if "reference" in self._graphs else "float32"
-        with Session(self._artifact.graph(role), mode="plain") as session:
-            self._make = comparison_of(self._artifact, session.outputs[0])
-            for values in self._windows(session, "run the float32 graph", len(self._ids)):
-                self.is_broken = self.is_broken or not np.isfinite(values).all()
-                self._reference.append(values)
-
-    def _windows(self, session: Session, step: str, count: int) -> Iterator[Values]:
-        for number, window in enumerate(self._ids[:count]):
-            yield session.logits(window[None])[0]
-            self._progress(step, number + 1, count)
+        path = self._artifact.graph("reference" if "reference" in self._graphs else "float32")
+        self._make = comparison_of(self._artifact, self._programs.output(path))
+        for values in self._programs.outputs(path, "plain", "run the float32 graph"):
+            self.is_broken = self.is_broken or not np.isfinite(values).all()
+            self._reference.append(values)
 
     def _float(self) -> list[HopResult]:
         judge = self._judge(Hop.FLOAT)
@@ -190,34 +202,29 @@ class _Verifier:
             return [judge.skip("nothing was folded")]
         count = min(SOURCE_WINDOWS, len(self._ids))
         track = Track(self._make())
-        with judge.timed(), Session(self._artifact.graph("folded"), mode="plain") as session:
-            for number, values in enumerate(self._windows(session, "run the folded graph", count)):
+        with judge.timed():
+            outputs = self._programs.outputs(self._artifact.graph("folded"), "plain", "run the folded graph", count)
+            for number, values in enumerate(outputs):
                 track.update(self._ids[number], self._reference.read(number), values)
         figures = track.figures()
         figures |= _renamed(figures, {"folded_error": "relative_error"})
         return [judge.result(figures, _failures(Hop.FOLDED, track), count)]
 
     def _quantized(self, with_kernels: bool) -> list[HopResult]:
-        """Both runs of the Q/DQ graph, side by side, so that neither runs twice nor needs a file of its own."""
+        """Both runs of the Q/DQ graph, one after the other."""
         floats, kernels = self._judge(Hop.REFERENCE), self._judge(Hop.INT8)
         against_float, between, kernels_against_float = (Track(self._make()) for _ in range(3))
         path = self._artifact.graph("float32")
-        with ExitStack() as stack:
-            with floats.timed():
-                exact = stack.enter_context(Session(path, mode="reference"))
-            with kernels.timed():
-                fast = stack.enter_context(Session(path, mode="int8")) if with_kernels else None
-            for number, window in enumerate(self._ids):
-                reference = self._reference.read(number)
-                with floats.timed():
-                    values = exact.logits(window[None])[0]
-                    against_float.update(window, reference, values)
-                if fast is not None and not against_float.failure:
-                    with kernels.timed():
-                        candidate = fast.logits(window[None])[0]
-                        between.update(window, values, candidate)
-                        kernels_against_float.update(window, reference, candidate)
-                self._progress("run the Q/DQ graph", number + 1, len(self._ids))
+        with floats.timed():
+            for number, values in enumerate(self._programs.outputs(path, "reference", "run the Q/DQ graph in float")):
+                against_float.update(self._ids[number], self._reference.read(number), values)
+                if with_kernels:
+                    self._exact.append(values)
+        with kernels.timed():
+            if with_kernels and not against_float.failure:
+                for number, values in enumerate(self._programs.outputs(path, "int8", "run the Q/DQ graph in INT8")):
+                    between.update(self._ids[number], self._exact.read(number), values)
+                    kernels_against_float.update(self._ids[number], self._reference.read(number), values)
         count = len(self._ids)
         results = [floats.result(against_float.figures(), _failures(Hop.REFERENCE, against_float), count)]
         if not with_kernels:
@@ -233,39 +240,43 @@ class _Verifier:
         """The graph that runs on a CPU with a cache; and how long its continuations are those of the float graph."""
         judge = self._judge(Hop.DECODE)
         quantized = "reference" in self._graphs
-        with Session(self._artifact.graph("float32"), mode="int8" if quantized else "plain") as session:
-            if not has_caches(port.name for port in session.inputs):
-                return [judge.skip("the graph has no cache")]
-            with judge.timed():
-                track = self._stepwise(session)
-                if track is None:
-                    return [judge.skip("the graph gives no numbers to compare with")]
-                figures = track.figures()
-                figures |= _renamed(figures, {"decode_kl": "kl"})
-                if quantized and not track.failure:
-                    figures |= self._continuations(session)
+        path, mode = self._artifact.graph("float32"), "int8" if quantized else "plain"
+        if not has_caches(summarize(path).inputs):
+            return [judge.skip("the graph has no cache")]
+        with judge.timed():
+            track = self._stepwise(path, mode)
+            if track is None:
+                return [judge.skip("the graph gives no numbers to compare with")]
+            figures = track.figures()
+            figures |= _renamed(figures, {"decode_kl": "kl"})
+            if quantized and not track.failure and self._programs.fits_whole(path, mode):
+                figures |= self._continuations(path)
         return [judge.result(figures, _failures(Hop.DECODE, track), min(DECODE_WINDOWS, len(self._ids)))]
 
-    def _stepwise(self, session: Session) -> Track | None:
+    def _stepwise(self, path: Path, mode: Mode) -> Track | None:
         """The same graph on whole windows and with a cache; None if its outputs are not finite."""
-        windows = self._ids[:DECODE_WINDOWS]
-        count = min(DECODE_STEPS, windows.shape[1] - 1)
-        counter = Counter(self._progress, "decode with a cache", count * len(windows))
+        count, length = min(DECODE_WINDOWS, len(self._ids)), self._ids.shape[1]
         track = Track(self._make())
-        for window in windows:
-            whole = session.logits(window[None])[0]
-            if not np.isfinite(whole).all():
-                return None
-            track.update(window, whole, stepwise_logits(session, window, len(window) - count, counter))
+        folders = [self._artifact.path, Path(tempfile.gettempdir())]
+        with WindowFile(folders, count) as whole:
+            for values in self._programs.outputs(path, mode, "run whole windows", count):
+                if not np.isfinite(values).all():
+                    return None
+                whole.append(values)
+            prefill = length - min(DECODE_STEPS, length - 1)
+            decoded = self._programs.decoded(path, mode, "decode with a cache", count, prefill)
+            for number, values in enumerate(decoded):
+                track.update(self._ids[number], whole.read(number), values)
         return track
 
-    def _continuations(self, session: Session) -> Figures:
+    def _continuations(self, path: Path) -> Figures:
         prompts = cut_prompts(self._ids, PROMPTS, min(PROMPT_LENGTH, self._ids.shape[1]))
         most = self._artifact.manifest.dims.get("max_position_embeddings", CONTINUATION + prompts.shape[1])
         count = max(1, min(CONTINUATION, most - prompts.shape[1]))
+        counter = Counter(self._progress, "continue prompts", 2 * len(prompts))
         with Session(self._artifact.graph("reference"), mode="plain") as reference:
-            counter = Counter(self._progress, "continue prompts", 2 * len(prompts))
             expected = greedy(reference, prompts, count, counter)
+        with Session(path, mode="int8") as session:
             got = greedy(session, prompts, count, counter)
         prefix = float(common_prefix(expected, got).mean())
         return {"greedy_agreement": prefix / count, "common_prefix": prefix, "continuation": count}
@@ -292,17 +303,13 @@ class _Verifier:
         """Figures of a 16-bit graph, and a sentence for each node that leaves the range, the worst first."""
         from .halfsim import HalfSimulation
 
-        windows = self._ids[:HALF_WINDOWS]
         track = Track(self._make())
         path = self._artifact.graph(role)
         with HalfSimulation(path) as simulation:
-            peaks = np.zeros(len(simulation.edges))
-            for number, window in enumerate(windows):
-                run = simulation.run(window[None])
-                peaks = np.maximum(peaks, run.ratios)  # keeps NaN
-                track.update(window, self._reference.read(number), run.logits[0])
-                self._progress(f"simulate {path.name}", number + 1, len(windows))
-            limit = self._gates.half_max_ratio
+            outputs = simulation.outputs(self._programs, min(HALF_WINDOWS, len(self._ids)))
+            for number, values in enumerate(outputs):
+                track.update(self._ids[number], self._reference.read(number), values)
+            limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
             node = simulation.edges[worst].node
@@ -352,7 +359,7 @@ class _Verifier:
         reference = self._artifact.graph("reference")
         clean = self._artifact.graph("folded") if "folded" in self._graphs else reference
         graph = self._artifact.graph("float32")
-        return layer_sqnr(reference, clean, graph, names, self._ids[:1], self._progress)
+        return layer_sqnr(reference, clean, graph, names, self._programs)
 
 
 def _failures(hop: Hop, track: Track) -> list[str]:

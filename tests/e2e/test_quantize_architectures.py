@@ -82,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         graph = load(folder / "model.onnx")
         linears = find_linears(graph)
         heads = find_head(linears, graph)
-        values = [linear.x for linear in linears if linear not in heads]
+        values = {linear.x: linear.k for linear in linears if linear not in heads}
         target = root / f"{name}.safetensors"
         return folder, calibrate(folder, values, IDS, target, histograms=False)
 

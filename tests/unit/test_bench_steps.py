@@ -1,6 +1,8 @@
 """Steps of a benchmark: what they print and cost, and how they fail."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +28,25 @@ def test_a_step_is_a_process_with_its_output_and_its_memory() -> None:
 def test_a_step_that_fails_is_named(status: int, printed: str) -> None:
     with pytest.raises(BismoothError, match=rf"^first: ended with status {status}: "):
         Runner().process("first", [sys.executable, "-c", f"{printed} raise SystemExit({status})"])
+
+
+def test_a_step_ends_with_the_bench(tmp_path: Path) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "process"
+    script = (
+        "import os, pathlib, signal, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); "
+        "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(600)"
+    )
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Runner().process("first", [sys.executable, "-c", script, str(file)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
 
 
 def test_two_texts_or_none(tmp_path: Path) -> None:

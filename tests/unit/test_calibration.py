@@ -31,7 +31,9 @@ def _calibrated(folder: Path, *, histograms: bool = True) -> tuple[Statistics, s
     path = builder.save(folder)
     value = next(node.output[0] for node in builder.nodes if node.op_type == "RMSNormalization")
     ids = np.random.default_rng(0).integers(0, SHAPE.vocab, (6, 12))
-    statistics = calibrate(folder, [value], ids, folder / "s.safetensors", rows=200, histograms=histograms)
+    statistics = calibrate(
+        folder, {value: SHAPE.hidden}, ids, folder / "s.safetensors", rows=200, histograms=histograms
+    )
     with Session(path, mode="plain", values=[value]) as session:
         found = session.run(session.token_feeds(ids), [value])[value]
     return statistics, value, found.reshape(-1, found.shape[-1])

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from bismooth.calibrators.histogram import BINS, EDGES
-from bismooth.calibrators.observe import instrument
-from bismooth.calibrators.run import calibrate, sample_rows
+from bismooth.calibrators.observe import Taps, instrument
+from bismooth.calibrators.run import Observe, calibrate, sample_rows
 from bismooth.calibrators.statistics import Statistics
 from bismooth.engines.onnxruntime import Session
-from bismooth.engines.subgraph import load_graph
+from bismooth.engines.streaming import Batch
+from bismooth.engines.subgraph import parse_graph
 from bismooth.export.errors import BismoothError
 
 VOCAB, HIDDEN, INNER = 13, 8, 24
-#: [B, S, K], [B, S, 3K], [B·S, 3K], [B, K] (one row per window), float16 [B, S, K]
-VALUES = ("x", "hidden", "flat", "pooled", "half")
+#: Channels of [B, S, K], [B, S, 3K], [B·S, 3K], [B, K] (one row per window), float16 [B, S, K]
+VALUES = {"x": HIDDEN, "hidden": INNER, "flat": INNER, "pooled": HIDDEN, "half": HIDDEN}
 WINDOWS = np.random.default_rng(7).integers(1, VOCAB, (5, 16))
 
 
@@ -77,8 +80,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def activations(artifact: Path) -> dict[str, NDArray[np.float64]]:
     """All rows [T, K] of every value, by a run that keeps them."""
-    with Session(artifact / "model.onnx", values=VALUES, mode="plain") as session:
-        results = session.run(session.token_feeds(WINDOWS), VALUES)
+    with Session(artifact / "model.onnx", values=list(VALUES), mode="plain") as session:
+        results = session.run(session.token_feeds(WINDOWS), list(VALUES))
     return {name: value.reshape(-1, value.shape[-1]).astype(np.float64) for name, value in results.items()}
 
 
@@ -91,7 +94,7 @@ def test_statistics_against_float64(
     artifact: Path, activations: dict[str, NDArray[np.float64]], tmp_path: Path
 ) -> None:
     statistics = run(artifact, tmp_path / "s.safetensors")
-    assert statistics.names == VALUES
+    assert statistics.names == tuple(VALUES)
     for name, x in activations.items():
         assert (statistics.absmax(name) == np.abs(x).max(axis=0)).all(), name
         histogram = statistics.histogram(name)
@@ -130,7 +133,7 @@ def test_same_bytes_every_time(artifact: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(2, 9), (3, 9), (8, 9), (1, 2), (2, 2)])
 def test_batch_size_hardly_matters(artifact: Path, tmp_path: Path, batch_size: int, rows: int) -> None:
-    one = run(artifact, tmp_path / "one.safetensors", rows=rows)
+    one = run(artifact, tmp_path / "one.safetensors", batch_size=1, rows=rows)
     many = run(artifact, tmp_path / "many.safetensors", batch_size=batch_size, rows=rows)
     assert one.provenance == many.provenance
     for name, a in load_file(one.path).items():
@@ -160,9 +163,9 @@ def test_progress_counts_windows(artifact: Path, tmp_path: Path) -> None:
     assert seen[-1] == ("calibrate", total, total)
 
 
-def test_repeated_values_count_once(artifact: Path, tmp_path: Path) -> None:
-    statistics = calibrate(artifact, ["x", "hidden", "x"], WINDOWS, tmp_path / "s.safetensors")
-    assert statistics.names == ("x", "hidden")
+def test_values_keep_their_order(artifact: Path, tmp_path: Path) -> None:
+    values = {"hidden": INNER, "x": HIDDEN}
+    assert calibrate(artifact, values, WINDOWS, tmp_path / "s.safetensors").names == ("hidden", "x")
 
 
 def test_artifact_is_not_touched(artifact: Path, tmp_path: Path) -> None:
@@ -173,12 +176,21 @@ def test_artifact_is_not_touched(artifact: Path, tmp_path: Path) -> None:
     assert artifact.stat().st_mtime_ns == folder_time
 
 
-def test_the_head_is_cut_off_and_nodes_stand_behind_their_value(artifact: Path) -> None:
-    model = load_graph(artifact / "model.onnx")
-    instrument(model, ["x"], histograms=True)
+def test_the_head_is_cut_off_and_nodes_stand_behind_their_value(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[onnx.ModelProto] = []
+
+    def keep(self: Observe, batch: Batch) -> dict[str, NDArray[Any]]:
+        models.append(parse_graph(self.run.model, "piece"))
+        return self.run(batch, self.sample.feeds(batch))
+
+    monkeypatch.setattr(Observe, "__call__", keep)
+    calibrate(artifact, {"x": HIDDEN}, WINDOWS, tmp_path / "s.safetensors", histograms=True)
+    (model,) = models
     assert [node.name for node in model.graph.node][:3] == ["embed", "x::flat", "x::x"]
     assert {tensor.name for tensor in model.graph.initializer if "::" not in tensor.name} == {"embed"}
-    assert [output.name for output in model.graph.output][-1] == "x::histogram"
+    assert [output.name for output in model.graph.output] == list(asdict(Taps.of("x")).values())
 
 
 def test_value_without_a_producer(tmp_path: Path) -> None:
@@ -223,9 +235,9 @@ def test_activations_that_are_finite_and_whose_squares_do_not_add_up(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"values": ["x", "nowhere"]}, r"value nowhere: not in the graph"),
-        ({"values": ["input_ids"]}, r"value input_ids: is INT64\. Expected a float activation"),
-        ({"values": []}, r"calibrate: Expected values, .* got 0 values, windows \[5, 16\], batch size 1, 256 rows"),
+        ({"values": {"x": HIDDEN, "nowhere": 1}}, r"value nowhere: not in the graph"),
+        ({"values": {"input_ids": 16}}, r"value input_ids: is INT64\. Expected a float activation"),
+        ({"values": {}}, r"calibrate: Expected values, .* got 0 values, windows \[5, 16\], batch size None, 256 rows"),
         ({"windows": WINDOWS[0]}, r"got 1 values, windows \[16\]"),
         ({"windows": WINDOWS[:0]}, r"got 1 values, windows \[0, 16\]"),
         ({"batch_size": 0}, r"batch size 0"),
@@ -235,7 +247,7 @@ def test_activations_that_are_finite_and_whose_squares_do_not_add_up(tmp_path: P
     ],
 )
 def test_bad_request(artifact: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"values": ["x"], "windows": WINDOWS, "output": tmp_path / "s.safetensors"}
+    arguments: dict[str, Any] = {"values": {"x": HIDDEN}, "windows": WINDOWS, "output": tmp_path / "s.safetensors"}
     with pytest.raises(BismoothError, match=message):
         calibrate(artifact, **(arguments | options))
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -213,6 +213,12 @@ def test_big_constants_are_not_read(tmp_path: Path) -> None:
     assert Index.of(b.graph(tmp_path)).array("big") is None
 
 
+def _external(proto: TensorProto, folder: Path) -> _gs.Tensor:
+    tensor = _gs.make_external("w", np.dtype(np.float32), (2, 5), folder / "data", 6)
+    cast(Any, tensor).values = _gs.FileValues(proto, folder)
+    return tensor
+
+
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT4])
 def test_a_tensor_is_read_in_pieces(tmp_path: Path, dtype: int) -> None:
     values = np.arange(10).reshape(2, 5).astype(helper.tensor_dtype_to_np_dtype(dtype))
@@ -221,9 +227,13 @@ def test_a_tensor_is_read_in_pieces(tmp_path: Path, dtype: int) -> None:
     external = TensorProto(name="w", data_type=dtype, dims=[2, 5], data_location=TensorProto.EXTERNAL)
     for key, value in (("location", "data"), ("offset", "6")):
         external.external_data.add(key=key, value=value)
-    read = list(_gs.FileValues(external, tmp_path).load_pieces(4))
+    read = [piece.copy() for piece in _gs.FileValues(external, tmp_path).load_pieces(4)]
     assert [len(piece) for piece in read] == ([10] if dtype == TensorProto.INT4 else [4, 4, 2])
     np.testing.assert_array_equal(np.concatenate(read), values.reshape(-1), strict=True)
+    rows, columns = np.array([1, 0]), slice(1, 4)
+    for tensor in (_gs.make_constant("w", values), _external(external, tmp_path)):
+        np.testing.assert_array_equal(_gs.read_rows_of(tensor, rows), values[rows], strict=True)
+        np.testing.assert_array_equal(_gs.read_columns_of(tensor, columns), values[:, columns], strict=True)
     inside = list(_gs.read_pieces(_gs.make_constant("w", values), 4))
     assert [len(piece) for piece in inside] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(inside), values.reshape(-1), strict=True)

@@ -30,8 +30,8 @@ from tests.language_model import HIDDEN, IDS, VOCAB, Edit, expected_logits, lang
 
 def test_weights_can_be_left_as_they_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kept = language_model(tmp_path), dict[bool, set[str]]()
-    for folding in (True, False):
-        optimized = tmp_path / f"optimized-{folding}.onnx"
+    for lean in (True, False):
+        optimized = tmp_path / f"optimized-{lean}.onnx"
         options = engine._session_options  # pyright: ignore[reportPrivateUsage]
 
         def keep(*args: Any, options: Callable[..., Any] = options, optimized: Path = optimized, **named: Any) -> Any:
@@ -40,12 +40,12 @@ def test_weights_can_be_left_as_they_are_in_the_file(tmp_path: Path, monkeypatch
             return result
 
         monkeypatch.setattr(engine, "_session_options", keep)
-        with Session(path, mode="plain", threads=1, constant_folding=folding) as session:
+        with Session(path, mode="plain", threads=1, lean=lean) as session:
             np.testing.assert_allclose(session.logits(IDS), expected_logits(tmp_path, IDS), rtol=1e-5, atol=1e-6)
         monkeypatch.undo()
-        kept[folding] = {item.name for item in load_graph(optimized).graph.initializer}
-    assert kept[False] == {"embed"}
-    assert kept[True] > {"embed"}, "a transposed copy"
+        kept[lean] = {item.name for item in load_graph(optimized).graph.initializer}
+    assert kept[True] == {"embed"}
+    assert kept[False] > {"embed"}, "a transposed copy"
 
 
 def test_logits_and_inner_values(tmp_path: Path) -> None:

@@ -117,3 +117,14 @@ def test_another_file_is_not_opened(tmp_path: Path, damage: str) -> None:
         r"w: is not what an unfinished run has left there\. Expected a file of \d+ bytes with that run's tensors\. "
     )
     assert re.search(f"{expected}Pass --restart to discard that run", str(caught.value))
+
+
+def test_columns_that_do_not_fit(tmp_path: Path) -> None:
+    placed = PlacedTensors.create(tmp_path / "w", DECLARED)
+    message = r"^a: declared F32 \(3, 4\), got float32 \(3, 2\) from column 3 on$"
+    with pytest.raises(ValueError, match=message), placed.writing(["a"]) as writer:
+        writer.write_columns("a", 3, np.zeros((3, 2), np.float32))
+    with pytest.raises(ValueError, match="from column 0 on"), placed.writing(["a"]) as writer:
+        writer.write_columns("a", 0, np.zeros((2, 4), np.float32))
+    with pytest.raises(ValueError, match=r"^a: declared F32, got a piece of int32$"), placed.writing(["a"]) as writer:
+        writer.write_columns("a", 0, np.zeros((3, 4), np.int32))

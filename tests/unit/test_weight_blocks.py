@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bismooth.passes import weight_reader
+from bismooth.passes.linears import find_linears
 from bismooth.passes.open_graph import OpenGraph
 from bismooth.passes.progress import silent
 from bismooth.passes.quantize import WEIGHTS, quantize_graph
@@ -61,19 +62,20 @@ def test_the_number_of_rows_that_are_read_changes_nothing(
     assert len(stored[0]) > K * K * 2
 
 
-def test_blocks_are_the_rows_of_the_weight(tmp_path: Path) -> None:
-    from bismooth.passes.graph import load
-    from bismooth.passes.linears import find_linears
-
-    for layout in ("NK", "KN"):
-        b = chain(layout)
-        (tmp_path / layout).mkdir()
-        graph = load(b.save(tmp_path / layout))
-        reader = weight_reader.WeightReader(OpenGraph(graph))
-        for linear in find_linears(graph):
-            blocks = list(reader.blocks(linear, 10 * K))
-            assert [len(block) for block in blocks] == [10] * 6 + [4]
-            np.testing.assert_array_equal(np.concatenate(blocks), reader.weight(linear))
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+def test_blocks_are_the_rows_of_the_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, external: bool
+) -> None:
+    monkeypatch.setattr(weight_reader, "WIDE", 25 * K)
+    b = chain(layout)
+    model = OpenGraph.load(b.save(tmp_path, external=external))
+    reader = weight_reader.WeightReader(model)
+    for linear in find_linears(model.graph):
+        blocks = [block.copy() for block in reader.blocks(linear, 10 * K)]
+        assert [len(block) for block in blocks] == [10] * 6 + [4]
+        stored = b.initializers[f"{linear.name}.weight"]
+        np.testing.assert_array_equal(np.concatenate(blocks), stored if layout == "NK" else stored.T)
 
 
 def test_a_declared_tensor_that_nothing_writes_is_no_file(tmp_path: Path) -> None:

@@ -1,0 +1,244 @@
+"""The nodes of a Ray cluster do the work of a step (https://docs.ray.io).
+
+The task and the items go to the workers, the results come back; what they read and write lies on storage that all nodes
+have mounted at the same place. A call whose worker is lost is made again elsewhere, and writes the same bytes.
+
+NOTE: Ray reads its environment when it is imported. So :data:`_SETTINGS` stand there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import pickle
+import re
+import socket
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..export.errors import BismoothError
+from .executor import ItemT, ResultT, Work
+from .parallel import ordered_map
+from .ray_worker import call, check_node, kind_of_machine
+
+RETRIES = 8
+"""How often a call is made again after its worker was lost, or was ended for want of memory."""
+
+AHEAD = 2
+"""Calls in flight per CPU of the cluster: one runs, the next is already where it will run."""
+
+_SETTINGS = {
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray tells of lost workers goes to stdout, where results alone belong
+    "RAY_task_oom_retries": str(RETRIES),  # by default without end
+}
+_PATIENCE = 10.0
+"""Seconds that calls which are not wanted any more get to end."""
+
+
+@contextmanager
+def connect(files: Iterable[Path], *, whole_nodes: bool = False) -> Generator[RayExecutor]:
+    """Connect to the cluster at ``RAY_ADDRESS``, or to the one that has a node on this machine; none is started.
+
+    A connection that this process already has is used, and stays.
+
+    Args:
+        files: What the tasks will read and write, if it is there already. Every node must see it.
+        whole_nodes: A call gets all CPUs and the memory that the smallest node has, instead of one CPU.
+
+    Raises:
+        BismoothError: Ray is not installed, there is no cluster or one of another version, or one of its nodes has
+            another bismooth, other libraries, another kind of CPU, or does not see a file.
+    """
+    ray = _load()
+    connected: bool = ray.is_initialized()
+    if not connected:
+        _initialize(ray)
+    try:
+        executor = RayExecutor(ray, _expected(files))
+        executor.check_nodes()
+        yield executor.with_whole_nodes() if whole_nodes else executor
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+@dataclass(frozen=True, eq=False)
+class RayExecutor:
+    """Makes the calls of a task on a cluster, see :class:`.executor.Executor`.
+
+    Attributes:
+        ray: The module, connected.
+        expected: What :func:`.ray_worker.check_node` expects.
+        cpus: CPUs that a call gets.
+        memory: Bytes that a call gets; None for any number.
+    """
+
+    ray: Any
+    expected: dict[str, Any]
+    cpus: int = 1
+    memory: int | None = None
+
+    def with_whole_nodes(self) -> RayExecutor:
+        """The same, with the CPUs and the memory for each call that the smallest node has."""
+        offered = [node["Resources"] for node in self._nodes()]
+        cpus, memory = (min(int(resources[name]) for resources in offered) for name in ("CPU", "memory"))
+        return replace(self, cpus=cpus, memory=memory)
+
+    def map(self, task: Work[ItemT, ResultT], items: Iterable[ItemT], /) -> Iterator[ResultT]:
+        """The results, in the order of the items.
+
+        A single item gains nothing by travelling. It is worked on here, and a file that it makes is seen here at once,
+        which NFS does not promise if another machine makes it.
+
+        Raises:
+            BismoothError: a call raised it, a call was lost :data:`RETRIES` times and once more, or no node is left.
+        """
+        listed = list(items)
+        return ordered_map(task, listed) if len(listed) == 1 else self._spread(task, listed)
+
+    def _spread(self, task: Work[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+        pickled = pickle.dumps(task)
+        digest = hashlib.sha256(pickled).hexdigest()
+        shared = [self.ray.put((self.expected, pickled))]
+        remote = self.ray.remote(call).options(
+            name=task.step,
+            num_cpus=self.cpus,
+            memory=self.memory,
+            max_retries=RETRIES,
+            scheduling_strategy="SPREAD",
+        )
+        waiting: deque[tuple[str, Any]] = deque()
+        try:
+            for item in items:
+                waiting.append((item.name, remote.remote(digest, shared, pickle.dumps(item))))
+                if len(waiting) > AHEAD * self._cpus() / self.cpus:
+                    yield self._result(*waiting[0])
+                    waiting.popleft()
+            while waiting:
+                yield self._result(*waiting[0])
+                waiting.popleft()
+        finally:
+            self._cancel([reference for _, reference in waiting])
+
+    def check_nodes(self) -> None:
+        """Run :func:`.ray_worker.check_node` on each node that has a CPU.
+
+        Raises:
+            BismoothError: there is none, or something is not as expected there; the message names the node.
+        """
+        self._cpus()
+        strategy = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+        nodes = self._nodes()
+        remote = self.ray.remote(check_node)
+        checks = [
+            remote.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote(self.expected)
+            for node in nodes
+        ]
+        for node, check in zip(nodes, checks, strict=True):
+            try:
+                self.ray.get(check)
+            except self.ray.exceptions.RayError as error:
+                if isinstance(cause := getattr(error, "cause", None), BismoothError):
+                    raise cause from error
+                raise BismoothError(
+                    f"--executor ray: node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) cannot run "
+                    f"bismooth: {_last_line(error)}. Install the same bismooth there, with the extras compile and ray."
+                ) from error
+
+    def _result(self, name: str, reference: Any) -> Any:
+        try:
+            while not self.ray.wait([reference], timeout=_PATIENCE)[0]:
+                self._cpus()
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self.ray.exceptions.RayError as error:
+            raise BismoothError(
+                f"{name}: the workers that worked on it were lost, {RETRIES + 1} times: {_last_line(error)}. Look into "
+                "Ray's logs on that node; if memory ran out, start its node with fewer CPUs (ray start --num-cpus)."
+            ) from error
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+    def _cpus(self) -> int:
+        """The CPUs that the cluster has now.
+
+        Raises:
+            BismoothError: it has none.
+        """
+        cpus = int(self.ray.cluster_resources().get("CPU", 0))
+        if not cpus:
+            raise BismoothError(
+                "--executor ray: the cluster has no CPU to work on. Expected nodes that offer some: start them with "
+                "'ray start --address=HOST:PORT', then run the command again."
+            )
+        return cpus
+
+    def _cancel(self, references: list[Any]) -> None:
+        for reference in references:
+            self.ray.cancel(reference)
+        if references:
+            self.ray.wait(references, num_returns=len(references), timeout=_PATIENCE)
+
+
+def _load() -> Any:
+    if importlib.util.find_spec("ray") is None:
+        raise BismoothError(
+            "--executor ray: the Python package 'ray' is not installed. Install it with: pip install 'bismooth[ray]'"
+        )
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    return import_module("ray")
+
+
+def _initialize(ray: Any) -> None:
+    address = os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address not in ("", "auto", "local"):
+            _require_answer(address)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, TimeoutError) as error:
+        where = f"that answers at RAY_ADDRESS={address}" if address else "with a node on this machine"
+        raise BismoothError(
+            f"--executor ray: there is no Ray cluster {where} ({_last_line(error)}). Start one with 'ray start --head' "
+            "here and 'ray start --address=HOST:PORT' on the other nodes, or leave the option out."
+        ) from error
+    except RuntimeError as error:  # another version of Ray or of Python
+        raise BismoothError(
+            f"--executor ray: the cluster cannot be used: {' '.join(str(error).split())} Use the same Ray and Python "
+            "on all nodes."
+        ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Try to reach a head: Ray itself would try for more than a minute."""
+    match = re.fullmatch(r"\[?([^/\]]+)\]?:(\d+)", address)
+    if not match:
+        raise BismoothError(
+            f"RAY_ADDRESS={address}: Expected HOST:PORT of the cluster's head, from a machine that is one of its nodes "
+            "(no ray://)."
+        )
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=_PATIENCE).close()
+    except OSError as error:
+        raise ConnectionError(error.strerror or error) from error
+
+
+def _expected(files: Iterable[Path]) -> dict[str, Any]:
+    return {
+        "machine": kind_of_machine(),
+        "files": {str(file.absolute()): file.stat().st_size for file in files},
+        "folder": str(Path.cwd()),
+    }
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2].rstrip(".")
