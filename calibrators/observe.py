@@ -52,6 +52,7 @@ class Taps:
         outliers: float32 [o, K], the rows with the largest |x|, at most ``OUTLIERS``, largest first.
         outlier_peaks: float32 [o], their max |x|.
         histogram: int32 [BINS], counts of |x|.
+        x: float32 [T, K], all rows.
     """
 
     absmax: str
@@ -60,6 +61,7 @@ class Taps:
     outliers: str
     outlier_peaks: str
     histogram: str
+    x: str
 
     @staticmethod
     def of(value: str) -> Taps:
@@ -75,11 +77,18 @@ class Taps:
             "outliers": (TensorProto.FLOAT, [KEPT_ROWS, channels]),
             "outlier_peaks": (TensorProto.FLOAT, [KEPT_ROWS]),
             "histogram": (TensorProto.INT32, [BINS]),
+            "x": (TensorProto.FLOAT, [None, channels]),
         }
 
 
-def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: bool) -> None:
+def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: bool = False, rows: bool = False) -> None:
     """Give ``model`` further outputs, statistics of its ``values``, in place.
+
+    Args:
+        model: what runs.
+        values: its float activations to observe, channels last.
+        histograms: whether magnitudes are counted.
+        rows: whether all rows are wanted.
 
     Raises:
         BismoothError: a value is not a float tensor.
@@ -100,7 +109,7 @@ def instrument(model: onnx.ModelProto, values: Sequence[str], *, histograms: boo
         width = dims[-1].dim_value if dims else 0
         shapes = Taps.shapes(width or None)
         for field, name in asdict(Taps.of(value)).items():
-            if name in made:
+            if name in made and (rows or field != "x"):
                 graph.output.append(helper.make_tensor_value_info(name, *shapes[field]))
 
 

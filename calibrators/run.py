@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.pieces import PieceMaker
+from ..engines.pieces import Piece, PieceMaker
 from ..engines.streaming import Batch, PieceRun, Streamed, default_batch, find_budget
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
@@ -21,9 +20,10 @@ from ..export.external_data import weight_files
 from ..export.fingerprint import code_sha256
 from ..export.hashing import array_sha256, file_sha256
 from ..export.replacing import put_in_place
-from ..export.state import open_state
+from ..export.state import State, open_state
 from ..export.versions import tool_versions
 from ..passes.progress import Counter, Progress, silent
+from .gram import KeptRows, check_gram_memory, gram_rows
 from .histogram import BINS
 from .observe import KEPT_ROWS, OUTLIERS, ROWS, SAMPLED, TOKENS, Taps, instrument
 from .statistics import Provenance, Statistics
@@ -32,7 +32,7 @@ from .writer import StatisticsWriter
 _Result: TypeAlias = Mapping[str, NDArray[Any]]
 Spread: TypeAlias = Callable[["Observe", Iterable[Batch]], Iterator[_Result]]
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 16
-_FILE, _DONE = "statistics", "segments"
+_FILE, _STEP, _BATCH = "statistics", "calibrate", "batch_size"
 
 
 @dataclass
@@ -47,11 +47,19 @@ class _Totals:
     outlier_peaks: NDArray[np.float32]
 
     @staticmethod
-    def like(value: str, result: _Result) -> _Totals:
-        """Zeros in the shapes of ``result``."""
+    def like(value: str, channels: int, result: _Result) -> _Totals:
+        """Zeros in the shapes of ``result``.
+
+        Raises:
+            BismoothError: the value has not so many channels.
+        """
         taps = Taps.of(value)
         counts = np.zeros(BINS, np.int64) if taps.histogram in result else None
         absmax = np.zeros_like(result[taps.absmax])
+        if absmax.size != channels:
+            raise BismoothError(
+                f"value {value}: has {absmax.size} channels. Expected {channels}. Look its shape up in the graph."
+            )
         outliers = np.zeros((OUTLIERS, absmax.size), np.float32)
         return _Totals(value, taps, absmax, counts, outliers, np.zeros(OUTLIERS, np.float32))
 
@@ -95,17 +103,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observe:
-    """Statistics of a batch of windows in a piece of the graph; a task for an executor."""
+    """Statistics of a batch of windows in a piece of the graph; a task for an executor.
+
+    Attributes:
+        run: the piece.
+        sample: the rows that are returned.
+        kept: files for all rows of some values.
+    """
 
     run: PieceRun
     sample: Sample
+    kept: tuple[KeptRows, ...] = ()
 
     @property
     def step(self) -> str:
         return f"observe {self.run.label}"
 
     def __call__(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        return self.run(batch, self.sample.feeds(batch))
+        result = self.run(batch, self.sample.feeds(batch))
+        for kept in self.kept:
+            kept.write(batch, result.pop(Taps.of(kept.file.value).x))
+        return result
 
 
 def calibrate(
@@ -119,17 +137,20 @@ def calibrate(
     rows: int = 256,
     seed: int = 0,
     histograms: bool = False,
+    grams: bool = False,
     memory: int | None = None,
     restart: bool = False,
     threads: int | None = None,
     spread: Spread = map,
+    resumed: Callable[[int, tuple[str, int, int] | None], None] = lambda _units, _progress: None,
     progress: Progress = silent,
 ) -> Statistics:
     """Statistics of the activations ``values`` over ``windows``, written to ``output``.
 
     The graph runs piece by piece, see :mod:`..engines.streaming`; a run that was broken off goes on behind the last
-    piece that is done. The artifact folder is not written to. The same windows and batch size give the same bytes;
-    another batch size changes rows by rounding only, and moves single counts between neighbouring bins.
+    piece that is done. The artifact folder is not written to. The same windows and batch size give the same bytes,
+    whatever the memory; another batch size changes rows by rounding only, and moves single counts between neighbouring
+    bins.
 
     Args:
         artifact: folder with the float graph and its weights.
@@ -137,14 +158,17 @@ def calibrate(
         windows: token ids [N, L].
         output: statistics file to write.
         graph: file name of the graph.
-        batch_size: windows per run; by default as many as have :data:`..engines.streaming.BATCH_TOKENS` tokens.
+        batch_size: windows per run; by default as many as have :data:`..engines.streaming.BATCH_TOKENS` tokens, or
+            fewer if the memory asks for it.
         rows: token rows to keep of each value, drawn from all windows; all of them if there are fewer.
         seed: chooses the rows.
         histograms: count magnitudes, for per-tensor ranges. Costs about a third of the model's own time.
+        grams: compute XᵀX of each value, from all its rows: disk for float32 [K, K] each, and for the rows meanwhile.
         memory: bytes that this process may take; most of what the machine has left by default.
         restart: discard what an earlier run has left.
         threads: threads per operator; one per core by default.
         spread: runs a task over the batches, and gives the results in their order.
+        resumed: told how many segments of the graph an earlier run has left, and how far that was.
         progress: called with a step's name, how many windows are done, and how many there are.
 
     Raises:
@@ -157,7 +181,6 @@ def calibrate(
             f"calibrate: Expected values, windows [N, L], a batch size and rows of 1 or more, "
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
-    batch_size = default_batch(windows.shape[1]) if batch_size is None else batch_size
     path = artifact / graph
     maker = PieceMaker(load_graph(path))
     provenance = provenance_of(path, windows, seed)
@@ -167,33 +190,95 @@ def calibrate(
         maker,
         "plain",
         windows,
-        batch_size,
+        batch_size or default_batch(windows.shape[1]),
         values=maker.by_segment(values),
-        prepare=partial(instrument, histograms=histograms),
+        prepare=partial(instrument, histograms=histograms, rows=grams),
         dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
         with_output=False,
     )
-    options = {"rows": rows, "histograms": histograms, "batch_size": batch_size, "values": dict(values)}
+    options = {"rows": rows, "histograms": histograms, "grams": grams, "batch_size": batch_size, "values": dict(values)}
     with open_state(output, "calibrate", _fingerprint(path, provenance, options), restart=restart) as state:
+        resumed(state.resumed, state.progress)
+        budget = find_budget(memory)
+        if batch_size is None:
+            streamed = _fitted(streamed, state, budget)
+        if grams:
+            check_gram_memory(values, budget)
+        run = _Run(streamed, values, sample, threads, spread, progress)
         file = state.folder / _FILE
         file.touch()
         with file.open("r+b") as opened:
-            writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms)
-            pieces = streamed.plan(find_budget(memory), state.get(_DONE) or 0)
-            count = Counter(progress, "calibrate", len(pieces) * len(windows))
-            count.add(0)
-            for piece in pieces:
-                observed = streamed.observed(piece)
-                with streamed.running(piece, state.folder, threads) as run:
-                    results = spread(Observe(run, sample), streamed.batches)
-                    _collect(writer, observed, sample, zip(streamed.batches, results, strict=True), count)
-                opened.flush()
-                os.fsync(opened.fileno())
-                state.record(_DONE, piece.stop)
-                if run.entry is not None:
-                    run.entry.path.unlink()
+            writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms, grams=grams)
+            run.through(streamed.plan(budget, state.done), writer, state)
         put_in_place(file, output)
     return Statistics.load(output)
+
+
+def _fitted(streamed: Streamed, state: State, budget: int | None) -> Streamed:
+    """``streamed`` in batches that fit; in those of an earlier run, if that has done a segment."""
+    if state.done:
+        return replace(streamed, batch_size=state.noted(_BATCH))
+    fitted = streamed.fitted(budget)
+    state.note(_BATCH, fitted.batch_size)
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All windows on their way through the graph, see :func:`calibrate`."""
+
+    streamed: Streamed
+    values: Mapping[str, int]
+    sample: Sample
+    threads: int | None
+    spread: Spread
+    progress: Progress
+
+    def through(self, pieces: Sequence[Piece], writer: StatisticsWriter, state: State) -> None:
+        """Pass the pieces, one after the other; each is on record when its statistics are on disk."""
+        count = Counter(self.progress, _STEP, len(pieces) * len(self.streamed.ids))
+        count.add(0)
+        for piece in pieces:
+            kept = tuple(self._kept(piece, state.folder)) if writer.grams else ()
+            with self.streamed.running(piece, state.folder, self.threads) as run:
+                self._observe(Observe(run, self.sample, kept), self.streamed.observed(piece), writer, count)
+            self._multiply(kept, writer)
+            writer.flush()
+            done = {f"segment {number}": None for number in range(piece.first, piece.stop)}
+            state.record_all(done, (_STEP, piece.stop, self.streamed.stop))
+            for path in [rows.file.path for rows in kept] + ([run.entry.path] if run.entry else []):
+                path.unlink()
+
+    def _observe(self, task: Observe, values: Sequence[str], writer: StatisticsWriter, count: Counter) -> None:
+        """Write the statistics of the values of a piece."""
+        totals: list[_Totals] = []
+        batches = self.streamed.batches
+        for batch, result in zip(batches, self.spread(task, batches), strict=True):
+            totals = totals or [_Totals.like(value, self.values[value], result) for value in values]
+            for total in totals:
+                total.add(result)
+                writer.rows(total.value, self.sample.of(batch).start, result[total.taps.rows])
+            count.add(batch.stop - batch.start)
+        for total in totals:
+            writer.absmax(total.value, total.absmax)
+            writer.outliers(total.value, total.outliers)
+            if total.counts is not None:
+                writer.histogram(total.value, total.counts)
+
+    def _kept(self, piece: Piece, folder: Path) -> Iterator[KeptRows]:
+        """Files for all rows of the values of a piece."""
+        for value in self.streamed.observed(piece):
+            rows = KeptRows.of(self.streamed, value, self.values[value], folder)
+            rows.file.create(rows.per_window * len(self.streamed.ids))
+            yield rows
+
+    def _multiply(self, kept: Sequence[KeptRows], writer: StatisticsWriter) -> None:
+        """Write the Gram matrices of values whose rows were kept."""
+        count = Counter(self.progress, "multiply", sum(rows.file.shape[0] for rows in kept))
+        for rows in kept:
+            for start, block in gram_rows(rows.file, rows.per_window * len(self.streamed.ids)):
+                writer.gram(rows.file.value, start, block)
+                count.add(len(block))
 
 
 def provenance_of(graph: Path, windows: NDArray[np.int64], seed: int) -> Provenance:
@@ -213,28 +298,6 @@ def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
     """``count`` different numbers below ``tokens``, ascending; all of them if there are fewer."""
     chosen = np.random.default_rng(seed).choice(tokens, size=min(count, tokens), replace=False)
     return np.sort(chosen).astype(np.int64)
-
-
-def _collect(
-    writer: StatisticsWriter,
-    values: Sequence[str],
-    sample: Sample,
-    results: Iterable[tuple[Batch, _Result]],
-    count: Counter,
-) -> None:
-    """Write the statistics of the values of a piece."""
-    totals: list[_Totals] = []
-    for batch, result in results:
-        totals = totals or [_Totals.like(value, result) for value in values]
-        for total in totals:
-            total.add(result)
-            writer.rows(total.value, sample.of(batch).start, result[total.taps.rows])
-        count.add(batch.stop - batch.start)
-    for total in totals:
-        writer.absmax(total.value, total.absmax)
-        writer.outliers(total.value, total.outliers)
-        if total.counts is not None:
-            writer.histogram(total.value, total.counts)
 
 
 def _fingerprint(path: Path, provenance: Provenance, options: Mapping[str, Any]) -> dict[str, Any]:

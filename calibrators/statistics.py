@@ -7,6 +7,7 @@ For each observed value (an activation with K channels, flattened to rows [T, K]
 ``NAME/absmax``     float32 [K]      max \\|x\\| of each channel
 ``NAME/outliers``   float32 [16, K]  the rows with the largest \\|x\\|, largest first; zeros where there are fewer rows
 ``NAME/rows``       float32 [R, K]   rows of x at the token numbers ``row_numbers``, int64 [R]
+``NAME/gram``       float32 [K, K]   XᵀX over all rows; only if they were asked for
 ==================  ===============  =================================================================================
 
 and its metadata say what was run on what (:class:`Provenance`).
@@ -69,6 +70,10 @@ class Statistics:
     def has_histograms(self) -> bool:
         return any(name.endswith("/histogram") for name in self.entries)
 
+    @property
+    def has_grams(self) -> bool:
+        return any(name.endswith("/gram") for name in self.entries)
+
     @cached_property
     def row_numbers(self) -> NDArray[np.int64]:
         """Token numbers [R], ascending, of the sampled rows: window · length + position."""
@@ -85,6 +90,18 @@ class Statistics:
     def outliers(self, name: str) -> NDArray[np.float32]:
         """The rows with the largest |x|, [16, K], largest first; zeros where there are fewer rows."""
         return self._read(f"{name}/outliers")
+
+    def gram(self, name: str) -> NDArray[np.float32]:
+        """XᵀX over all rows x of the value, [K, K]: GPTQ's Hessian is 2/T of it (arXiv 2210.17323).
+
+        Raises:
+            BismoothError: the file has none.
+        """
+        if not self.has_grams:
+            raise BismoothError(
+                f"{self.path}: has no Gram matrices. Expected some. Run 'bismooth calibrate' with --grams."
+            )
+        return self._read(f"{name}/gram")
 
     def histogram(self, name: str) -> Histogram:
         """Histogram of |x|.
@@ -186,6 +203,8 @@ def _check_tensors(statistics: Statistics) -> None:
         }
         if statistics.has_histograms:
             expected["histogram"] = ("I64", (BINS,))
+        if statistics.has_grams:
+            expected["gram"] = ("F32", (*channels, *channels))
         for kind, want in expected.items():
             entry = entries.get(f"{name}/{kind}")
             got = (entry.dtype, entry.shape) if entry else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from .statistics import FORMAT, ROW_NUMBERS, VERSION, Provenance
 class StatisticsWriter:
     """An open statistics file, laid out in full: each tensor may be written at any time, rows a few at a time.
 
-    A file that was laid out alike keeps what is in it.
+    A file that was laid out alike keeps what is in it. Opening one raises OSError where the disk has no space for it.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class StatisticsWriter:
         row_numbers: NDArray[np.int64],
         *,
         histograms: bool,
+        grams: bool = False,
     ) -> None:
-        layout = _layout(channels, len(row_numbers), histograms)
+        layout = _layout(channels, len(row_numbers), histograms=histograms, grams=grams)
         self._file = file
+        self.grams = grams
         self._channels = dict(channels)
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **_strings(provenance)}}
@@ -49,6 +52,7 @@ class StatisticsWriter:
         file.seek(0)
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(self._base + end)
+        os.posix_fallocate(file.fileno(), 0, self._base + end)
         self._put(ROW_NUMBERS, row_numbers)
 
     def rows(self, name: str, start: int, rows: NDArray[np.float32]) -> None:
@@ -64,13 +68,22 @@ class StatisticsWriter:
     def histogram(self, name: str, counts: NDArray[np.int64]) -> None:
         self._put(f"{name}/histogram", counts)
 
+    def gram(self, name: str, start: int, rows: NDArray[np.float32]) -> None:
+        """Rows ``start`` … of XᵀX of a value."""
+        self._put(f"{name}/gram", rows, 4 * start * self._channels[name])
+
+    def flush(self) -> None:
+        """Let all that was written be on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def _put(self, key: str, array: NDArray[Any], skip: int = 0) -> None:
         self._file.seek(self._base + self._offsets[key] + skip)
         self._file.write(np.ascontiguousarray(array).tobytes())
 
 
 def _layout(
-    channels: Mapping[str, int], rows: int, histograms: bool
+    channels: Mapping[str, int], rows: int, *, histograms: bool, grams: bool
 ) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
     yield ROW_NUMBERS, np.dtype(np.int64), (rows,)
     for name in channels if histograms else ():
@@ -81,6 +94,8 @@ def _layout(
         yield f"{name}/outliers", np.dtype(np.float32), (OUTLIERS, count)
     for name, count in channels.items():
         yield f"{name}/rows", np.dtype(np.float32), (rows, count)
+    for name, count in channels.items() if grams else ():
+        yield f"{name}/gram", np.dtype(np.float32), (count, count)
 
 
 def _strings(provenance: Provenance) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from ..export.graph_names import ATTENTION_MASK, POSITION_IDS, is_past
+from ..export.graph_names import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, is_past
 from .subgraph import captured
 
 #: Types that a cut may carry. Not bfloat16: ONNX Runtime takes no such arrays from Python.
@@ -112,8 +112,9 @@ def _cuts(graph: onnx.GraphProto, stream: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _carriable(graph: onnx.GraphProto) -> frozenset[str]:
-    """Float tensors [batch, …] of which the sizes are known, given those of the graph's first input [batch, length]."""
-    names = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
+    """Float tensors [batch, …] of which the sizes are known, given those of the token ids [batch, length]."""
+    ids = [value.type.tensor_type.shape for value in graph.input if value.name == INPUT_IDS]
+    names = [dim.dim_param for shape in ids for dim in shape.dim if dim.dim_param]
     return frozenset(info.name for info in graph.value_info if _is_carriable(info.type.tensor_type, names))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 
@@ -9,6 +10,8 @@ import onnx
 from onnx import helper
 
 from ..export.graph_names import TOTAL
+from .cuts import reads
+from .lean import is_swap
 from .onnxruntime import Mode
 
 MARGIN, SLACK = 96 << 20, 0.1
@@ -19,6 +22,8 @@ _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is the memory of their input."""
 
 _FLOAT_BYTES = 4
+_PAGES = 1 << 17
+"""Bytes that may become resident around the one that is read: what a page fault maps, on either side."""
 
 
 def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> int:
@@ -30,9 +35,11 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
         sizes: of the symbolic dimensions.
         mode: of the session.
     """
-    stored = sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
-    values = int((1 + SLACK) * _peak(model.graph, sizes, mode))
-    return stored + values + MARGIN
+    values = _Values(model.graph, sizes)
+    looked_up = _looked_up(model.graph, values)
+    stored = sum(min(tensor_bytes(t), looked_up.get(t.name, tensor_bytes(t))) for t in model.graph.initializer)
+    most = int((1 + SLACK) * _peak(model.graph, values, mode))
+    return stored + most + MARGIN
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -59,11 +66,10 @@ def _resolve(dim: onnx.TensorShapeProto.Dimension, sizes: Mapping[str, int]) -> 
     return total
 
 
-def _peak(graph: onnx.GraphProto, sizes: Mapping[str, int], mode: Mode) -> int:
+def _peak(graph: onnx.GraphProto, memory: _Values, mode: Mode) -> int:
     """The most bytes of values that exist at one time; the graph's inputs and outputs exist to the end."""
-    memory = _Values(graph, sizes)
     if mode == "int8":
-        memory.bytes_of.update(dict.fromkeys(_integer_operands(graph), 0))
+        memory.bytes_of.update(dict.fromkeys(_fused(graph), 0))
     end = memory.last_reads()
     live = most = sum(memory.bytes_of.get(value.name, 0) for value in graph.input)
     dying: dict[int, list[str]] = {}
@@ -76,12 +82,34 @@ def _peak(graph: onnx.GraphProto, sizes: Mapping[str, int], mode: Mode) -> int:
     return most
 
 
-def _integer_operands(graph: onnx.GraphProto) -> Iterator[str]:
-    """Dequantized values that are never made, since integers are multiplied."""
-    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+def _looked_up(graph: onnx.GraphProto, memory: _Values) -> dict[str, int]:
+    """Bytes that a run reads of tables of which it only looks up rows, and what the system maps around them."""
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    rows, whole = Counter[str](), set[str]()
     for node in graph.node:
-        if node.op_type == "MatMul" and dequantized.issuperset(node.input):
-            yield from node.input
+        for name in reads(node).intersection(tables):
+            ids = memory.shapes.get(node.input[1]) if node.op_type == "Gather" and name == node.input[0] else None
+            if ids is None or any(a.name == "axis" and a.i != 0 for a in node.attribute):
+                whole.add(name)
+            else:
+                rows[name] += prod(ids)
+    return {
+        name: count * (tensor_bytes(tables[name]) // max(1, *tables[name].dims[:1]) + _PAGES)
+        for name, count in rows.items()
+        if name not in whole
+    }
+
+
+def _fused(graph: onnx.GraphProto) -> Iterator[str]:
+    """Operands of products that the optimizer spares: it multiplies integers, or reads weights as they are stored."""
+    makers = {node.output[0]: node for node in graph.node}
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            operands = [makers.get(name) for name in node.input]
+            if all(maker and maker.op_type == "DequantizeLinear" for maker in operands):
+                yield from node.input
+            elif operands[1] and is_swap(operands[1]):
+                yield node.input[1]
 
 
 class _Values:
@@ -89,7 +117,7 @@ class _Values:
 
     def __init__(self, graph: onnx.GraphProto, sizes: Mapping[str, int]) -> None:
         self._graph, self._sizes = graph, sizes
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._roots: dict[str, str] = {}
         self._widths: dict[str, int] = {}
         self.bytes_of: dict[str, int] = {}
@@ -98,7 +126,7 @@ class _Values:
             kind = info.type.tensor_type
             shape = resolve(kind.shape, sizes) if kind.HasField("shape") else None
             if shape is not None and kind.elem_type:
-                self._shapes[info.name] = shape
+                self.shapes[info.name] = shape
                 self.bytes_of[info.name] = _bytes(kind.elem_type, shape)
                 self._widths[info.name] = _bytes(kind.elem_type, (1,))
         for node in graph.node:
@@ -107,6 +135,7 @@ class _Values:
                 self.bytes_of.setdefault(name, weights.get(first, self._widened(node)))
             if node.op_type in _VIEWS and first not in weights:
                 self._roots[node.output[0]] = self._roots.get(first, first)
+                self._widths.setdefault(node.output[0], self._widths.get(first, _FLOAT_BYTES))
 
     def _widened(self, node: onnx.NodeProto) -> int:
         """Bytes of an output without a shape: those of its first input, in float32 if the node makes it that."""
@@ -133,7 +162,7 @@ class _Values:
 
     def scratch(self, node: onnx.NodeProto) -> int:
         """Bytes that a node takes beside its inputs and outputs: the scores of attention, before and after softmax."""
-        shape = self._shapes.get(node.input[0], ()) if node.op_type == "Attention" else ()
+        shape = self.shapes.get(node.input[0], ()) if node.op_type == "Attention" else ()
         if len(shape) not in (3, 4):
             return 0
         heads = next((a.i for a in node.attribute if a.name == "q_num_heads"), 1) if len(shape) == 3 else shape[1]

@@ -30,6 +30,11 @@ class PieceMaker:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
         self._infos = {info.name: info for info in (*graph.value_info, *graph.output)}
 
+    def type_of(self, value: str) -> onnx.TypeProto.Tensor | None:
+        """What the graph says of a value's type and shape."""
+        info = self._infos.get(value)
+        return None if info is None else info.type.tensor_type
+
     def by_segment(self, values: Iterable[str]) -> dict[int, list[str]]:
         """Values by the segment that makes them; those outside of the stream, by the first segment that needs them.
 
@@ -77,7 +82,12 @@ class PieceMaker:
         inner = [name for node in graph.node for name in node.output if name not in outputs]
         graph.value_info.extend(self._infos[name] for name in inner if name in self._infos)
         graph.output.extend(self._infos.get(name, onnx.ValueInfoProto(name=name)) for name in outputs)
-        return onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import, graph=graph)
+        return onnx.ModelProto(
+            ir_version=self.model.ir_version,
+            opset_import=self.model.opset_import,
+            functions=self.model.functions,
+            graph=graph,
+        )
 
     def _closure(self, entry: str | None, outputs: Iterable[str]) -> tuple[list[int], dict[str, None]]:
         """Nodes that make ``outputs``, in their order, and the inputs and initializers that these read."""

@@ -4,8 +4,8 @@ What goes from one piece to the next, the residual stream of all windows, lies i
 one piece and the values of one batch of windows, whatever the size of the model and the number of windows. A graph that
 fits into the memory there is runs as one piece.
 
-NOTE: batches are of the same windows whatever the memory, so results do not depend on it. A product may round
-differently with another number of rows.
+NOTE: pieces do not change results. Batches may: a product can round differently with another number of rows. So batches
+are of the same windows whatever the memory, unless one alone needs more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -30,8 +30,8 @@ from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
 from ..export.replacing import flush
 from .footprint import footprint, resolve
 from .lean import make_lean
-from .memory import available_memory, current_rss, format_bytes
-from .onnxruntime import InMemoryGraph, Mode, Session
+from .memory import available_memory, current_rss, format_bytes, return_freed_memory
+from .onnxruntime import InMemoryGraph, Mode, Session, import_onnxruntime
 from .pieces import Piece, PieceMaker
 from .subgraph import add_outputs
 
@@ -39,6 +39,9 @@ Ids = NDArray[np.int64]
 Values = Mapping[str, NDArray[Any]]
 AVAILABLE_SHARE = 0.8
 """How much of the memory that is there may be taken, if nothing else is said: files that are read want some too."""
+
+SPARE = 16 << 20
+"""Bytes by which a budget that is named exceeds what is needed: the next process may begin with a little more."""
 
 BATCH_TOKENS = 512
 """Tokens that a batch has by default, if a window has fewer."""
@@ -77,10 +80,10 @@ class StreamFile:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def create(self, windows: int) -> None:
-        """An empty file of the full size.
+        """A file of the full size.
 
         Raises:
-            BismoothError: there is no space.
+            OSError: there is no space.
         """
         with self.path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, windows * self.window_bytes)
@@ -224,7 +227,7 @@ class Streamed:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the symbolic dimensions, in a run of a full batch."""
-        count, length = min(self.batch_size, len(self.ids)), self.ids.shape[1]
+        count, length = self.windows_per_run, self.ids.shape[1]
         sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
         first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
         for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (count, length), strict=False):
@@ -257,52 +260,77 @@ class Streamed:
         self.prepare(model, observed)
         return model
 
+    def fitted(self, budget: int | None, first: int = 0) -> Streamed:
+        """The same in smaller batches, if one segment and one batch alone take more than ``budget``.
+
+        They are halved until they fit, or have one window.
+        """
+        fitted, base = self, base_memory()
+        while budget is not None and fitted.batch_size > 1 and base + fitted.least(first, self.stop) > budget:
+            fitted = replace(fitted, batch_size=fitted.batch_size // 2)
+        return fitted
+
     def plan(self, budget: int | None, first: int = 0, stop: int | None = None) -> list[Piece]:
         """As few pieces as fit into ``budget`` bytes for the whole process, from one segment to the one before another.
 
         Raises:
             BismoothError: one segment alone does not fit; the smallest budget that does is named.
         """
-        taken = current_rss()
-        room = None if budget is None else budget - taken
+        stop, base = self.stop if stop is None else stop, base_memory()
         pieces: list[Piece] = []
-        end = self.stop if stop is None else stop
-        while first < end:
-            pieces.append(Piece(first, self._longest(first, end, room)))
-            first = pieces[-1].stop
+        while first < stop:
+            end = stop if budget is None else self._longest(first, stop, budget - base)
+            if end == first:
+                least = format_bytes(base + self.least(first, stop) + SPARE)
+                raise BismoothError(
+                    f"{self.path}: --memory is too small for one part of the model on {self.batch_size} x "
+                    f"{self.ids.shape[1]} tokens at once. Expected {least} or more."
+                )
+            pieces.append(Piece(first, end))
+            first = end
         return pieces
 
-    def _longest(self, first: int, end: int, room: int | None) -> int:
-        """Where the longest piece from ``first`` on ends that fits, ``end`` at most."""
-        if room is None or self.need(Piece(first, end)) <= room:
-            return end
-        fits, too_long = first, end
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            fits, too_long = (middle, too_long) if self.need(Piece(first, middle)) <= room else (fits, middle)
-        if fits == first:
-            raise self._too_little()
-        return fits
+    def _longest(self, first: int, stop: int, room: int) -> int:
+        """Where the longest piece from ``first`` on ends that fits."""
+        end, step = first, 1
+        while step:
+            longer = min(end + step, stop)
+            if longer > end and self.need(Piece(first, longer)) <= room:
+                end, step = longer, 2 * step
+            else:
+                step //= 2
+        return end
+
+    def least(self, first: int, stop: int) -> int:
+        """Bytes that the largest of some segments takes."""
+        return max((self.need(Piece(segment, segment + 1)) for segment in range(first, stop)), default=0)
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
         return self.held + footprint(self.model(piece), self.sizes, self.mode)
 
-    def _too_little(self) -> BismoothError:
-        least = current_rss() + max(self.need(Piece(segment, segment + 1)) for segment in range(self.stop))
-        return BismoothError(
-            f"{self.path}: --memory is too small for one part of the model, and {self.batch_size} windows of "
-            f"{self.ids.shape[1]} tokens at once. Expected {format_bytes(least)} or more."
-        )
+    @property
+    def windows_per_run(self) -> int:
+        """Windows of a full batch."""
+        return min(self.batch_size, len(self.ids))
+
+    def shape(self, value: str) -> tuple[int, ...] | None:
+        """The shape of a value in a run of a full batch, if the graph says it."""
+        kind = self.maker.type_of(value)
+        return resolve(kind.shape, self.sizes) if kind is not None and kind.HasField("shape") else None
 
     def file(self, value: str, folder: Path) -> StreamFile:
         """Where a value that goes from one piece to the next lies."""
-        infos = self.maker.model.graph.value_info
-        kind = next(info.type.tensor_type for info in infos if info.name == value)
-        shape = resolve(kind.shape, self.sizes)
-        assert shape is not None, value  # cuts are made of such values alone
+        kind, shape = self.maker.type_of(value), self.shape(value)
+        assert kind is not None, value  # cuts are made of values of which all is known
+        assert shape is not None, value
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        return StreamFile(folder / f"{sha256(value.encode()).hexdigest()[:16]}.bin", value, dtype.str, shape[1:])
+        return StreamFile(self.file_path(value, folder), value, dtype.str, shape[1:])
+
+    @staticmethod
+    def file_path(value: str, folder: Path) -> Path:
+        """A file in ``folder`` for what belongs to a value."""
+        return folder / f"{sha256(value.encode()).hexdigest()[:16]}.bin"
 
     @contextmanager
     def running(self, piece: Piece, folder: Path, threads: int | None = None) -> Generator[PieceRun]:
@@ -337,6 +365,13 @@ class Streamed:
 def default_batch(length: int) -> int:
     """Windows per run: as many as together have :data:`BATCH_TOKENS` tokens, at least one."""
     return max(1, BATCH_TOKENS // length)
+
+
+def base_memory() -> int:
+    """Bytes that this process takes before any piece."""
+    import_onnxruntime()  # which takes memory itself
+    return_freed_memory()
+    return current_rss()
 
 
 def find_budget(memory: int | None) -> int | None:

@@ -89,6 +89,9 @@ def calibrate(
     histograms: Annotated[
         bool, typer.Option(help="Count magnitudes too: percentile, entropy and mse ranges need it.")
     ] = False,
+    grams: Annotated[
+        bool, typer.Option(help="Compute XᵀX of each linear's input too: K x K x 4 bytes for K channels.")
+    ] = False,
     memory: o.Memory = None,
     executor: o.ExecutorOption = o.ExecutorName.LOCAL,
     restart: o.Restart = False,
@@ -97,10 +100,8 @@ def calibrate(
     quiet: o.Quiet = False,
 ) -> None:
     """Collect statistics of activations by running text."""
-    text, budget = (
-        o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'."),
-        o.parse_memory(memory),
-    )
+    text = o.parse_text(data, "To quantize without: 'bismooth quantize ART --data none'.")
+    budget = o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -113,6 +114,7 @@ def calibrate(
         seed=seed,
         batch_size=batch_size,
         histograms=histograms,
+        grams=grams,
         memory=budget,
         executor=executor,
         restart=restart,
@@ -172,6 +174,20 @@ def build(
     dim: o.Dims = [],
     capacity: o.Capacity = None,
     logits: o.LogitsOption = None,
+    split_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Build a chain of engines instead: embedding, N ranges of blocks, head. Each takes less memory.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory that the build may take, such as 16GB; most of what is there by default."
+        ),
+    ] = None,
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -180,7 +196,7 @@ def build(
     """Build an engine and audit which linears run as INT8."""
     capabilities = o.parse_capabilities(capability)
     batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
-    dims = o.parse_dims(dim)
+    dims, budget = o.parse_dims(dim), o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -194,6 +210,8 @@ def build(
         dims=dims,
         capacity=capacity,
         logits=None if logits is None else logits.value,
+        split_blocks=split_blocks,
+        memory=budget,
         allow_float=allow_float,
         force=force,
     )

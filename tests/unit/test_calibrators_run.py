@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file  # pyright: ignore[reportUnknownVariableType]
 
+from bismooth.calibrators import gram
 from bismooth.calibrators.histogram import BINS, EDGES
 from bismooth.calibrators.observe import Taps, instrument
 from bismooth.calibrators.run import Observe, calibrate, sample_rows
@@ -21,6 +22,9 @@ from bismooth.engines.onnxruntime import Session
 from bismooth.engines.streaming import Batch
 from bismooth.engines.subgraph import parse_graph
 from bismooth.export.errors import BismoothError
+from bismooth.passes.graph import load
+from bismooth.passes.linears import find_linears
+from tests.graphs import DecoderShape, decoder
 
 VOCAB, HIDDEN, INNER = 13, 8, 24
 #: Channels of [B, S, K], [B, S, 3K], [B·S, 3K], [B, K] (one row per window), float16 [B, S, K]
@@ -190,7 +194,7 @@ def test_the_head_is_cut_off_and_nodes_stand_behind_their_value(
     (model,) = models
     assert [node.name for node in model.graph.node][:3] == ["embed", "x::flat", "x::x"]
     assert {tensor.name for tensor in model.graph.initializer if "::" not in tensor.name} == {"embed"}
-    assert [output.name for output in model.graph.output] == list(asdict(Taps.of("x")).values())
+    assert [output.name for output in model.graph.output] == list(asdict(Taps.of("x")).values())[:-1]
 
 
 def test_value_without_a_producer(tmp_path: Path) -> None:
@@ -199,6 +203,68 @@ def test_value_without_a_producer(tmp_path: Path) -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:]))
     instrument(model, ["pixels"], histograms=False)
     assert model.graph.node[0].name == "pixels::flat"
+
+
+# --- Gram matrices --------------------------------------------------------------------------------------------------
+
+SHAPE = DecoderShape(layers=2, vocab=VOCAB)
+
+
+def decoder_values(path: Path) -> dict[str, int]:
+    """Inputs of linears."""
+    return {linear.x: linear.k for linear in find_linears(load(path))}
+
+
+@pytest.mark.parametrize("blocks", [None, (8 * SHAPE.ffn * 5, 8 * SHAPE.ffn * 7)])
+def test_gram_matrices_against_float64(
+    tmp_path: Path, blocks: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks:
+        monkeypatch.setattr(gram, "_BLOCK_BYTES", blocks[0])
+        monkeypatch.setattr(gram, "_CHUNK_BYTES", blocks[1])
+    path = decoder(SHAPE).save(tmp_path, external=True)
+    values = decoder_values(path)
+    statistics = calibrate(tmp_path, values, WINDOWS, tmp_path / "s.safetensors", batch_size=2, grams=True)
+    assert statistics.has_grams
+    with Session(path, values=list(values), mode="plain") as session:
+        found = session.run(session.token_feeds(WINDOWS), list(values))
+    for name, width in values.items():
+        x = found[name].reshape(-1, width).astype(np.float64)
+        bound = 1e-5 * (np.abs(x).T @ np.abs(x))  # of the float32 graph
+        matrix = statistics.gram(name)
+        assert (np.abs(matrix - x.T @ x) <= bound).all(), name
+        assert (matrix == matrix.T).all()
+        rows = calibrate(tmp_path, {name: width}, WINDOWS, tmp_path / "r.safetensors", batch_size=2, rows=WINDOWS.size)
+        exact = rows.rows(name).astype(np.float64)
+        np.testing.assert_allclose(matrix, exact.T @ exact, rtol=2**-22, atol=1e-12 * bound.max())
+
+
+def test_gram_matrices_do_not_change_the_rest(tmp_path: Path) -> None:
+    values = decoder_values(decoder(SHAPE).save(tmp_path, external=True))
+    with_grams = calibrate(tmp_path, values, WINDOWS, tmp_path / "g.safetensors", grams=True)
+    without = load_file(calibrate(tmp_path, values, WINDOWS, tmp_path / "s.safetensors").path)
+    for name, array in load_file(with_grams.path).items():
+        assert name.endswith("/gram") or (array == without[name]).all()
+
+
+def test_a_file_without_gram_matrices(artifact: Path, tmp_path: Path) -> None:
+    statistics = run(artifact, tmp_path / "s.safetensors")
+    assert not statistics.has_grams
+    with pytest.raises(BismoothError, match=r"s\.safetensors: has no Gram matrices\. Expected some"):
+        statistics.gram("x")
+
+
+def test_gram_matrices_need_the_number_of_rows_per_window(artifact: Path, tmp_path: Path) -> None:
+    message = r"value x: its shape says nothing of its rows per window\. Expected one .* and 8 channels, got None"
+    with pytest.raises(BismoothError, match=message):
+        run(artifact, tmp_path / "s.safetensors", grams=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gram_matrices_need_memory(artifact: Path, tmp_path: Path) -> None:
+    message = r"--memory is too small for Gram matrices\. Expected \d+MB or more"
+    with pytest.raises(BismoothError, match=message):
+        run(artifact, tmp_path / "s.safetensors", grams=True, memory=10**7)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -240,6 +306,7 @@ def test_activations_that_are_finite_and_whose_squares_do_not_add_up(tmp_path: P
         ({"values": {}}, r"calibrate: Expected values, .* got 0 values, windows \[5, 16\], batch size None, 256 rows"),
         ({"windows": WINDOWS[0]}, r"got 1 values, windows \[16\]"),
         ({"windows": WINDOWS[:0]}, r"got 1 values, windows \[0, 16\]"),
+        ({"values": {"x": HIDDEN + 1}}, r"value x: has 8 channels\. Expected 9\. Look its shape up in the graph"),
         ({"batch_size": 0}, r"batch size 0"),
         ({"rows": 0}, r" 0 rows"),
         ({"graph": "gone.onnx"}, r"gone\.onnx: cannot be read"),

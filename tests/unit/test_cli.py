@@ -167,6 +167,23 @@ def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFix
     assert json.loads(captured.out) == stages.outcome
 
 
+def test_restart_is_passed_on(stages: Stages) -> None:
+    for line in ("quantize art -o art2", "calibrate art --data a.txt", USAGE["compile"]):
+        assert run(line) == 0
+        assert stages.named["restart"] is False
+        assert run(f"{line} --restart") == 0
+        assert stages.named["restart"] is True
+
+
+def test_what_is_kept_of_a_failed_run_is_said(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.outcome = BismoothError("art: the disk is full.")
+    stages.outcome.add_note("What was done is kept.")
+    assert run("quantize art -o art2") == 2
+    assert capsys.readouterr().err == "error: art: the disk is full. What was done is kept.\n"
+    assert run("quantize art -o art2 --json") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "art: the disk is full. What was done is kept."
+
+
 def test_cache_passes_its_options_on(stages: Stages) -> None:
     assert run("cache") == 0
     assert (stages.positional, stages.named) == (((),), {"clear": False})
