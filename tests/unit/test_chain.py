@@ -51,7 +51,13 @@ def test_parts_that_do_not_fit_together(tmp_path: Path, parts: tuple[BuiltPart, 
 
 
 @pytest.mark.parametrize(
-    "document", [[], {}, {"format": "bismooth-chain", "version": 2, "parts": []}, {"format": "bismooth-chain", "version": 1, "parts": [{}]}]
+    "document",
+    [
+        [],
+        {},
+        {"format": "bismooth-chain", "version": 2, "parts": []},
+        {"format": "bismooth-chain", "version": 1, "parts": [{}]},
+    ],
 )
 def test_other_files(tmp_path: Path, document: object) -> None:
     with pytest.raises(BismoothError, match=r"chain\.json: not a chain of engines"):

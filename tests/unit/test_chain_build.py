@@ -90,7 +90,9 @@ def test_a_linear_that_is_lost_or_built_twice(graph: Path, tmp_path: Path) -> No
     wanted = request(graph, tmp_path / "model.engine", meant_int8=LINEARS)
     for chosen, count in ((parts[:2], 0), ((*parts, parts[2]), 2)):
         wrong = BuildPlan(chosen, (0,) * len(chosen))
-        with pytest.raises(BismoothError, match=rf"'layers\.1\.k/MatMul', which is meant to be INT8, is in {count} parts"):
+        with pytest.raises(
+            BismoothError, match=rf"'layers\.1\.k/MatMul', which is meant to be INT8, is in {count} parts"
+        ):
             build_chain(NullBuilder(), wanted, wrong)
 
 
@@ -168,7 +170,10 @@ def test_a_chain_without_caches_cannot_decode(graph: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("resident", [False, True])
 def test_parts_compute_the_logits_of_windows(graph: Path, resident: bool) -> None:
     parts = lean_parts(graph, ["graph/Add", "graph/Add__", "graph/Add___"])
-    with ChainSession(parts, mode="plain", resident=resident, lean=True) as chain, Session(graph, mode="plain") as whole:
+    with (
+        ChainSession(parts, mode="plain", resident=resident, lean=True) as chain,
+        Session(graph, mode="plain") as whole,
+    ):
         for _ in range(2):
             for window, logits in zip(IDS, chain.windows(IDS), strict=True):
                 np.testing.assert_array_equal(logits, whole.logits(window[None]))
