@@ -93,6 +93,9 @@ class BuildRequest:
         copy_weights: copy weight files that become part of an engine's folder, instead of linking them.
         logits: ``all`` positions, or the ``last`` of each row alone; ``None``: the last, if the graph has caches. For
             engines on a CPU: on a GPU a decoder says which it wants.
+        part: a part of the graph, serialized, which is built in its place. If the profile has a capacity, it is a part
+            of a model with caches, whether or not they are in it.
+        placed: weight files that the engine's folder has already, from parts that were built before.
     """
 
     onnx: Path
@@ -105,6 +108,8 @@ class BuildRequest:
     source: Mapping[str, Any] = field(default_factory=dict[str, Any])
     copy_weights: bool = False
     logits: Logits | None = None
+    part: bytes | None = None
+    placed: frozenset[str] = frozenset()
 
 
 WRITE_INDICES, LOGITS_AT = "write_indices", "logits_at"

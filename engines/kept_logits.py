@@ -40,7 +40,7 @@ def keep_logits(model: onnx.ModelProto) -> None:
             if value == place:
                 node.input[index] = kept
     nodes = list(graph.node)
-    after = next(number for number, node in enumerate(nodes) if gather.input[0] in node.output) + 1
+    after = next((number for number, node in enumerate(nodes, 1) if gather.input[0] in node.output), 0)
     del graph.node[after:]
     graph.node.extend([gather, *nodes[after:]])
     graph.input.append(helper.make_tensor_value_info(LOGITS_AT, TensorProto.INT64, [KEPT]))

@@ -54,21 +54,21 @@ class GraphSummary:
     inputs: dict[str, tuple[int | str | None, ...]]
 
 
-def summarize(path: Path) -> GraphSummary:
-    """Read the graph in ``path``, leaving its weights on disk, where they are checked to be.
+def summarize(path: Path, part: bytes | None = None) -> GraphSummary:
+    """Read the graph in ``path``, or the ``part`` of it, leaving its weights on disk, where they are checked to be.
 
     Raises:
         BismoothError: no readable ONNX file, weights that are not where it says, two products of one name, or the
             package onnx is missing.
     """
     try:
-        from .subgraph import load_graph
+        from .subgraph import load_graph, parse_graph
     except ModuleNotFoundError as error:
         raise BismoothError(
             f"{path}: reading ONNX files needs the package '{error.name}'. "
             "Install it with: pip install 'bismooth[compile]'"
         ) from error
-    graph = load_graph(path).graph
+    graph = (load_graph(path) if part is None else parse_graph(part, str(path))).graph
     check_external_data(path, graph)
     return _Graph(path, graph).summary()
 

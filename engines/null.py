@@ -5,6 +5,7 @@ Its "kernels" are the graph's own nodes: a MatMul whose operands both come from 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -27,14 +28,16 @@ class NullBuilder:
     def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
         """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded and change nothing."""
         start = time.perf_counter()
-        summary = summarize(request.onnx)
+        summary = summarize(request.onnx, request.part)
         audit = _audit(summary, request)
         if not request.allow_float:
             audit.check(str(request.onnx))
         shapes = {name: request.profile.shapes(name, dimensions) for name, dimensions in summary.inputs.items()}
         with scratch_folder(request.engine) as folder:
             staged = folder / request.engine.name
-            content = {"format": "bismooth-null-engine", "onnx": file_sha256(request.onnx), "shapes": shapes}
+            graph = request.onnx.read_bytes() if request.part is None else request.part
+            digest = hashlib.sha256(graph).hexdigest()
+            content = {"format": "bismooth-null-engine", "onnx": digest, "shapes": shapes}
             staged.write_text(json.dumps(content) + "\n", "utf-8")
             record = EngineRecord(
                 self.name, "1", request.capabilities, shapes, staged.stat().st_size, file_sha256(staged), request.source

@@ -22,6 +22,7 @@ from .audit import audit_kernels, check_meant
 from .base import BuildRequest, BuildResult, EngineRecord, Phase, PhaseCallback
 from .kernel_log import Kernel, Tensor
 from .linears import Linear, summarize
+from .memory import peak_rss
 from .onnxruntime import PROVIDERS, entries_of, import_onnxruntime, reason_of
 from .publish import publish
 
@@ -40,21 +41,19 @@ class OnnxRuntimeBuilder:
 
     def build(self, request: BuildRequest, on_phase: PhaseCallback | None = None) -> BuildResult:
         """See :class:`.base.EngineBuilder`; ``capabilities`` are recorded only, ``profile`` is not looked at."""
-        from ..export.external_data import weight_files
-
         start = time.perf_counter()
         runtime = import_onnxruntime()
-        summary = summarize(request.onnx)
+        summary = summarize(request.onnx, request.part)
         check_meant(summary.linears, request.meant_int8)
         with scratch_folder(request.engine) as folder:
             staged = folder / request.engine.name
             last = (request.logits or ("last" if has_caches(summary.inputs) else "all")) == "last"
-            _lower(request.onnx, staged, last_logits=last)
+            _lower(request, staged, last_logits=last)
             optimized = _optimize(runtime, request.onnx, staged.read_bytes(), folder)
             audit = audit_kernels(_kernels(optimized, summary.linears), summary.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
-            weights = weight_files(request.onnx)
+            weights = _weight_files(request)
             record = EngineRecord(
                 runtime=self.name,
                 version=runtime.__version__,
@@ -64,20 +63,31 @@ class OnnxRuntimeBuilder:
                 sha256=file_sha256(staged),
                 source=request.source,
             )
-            _place(weights, request.engine.parent, copy=request.copy_weights)
+            new = {name: file for name, file in weights.items() if name not in request.placed}
+            _place(new, request.engine.parent, copy=request.copy_weights)
             audit_file = publish(staged, request.engine, record, audit)
         if on_phase:
             on_phase(Phase("Auditing kernels", 1, 1))
-        return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, None)
+        return BuildResult(request.engine, audit_file, record, audit, time.perf_counter() - start, peak_rss())
 
 
-def _lower(source: Path, target: Path, *, last_logits: bool) -> None:
+def _weight_files(request: BuildRequest) -> dict[str, Path]:
+    from ..export.external_data import check_locations, find_locations, weight_files
+    from .subgraph import parse_graph
+
+    if request.part is None:
+        return weight_files(request.onnx)
+    part = parse_graph(request.part, str(request.onnx))
+    return check_locations(request.onnx, find_locations(part, request.onnx))
+
+
+def _lower(request: BuildRequest, target: Path, *, last_logits: bool) -> None:
     """Write the graph as ONNX Runtime runs it fastest."""
     from ..passes.driver import run_passes
     from ..passes.for_onnxruntime import passes_for_onnxruntime
     from ..passes.graph import load, save
 
-    graph = load(source)
+    graph = load(request.onnx, request.part)
     run_passes(graph, passes_for_onnxruntime(last_logits=last_logits))
     save(graph, target)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..export.errors import BismoothError
-from ..export.graph_names import has_caches
+from ..export.graph_names import LOGITS, has_caches
 from ..export.hashing import file_sha256
 from ..export.replacing import scratch_folder
 from .audit import audit_log, check_meant
@@ -38,13 +38,18 @@ class TensorRTBuilder:
         """See :class:`.base.EngineBuilder`."""
         start = time.perf_counter()
         require_package(self.runtime)
-        graph = summarize(request.onnx)
+        graph = summarize(request.onnx, request.part)
         check_meant(graph.linears, request.meant_int8)
-        lowered = _Lowered(request) if has_caches(graph.inputs) else None
+        of_decoder = request.part is not None and request.profile.capacity is not None
+        lowered = _Lowered(request) if of_decoder or has_caches(graph.inputs) else None
         with scratch_folder(request.engine) as folder, _kept_log(folder / "build.log", request.log) as log:
             plan = folder / "engine"
             asked = self._plan_request(request, plan, log)
-            report = run_worker(lowered.applied(asked, folder) if lowered else asked, on_phase)
+            if lowered:
+                asked = lowered.applied(asked, folder)
+            elif request.part is not None:
+                asked = _with_graph(asked, request.part, folder)
+            report = run_worker(asked, on_phase)
             audit = audit_log(log.read_text("utf-8"), graph.linears, request.meant_int8)
             if not request.allow_float:
                 audit.check(str(request.onnx))
@@ -76,7 +81,7 @@ class TensorRTBuilder:
 
 
 class _Lowered:
-    """A graph with caches, rewritten to keep them in place.
+    """A graph with caches, rewritten to keep them in place; or a part of one, which may be without.
 
     Raises:
         BismoothError: the graph cannot be rewritten so, or the caches do not hold the longest sequence.
@@ -85,7 +90,7 @@ class _Lowered:
     def __init__(self, request: BuildRequest) -> None:
         from .inplace_caches import update_in_place
         from .kept_logits import keep_logits
-        from .subgraph import load_graph
+        from .subgraph import load_graph, parse_graph
 
         longest, self._capacity = request.profile.sequence.maximum, request.profile.capacity or 0
         if longest > self._capacity:
@@ -93,23 +98,31 @@ class _Lowered:
                 f"{request.onnx}: caches of {self._capacity} positions do not hold sequences of {longest}. "
                 f"Expected a profile with a capacity of at least {longest}, or with shorter sequences."
             )
-        self._model = load_graph(request.onnx)
-        self._aliases = update_in_place(self._model, self._capacity, str(request.onnx))
-        keep_logits(self._model)
+        label = str(request.onnx)
+        self._model = load_graph(request.onnx) if request.part is None else parse_graph(request.part, label)
+        cached = has_caches(value.name for value in self._model.graph.input)
+        self._aliases = update_in_place(self._model, self._capacity, label) if cached else {}
+        if any(value.name == LOGITS for value in self._model.graph.output):
+            keep_logits(self._model)
 
     def applied(self, request: PlanRequest, folder: Path) -> PlanRequest:
         """The request for the rewritten graph, written to ``folder``, with a second profile for single tokens."""
-        graph = folder / "graph.onnx"
-        graph.write_bytes(self._model.SerializeToString())
         (spans,) = request.profiles
         one = (1, 1, 1)
         prompts, tokens = spans | {KEPT: (1, 1, spans["sequence"][2])}, spans | {"sequence": one, KEPT: one}
-        return replace(request, graph=str(graph), profiles=(prompts, tokens))
+        return replace(_with_graph(request, self._model.SerializeToString(), folder), profiles=(prompts, tokens))
 
     def record(self, report: PlanReport) -> Caches:
         prompts, tokens = report.shapes
         decode = {name: shapes for name, shapes in tokens.items() if shapes != prompts[name]}
         return Caches(self._capacity, self._aliases, decode)
+
+
+def _with_graph(request: PlanRequest, graph: bytes, folder: Path) -> PlanRequest:
+    """The request for ``graph``, written to ``folder``, in place of the file's."""
+    file = folder / "graph.onnx"
+    file.write_bytes(graph)
+    return replace(request, graph=str(file))
 
 
 def _spans(profile: Profile) -> Spans:

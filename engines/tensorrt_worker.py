@@ -72,7 +72,8 @@ def _build(fields: Request, tell: Tell) -> dict[str, Any]:
 
 def _read_request(fields: Request) -> PlanRequest:
     profiles = tuple({name: tuple(sizes) for name, sizes in spans.items()} for spans in fields["profiles"])
-    return PlanRequest(**fields | {"capabilities": tuple(fields["capabilities"]), "profiles": profiles})
+    tuples: dict[str, Any] = {"capabilities": tuple(fields["capabilities"]), "profiles": profiles}
+    return PlanRequest(**fields | tuples)
 
 
 def _leave_nothing(request: Request) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from threading import Condition, Event
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from .errors import BismoothError
 
@@ -47,6 +48,67 @@ def hashing(paths: Mapping[str, Path], state: State | None = None) -> Generator[
             wait(futures.values())
         finally:
             stopped.set()
+
+
+class WrittenHash:
+    """:func:`file_sha256` of a file whose parts are being written, in any order: a thread follows from the front on.
+
+    An error in the block that it is open for, or an interrupt, ends the thread within one read.
+    """
+
+    def __init__(self, path: Path, ends: Mapping[str, int]) -> None:
+        """Of a file, given by the name of each part, in the order of the file, the byte that it ends before.
+
+        The bytes in front of the first part are there.
+        """
+        self._path, self._ends = path, ends
+        self._written: set[str] = set()
+        self._changed = Condition()
+        self._stopped = Event()
+        self._pool = ThreadPoolExecutor(1)
+
+    def add(self, names: Iterable[str]) -> None:
+        """These parts are written."""
+        with self._changed:
+            self._written.update(names)
+            self._changed.notify()
+
+    def hexdigest(self) -> str:
+        """The hash, when all parts were added and read."""
+        return self._future.result()
+
+    def __enter__(self) -> Self:
+        self._future = self._pool.submit(self._run)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify()
+        self._pool.shutdown()
+
+    def _run(self) -> str:
+        digest, start = hashlib.sha256(), 0
+        for name, end in self._ends.items():
+            with self._changed:
+                self._changed.wait_for(lambda name=name: name in self._written or self._stopped.is_set())
+            # opened for each part: where several machines write, what was read ahead may be older than what is there
+            self._feed(digest.update, start, end)
+            start = end
+        return digest.hexdigest()
+
+    def _feed(self, update: Callable[[memoryview], None], start: int, end: int) -> None:
+        """Give a hash the bytes of the file from ``start`` up to ``end``."""
+        block = memoryview(bytearray(_BLOCK_BYTES))
+        with self._path.open("rb", buffering=0) as file:
+            place = file.seek(start)
+            while count := file.readinto(block[: end - place]):
+                if self._stopped.is_set():
+                    raise CancelledError
+                update(block[:count])
+                place += count
 
 
 def _file_sha256(path: Path, name: str, state: State | None, stopped: Event) -> str:

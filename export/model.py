@@ -138,8 +138,9 @@ def _write_graph(
     source: HuggingFaceSource, folder: Path, kv_cache: bool | None, trust_remote_code: bool, progress: Progress
 ) -> Manifest:
     from ._ir import save_ir
-    from .link import link_weights, stored_names
+    from .link import link_weights
     from .naming import name_constants, name_nodes
+    from .stored_names import stored_names
 
     progress("read the configuration", 0, 1)
     config, skeleton = _skeleton(source.folder, kv_cache, trust_remote_code)
@@ -179,7 +180,7 @@ def _skeleton(folder: Path, kv_cache: bool | None, trust_remote_code: bool) -> t
 
 def _trace(config: Any, skeleton: Skeleton, trust_remote_code: bool, progress: Progress) -> ir.Model:
     """The simplified graph: two blocks of each kind are traced and repeated; all, where that is not possible."""
-    from .skeleton import model_class
+    from .model_class import model_class
     from .stamp import NotAlikeError, stamp
     from .trace import simplify, trace_transformer
 

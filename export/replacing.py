@@ -64,7 +64,8 @@ def put_in_place(source: Path, path: Path) -> None:
             temporary.unlink()
             link_or_move(source, temporary)
         else:
-            shutil.copyfile(source, temporary)
+            with source.open("rb") as finished, temporary.open("wb") as stream:
+                shutil.copyfileobj(finished, stream)
 
 
 def link_or_move(source: Path, target: Path) -> None:

@@ -203,7 +203,7 @@ def _folder_source(folder: Path, trust_remote_code: bool) -> HuggingFaceSource:
             f"{folder}: the checkpoint is already quantized ({method}). Expected float weights: export the model that "
             "it was made from."
         )
-    weights = _folder_weights(folder)
+    weights = folder_weights(folder)
     if reserved := [file.name for file in weights.files if file.name.endswith(RESERVED)]:
         raise BismoothError(
             f"{folder}: has weights in {reserved[0]}, a name that an artifact needs for itself. Rename the file."
@@ -217,7 +217,12 @@ def _known_to_transformers(config: dict[str, Any]) -> bool:
     return config.get("model_type") in cast(Any, configuration_auto).CONFIG_MAPPING_NAMES
 
 
-def _folder_weights(folder: Path) -> Weights:
+def folder_weights(folder: Path) -> Weights:
+    """The weights in a Hugging Face folder.
+
+    Raises:
+        BismoothError: there are none, or they are pickled, incomplete or broken.
+    """
     index = folder / INDEX
     if index.is_file():
         weight_map = _read_index(index)

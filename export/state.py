@@ -144,6 +144,8 @@ def open_state(target: Path, stage: str, fingerprint: Mapping[str, Any], *, rest
     try:
         journal = _lock_new(folder)
     except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()  # if it is new
         raise cannot_write(target, error) from error
     try:
         _prepare(folder, journal, json.loads(json.dumps({"stage": stage, **fingerprint})), restart=restart)
@@ -270,10 +272,14 @@ def _prepare(folder: Path, journal: int, wanted: dict[str, Any], *, restart: boo
             shutil.rmtree(path)
         elif path.name != JOURNAL:
             path.unlink()
-    with replacing(folder / STATE) as file:
-        document = {"began": time.time(), "fingerprint": wanted}
-        file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    flush(folder)
+    try:
+        with replacing(folder / STATE) as file:
+            document = {"began": time.time(), "fingerprint": wanted}
+            file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        flush(folder)
+    except BaseException:
+        _remove(folder)
+        raise
 
 
 def _read_journal(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,8 +33,8 @@ from ..passes._gs import (
 )
 
 
-def load(path: Path) -> Graph:
-    """The graph of an ONNX file.
+def load(path: Path, data: bytes | None = None) -> Graph:
+    """The graph of an ONNX file, or the one that is serialized in ``data`` and whose weights lie beside ``path``.
 
     Weights stay in their files. Every node has a unique name, ``Constant`` nodes have become initializers, nodes
     are in topological order and every value has a recorded shape if ONNX can infer it.
@@ -43,7 +43,7 @@ def load(path: Path) -> Graph:
         BismoothError: Not an ONNX file, external data that is outside the folder, missing or truncated, or nodes
             that are out of order or form a cycle.
     """
-    model = _read_model(path)
+    model = _read_model(path, data)
     if _lacks_shapes(model.graph):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = import_model(model)
@@ -163,9 +163,9 @@ def new_constant(name: str, values: Array, like: Tensor) -> Tensor:
     return make_constant(name, values if dtype is None else values.astype(dtype))
 
 
-def _read_model(path: Path) -> onnx.ModelProto:
+def _read_model(path: Path, data: bytes | None) -> onnx.ModelProto:
     try:
-        model = onnx.ModelProto.FromString(path.read_bytes())
+        model = onnx.ModelProto.FromString(path.read_bytes() if data is None else data)
     except DecodeError as error:
         raise BismoothError(
             f"{path}: not an ONNX file. Expected a serialized onnx.ModelProto, got {error}. Export the model again."

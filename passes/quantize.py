@@ -13,7 +13,7 @@ Written into the output folder, which already holds the float graph's weight fil
 ``quantized.safetensors``
     INT8 weights, scales and 16-bit weights of both Q/DQ graphs.
 
-Weights pass through memory a few at a time, while factors are searched those behind two sites.
+Weights pass through memory some rows at a time; an :mod:`.executor` does the work, a linear or a site at a time.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class QuantizeResult:
         fold_errors: Per smoothed site the relative error of the fold in float32.
         fold_errors_compute: The same in the deployed graph's 16-bit type, with and without the fold.
         passes: What was run on the graphs.
+        sha256: Of the weight file.
     """
 
     graphs: dict[str, str]
@@ -88,6 +89,7 @@ class QuantizeResult:
     fold_errors: dict[str, float]
     fold_errors_compute: dict[str, ComputeError]
     passes: tuple[PassRecord, ...]
+    sha256: str
 
 
 def quantize_graph(
@@ -136,7 +138,7 @@ def quantize_graph(
     narrowed, more = _narrowed(graph, recipe.compute_dtype)
     errors = _checked_folds(model, sites, factors, narrowed, recipe.compute_dtype, progress, executor)
     sources = WeightSources(reader, linears, specs, edits, ranges, recipe.compute_dtype)
-    saved, quantized, last = _save_quantized(graph, narrowed, folder, file, sources, progress, executor)
+    saved, (quantized, sha256), last = _save_quantized(graph, narrowed, folder, file, sources, progress, executor)
     return QuantizeResult(
         graphs=graphs | saved,
         linears=quantized,
@@ -147,6 +149,7 @@ def quantize_graph(
         fold_errors=errors.exact,
         fold_errors_compute=errors.compute,
         passes=(*records, *more, *last),
+        sha256=sha256,
     )
 
 
@@ -322,10 +325,10 @@ def _save_quantized(
     sources: WeightSources,
     progress: Progress,
     executor: Executor,
-) -> tuple[dict[str, str], tuple[QuantizedLinear, ...], tuple[PassRecord, ...]]:
+) -> tuple[dict[str, str], tuple[tuple[QuantizedLinear, ...], str], tuple[PassRecord, ...]]:
     """Write the weight file and the graphs that read it: for the CPU, and in the 16-bit type."""
     casts = () if narrowed is None else stored_casts(narrowed)
-    quantized = write_weights(file, sources, casts, progress, executor)
+    written = write_weights(file, sources, casts, progress, executor)
     graphs = {"float32": "model.onnx"}
     file.place(graph)
     records = run_passes(graph, [UseUnsignedActivations()])
@@ -335,4 +338,4 @@ def _save_quantized(
         graphs[role] = f"model.{role}.onnx"
         file.place_casts(narrowed, casts)
         save(narrowed, folder / graphs[role])
-    return graphs, quantized, records
+    return graphs, written, records

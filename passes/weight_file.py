@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..export.hashing import WrittenHash
 from ..export.placed_tensors import PlacedTensors
 from ..export.replacing import link_or_move, replacing
 from ..export.safetensors_file import TensorEntry
@@ -99,7 +100,7 @@ def write_weights(
     casts: Sequence[StoredCast],
     progress: Progress,
     executor: Executor = LOCAL,
-) -> tuple[QuantizedLinear, ...]:
+) -> tuple[tuple[QuantizedLinear, ...], str]:
     """Compute and write all tensors of the file, a few in memory at a time.
 
     Args:
@@ -110,7 +111,7 @@ def write_weights(
         executor: Does the work.
 
     Returns:
-        What became of the quantized linears.
+        What became of the quantized linears, and the SHA-256 of the file.
 
     Raises:
         BismoothError: a weight holds NaN or infinity, or does not fit into the 16-bit type, or
@@ -127,7 +128,10 @@ def write_weights(
             pass
         tensors = PlacedTensors.open(path, layout.tensors)
         file.entries.update(tensors.entries)
-        return _Work.of(sources, tensors, casts).run(executor, progress)
+        ends = {name: entry.offset + entry.length for name, entry in tensors.entries.items()}
+        with WrittenHash(path, ends) as written:
+            done = _Work.of(sources, tensors, casts).run(executor, progress, written.add)
+            return done, written.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,18 +178,24 @@ class _Work:
             made=list(map(Initializer, made)),
         )
 
-    def run(self, executor: Executor, progress: Progress) -> tuple[QuantizedLinear, ...]:
+    def run(
+        self, executor: Executor, progress: Progress, on_written: Callable[[Iterable[str]], None]
+    ) -> tuple[QuantizedLinear, ...]:
+        """Write all, about in the order of the file; ``on_written`` is called with the names of what is there."""
         self._require_all()
         total = len(self.quantized) + len(self.folded) + len(self.copied) + len(self.made)
         count = Counter(progress, "write weights", total)
-        done = tuple(result for _, result in each(executor, self.quantize, self.quantized, count))
-        for _ in each(executor, self.fold, self.folded, count):
-            pass
-        for _ in each(executor, self.copy, self.copied, count):
-            pass
-        for _ in each(executor, self.make, self.made, count):
-            pass
-        return done
+        for item, _ in each(executor, self.copy, self.copied, count):
+            on_written(self.copy.writes(item))
+        for linear, _ in each(executor, self.fold, self.folded, count):
+            on_written(self.fold.writes(linear))
+        done: dict[str, QuantizedLinear] = {}
+        for linear, result in each(executor, self.quantize, sorted(self.quantized, key=_size, reverse=True), count):
+            done[linear.name] = result
+            on_written(self.quantize.writes(linear))
+        for constant, _ in each(executor, self.make, self.made, count):
+            on_written(self.make.writes(constant))
+        return tuple(done[linear.name] for linear in self.quantized)
 
     def _require_all(self) -> None:
         written = [name for linear in self.quantized for name in self.quantize.writes(linear)]
@@ -199,3 +209,7 @@ class _Work:
 def _edit_of(name: str, edits: Mapping[str, Edit]) -> Edit | None:
     """The factors in a constant that folding made."""
     return edits.get(name.removesuffix(FOLDED)) if name.endswith(FOLDED) else None
+
+
+def _size(linear: Linear) -> int:
+    return linear.n * linear.k

@@ -56,6 +56,12 @@ def add_node(cluster: Any, sources: Path = SOURCES) -> Any:
         return cluster.add_node(num_cpus=1, **_STORE)
 
 
+def remove_node(cluster: Any, node: Any) -> None:
+    """End a node, which may have died before, and wait until the cluster knows."""
+    cluster.remove_node(node)
+    cluster.wait_for_nodes()
+
+
 @contextmanager
 def _environment(variables: dict[str, str]) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:

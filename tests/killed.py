@@ -1,7 +1,10 @@
-"""Calibrate again and again, each time killed at another moment and then run to its end.
+"""Run a command again and again, each time killed at a random moment, until it was killed so many times.
 
-``python tests/killed.py FOLDER OUTPUT MEMORY COUNT``: ``model.onnx`` in FOLDER. Each run is a fork of this process. It
-writes one line of JSON per kill: how many segments were done by then, and the hash of the file that came out.
+``python tests/killed.py KILLS OUTPUT COMMAND…`` runs the command to its end, and keeps what it has made at OUTPUT for
+comparison. Then it forks a process per run and kills it, as ``kill -9`` does, within the time that the first run took.
+A run that comes through has made OUTPUT, which is then removed: the next one begins anew. It writes one line of JSON
+per run: the exit status (negative: the signal), what was said on stderr, and, of a run that came through, the files
+that differ from those of the first.
 """
 
 from __future__ import annotations
@@ -9,48 +12,79 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from bismooth.export.hashing import file_sha256
-from bismooth.export.state import read_units, state_folder
-from tests.calibrating import main
-
-
-def start(folder: Path, output: Path, memory: int) -> int:
-    """A run in a process of its own, with its messages dropped."""
-    if child := os.fork():
-        return child
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os._exit(main(folder, output, memory))
+from bismooth.export.artifact import MANIFEST
 
 
-def complete(folder: Path, output: Path, memory: int) -> str:
-    """Run to the end; the hash of what came out."""
-    _, status = os.waitpid(start(folder, output, memory), 0)
-    assert status == 0
-    return file_sha256(output)
+def start(command: list[str], errors: int) -> int:
+    """The process of ``bismooth COMMAND…``."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(errors, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        from bismooth.tools.cli import main
+
+        status = main(command)
+        sys.stderr.flush()
+        os._exit(status)
+    return child
 
 
-def kill(folder: Path, output: Path, memory: int, seconds: float) -> int:
-    """Kill a run after so many seconds; how many segments are on record then."""
-    child = start(folder, output, memory)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    state = state_folder(output)
-    return len(read_units(state)[0]) if (state / "state.json").exists() else 0
+def run(command: list[str], seconds: float | None) -> tuple[int, str, float]:
+    """Exit status, stderr and duration; after ``seconds`` it is killed."""
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as errors:
+        child = start(command, errors.fileno())
+        ended, result = 0, 0
+        while seconds is not None and not ended and time.monotonic() - begin < seconds:
+            time.sleep(0.002)
+            ended, result = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            if seconds is not None:
+                os.kill(child, signal.SIGKILL)
+            _, result = os.waitpid(child, 0)
+        errors.seek(0)
+        return os.waitstatus_to_exitcode(result), errors.read(), time.monotonic() - begin
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files, hidden ones too; of the manifest all but times."""
+    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
+    manifest = json.loads(files[MANIFEST])
+    for record in manifest["stages"][-1]["passes"]:
+        del record["seconds"]
+    return files | {MANIFEST: manifest}
+
+
+def main(kills: int, output: Path, command: list[str]) -> None:
+    import_module("bismooth.tools.stages")  # what every child needs is imported once
+    import_module("bismooth.passes.quantize")
+    resuming: Any = import_module("bismooth.passes.resuming")
+    resuming.COLLECT_SECONDS = 0.01  # the models of tests take a second
+    status, errors, duration = run(command, None)
+    assert status == 0, errors
+    expected = contents(output)
+    shutil.rmtree(output)
+    moments = random.Random(0)
+    while kills:
+        status, errors, _ = run(command, moments.uniform(0, duration))
+        differing = None
+        if status < 0:
+            kills -= 1
+        if output.exists():
+            found = contents(output)
+            differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+            shutil.rmtree(output)
+        print(json.dumps({"status": status, "errors": errors, "differing": differing}), flush=True)
 
 
 if __name__ == "__main__":
-    source, target, budget = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    began = time.perf_counter()
-    complete(source, target, budget)
-    duration = time.perf_counter() - began
-    moments = random.Random(0)
-    for _ in range(int(sys.argv[4])):
-        target.unlink(missing_ok=True)
-        done = kill(source, target, budget, moments.uniform(0, duration))
-        sys.stdout.write(json.dumps({"done": done, "sha256": complete(source, target, budget)}) + "\n")
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

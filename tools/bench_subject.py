@@ -15,7 +15,7 @@ from ..engines.tensorrt_runtime import RUNTIMES
 from ..export.errors import BismoothError
 from ..export.graph_names import INPUT_IDS
 from .cost import CostModel
-from .engine_folder import engine_file, engine_of
+from .engine_folder import engine_of, file_of
 from .roofline import Gpu
 from .text_model import engine_folder
 
@@ -147,8 +147,7 @@ def _load(path: Path, name: str, *, estimate: bool) -> Subject:
         chosen = _of_bundle(bundle, estimate=estimate)
         return _subject(path, name, chosen.runtime, path / chosen.file, bundle.manifest["dims"])
     folder = engine_folder(path)
-    engine = engine_of(folder)
-    return _subject(path, name, engine, path / engine_file(engine), folder.manifest.dims)
+    return _subject(path, name, engine_of(folder), file_of(folder), folder.manifest.dims)
 
 
 def _of_bundle(bundle: Bundle, *, estimate: bool) -> BundledEngine:

@@ -174,6 +174,20 @@ def build(
     dim: o.Dims = [],
     capacity: o.Capacity = None,
     logits: o.LogitsOption = None,
+    split_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Build a chain of engines instead: embedding, N ranges of blocks, head. Each takes less memory.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory that the build may take, such as 16GB; most of what is there by default."
+        ),
+    ] = None,
     allow_float: o.AllowFloat = False,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -182,7 +196,7 @@ def build(
     """Build an engine and audit which linears run as INT8."""
     capabilities = o.parse_capabilities(capability)
     batches, sequences = o.parse_sizes("--batch", batch), o.parse_sizes("--sequence", sequence)
-    dims = o.parse_dims(dim)
+    dims, budget = o.parse_dims(dim), o.parse_memory(memory)
     from . import stages
 
     console.show_progress(not quiet)
@@ -196,6 +210,8 @@ def build(
         dims=dims,
         capacity=capacity,
         logits=None if logits is None else logits.value,
+        split_blocks=split_blocks,
+        memory=budget,
         allow_float=allow_float,
         force=force,
     )

@@ -182,7 +182,7 @@ def _shipped(artifact: Artifact, role: str) -> list[tuple[Path, EngineRecord | N
         return []
     engines, _ = find_engines(artifact)
     # what was built on a GPU does not say on which
-    return [(engine.file, engine.record) for engine in engines if engine.record.capabilities]
+    return [(engine.file, engine.record) for engine in engines if engine.record.capabilities and not engine.is_chain]
 
 
 def _made_of(record: EngineRecord, plan: _Plan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..engines.chain import CHAIN
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 
@@ -11,6 +12,25 @@ from ..export.errors import BismoothError
 def engine_file(engine: str) -> str:
     """Name of the file that an engine folder is about."""
     return "model.onnx" if engine == "onnxruntime" else "model.engine"
+
+
+def is_chain(folder: Artifact) -> bool:
+    """Whether an engine folder holds a chain, instead of an engine in one piece."""
+    return any("chain" in stage for stage in folder.manifest.stages if stage["stage"] == "build")
+
+
+def has_chain(artifact: Artifact) -> bool:
+    """Whether one of the artifact's finished engine folders holds a chain."""
+    return any((folder / CHAIN).is_file() for folder in engine_folders(artifact))
+
+
+def file_of(folder: Artifact) -> Path:
+    """The file that an engine folder is about.
+
+    Raises:
+        BismoothError: its manifest does not say which engine it holds.
+    """
+    return folder.path / (CHAIN if is_chain(folder) else engine_file(engine_of(folder)))
 
 
 def engine_of(folder: Artifact) -> str:

@@ -50,9 +50,10 @@ def require_engine(engine: str) -> None:
         require_package(builder.runtime)
 
 
-def engine_name(engine: str, capabilities: Sequence[int]) -> str:
-    """Name of the folder of an engine: ``tensorrt-rtx-sm86-sm89``."""
-    return "-".join([engine, *(f"sm{capability}" for capability in capabilities)])
+def engine_name(engine: str, capabilities: Sequence[int], split_blocks: int | None = None) -> str:
+    """Name of the folder of an engine, or of a chain: ``tensorrt-rtx-sm86-sm89``, ``tensorrt-rtx-sm86-sm89-chain4``."""
+    chain = [] if split_blocks is None else [f"chain{split_blocks}"]
+    return "-".join([engine, *(f"sm{capability}" for capability in capabilities), *chain])
 
 
 def gather_sizes(batch: Sizes | None, sequence: Sizes | None, dims: Mapping[str, Sizes] | None) -> dict[str, Sizes]:

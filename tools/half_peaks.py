@@ -53,11 +53,11 @@ def _part(value: str, op: str) -> str:
 
 
 def peaks_of(results: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-    """max|value| of the values that :func:`add_peaks` was given, of one run; NaN where one holds NaN."""
+    """max|value| of the values that :func:`add_peaks` was given, of one run; NaN where one holds NaN, 0 of nothing."""
     if PEAKS not in results:
         return np.zeros(0)
     top, bottom, total = results[PEAKS].astype(np.float64).reshape(len(_REDUCTIONS), -1)
-    return np.where(np.isnan(total), np.nan, np.maximum(top, -bottom))
+    return np.where(np.isnan(total), np.nan, np.maximum(np.maximum(top, -bottom), 0))
 
 
 def peak_of_stored(weight: Tensor, dtype: np.dtype[Any]) -> float:

@@ -87,9 +87,13 @@ class HopResult:
         if "common_prefix" in self.metrics:
             prefix, count = self.metrics["common_prefix"], self.metrics["continuation"]
             return f"greedy continuations are those of the float graph for {prefix:.3g} of {count} tokens"
-        if "engines" in self.metrics:
-            return ", ".join(f"{name} {share:.2%} INT8" for name, share in self.metrics["engines"].items())
-        return None
+        notes = [f"{name} {share:.2%} INT8" for name, share in self.metrics.get("engines", {}).items()]
+        notes += [
+            f"the {chain['parts']} parts of {name} compute {'the same' if chain['equal'] else 'nearly the same'}"
+            for name, chain in self.metrics.get("chains", {}).items()
+            if not self.failures
+        ]
+        return ", ".join(notes) or None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, cast
 from ..engines.audit import Audit
 from ..engines.base import audit_path
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
+from ..engines.chain import CHAIN, Chain
 from ..engines.publish import read_audit, read_record
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
@@ -20,12 +21,12 @@ from ..export.folder import recover
 from ..export.hashing import file_sha256
 from ..export.safetensors_file import read_header
 from . import console
-from .engine_folder import engine_folders
+from .engine_folder import engine_folders, is_chain
 from .inspect_bundle import inspect_bundle
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
-from .results import decode_figures
+from .results import decode_figures, part_rows
 
 VERDICT = "verify.json"
 _VERDICT_KEYS = ("verdict", "windows", "perplexity_ratio", "kl", "top1")
@@ -229,6 +230,8 @@ def _verdict(path: Path) -> dict[str, Any] | None:
 
 
 def _engine_folder(artifact: Artifact) -> Inspection:
+    if is_chain(artifact):
+        return _chain(artifact)
     audits = sorted(artifact.path.glob("*.audit.json"))
     if not audits:
         raise BismoothError(f"{artifact.path}: the engine has no audit beside it. Build the engine again.")
@@ -237,6 +240,20 @@ def _engine_folder(artifact: Artifact) -> Inspection:
     found = _engine(document, artifact.path / f"{name}.engine", artifact.manifest.tools)
     file = next(path for path in artifact.path.glob(f"{name}.*") if path.suffix in (".engine", ".onnx"))
     return replace(found, failures=_damage(artifact, {file.name: found.document["engine"]["sha256"]}))
+
+
+def _chain(artifact: Artifact) -> Inspection:
+    """A chain: what is said of an engine, of all parts together, and a row per part."""
+    file = artifact.path / CHAIN
+    chain = Chain.load(file)
+    document = {"path": str(artifact.path), "kind": "engine", "model": artifact.manifest.architecture}
+    found = _engine(document, file, artifact.manifest.tools)
+    hashes = {part.file: part.sha256 for part in chain.parts}
+    return Inspection(
+        {**found.document, "chain": chain.to_json()["parts"]},
+        {**found.shown, "parts": part_rows(chain, read_audit(audit_path(file)))},
+        _damage(artifact, {file.name: found.document["engine"]["sha256"], **hashes}),
+    )
 
 
 def _damage(artifact: Artifact, more: Mapping[str, str]) -> tuple[str, ...]:

@@ -147,6 +147,11 @@ def _load(folder: Path, artifact: Artifact) -> ShippedEngine:
     engine = load_engine(folder, artifact)
     if engine.record.runtime == _STAND_IN:
         raise BismoothError(f"{folder}: engines of {_STAND_IN} are stand-ins for tests, which nothing runs.")
+    if engine.is_chain:
+        raise BismoothError(
+            f"{folder}: is a chain of engines, which bundles do not hold. Expected engines in one piece. Copy the "
+            "folder itself, or build the engine without --split-blocks."
+        )
     return engine
 
 

@@ -93,7 +93,7 @@ def quantize(
                     executor=resuming,
                     grown=grown,
                 )
-                digests = hashes() | {WEIGHTS: file_sha256(folder / WEIGHTS)}
+                digests = hashes() | {WEIGHTS: result.sha256}
             loaded.check_files()  # nobody has modified the weights meanwhile
             manifest = replace(
                 loaded.manifest,

@@ -11,6 +11,7 @@ from .meant import groups_of, quantize_stage
 if TYPE_CHECKING:
     from ..engines.audit import Audit
     from ..engines.base import BuildResult
+    from ..engines.chain import Chain
     from ..export.artifact import Artifact
     from ..passes.quantize import QuantizeResult
     from ..passes.recipe import Recipe
@@ -106,12 +107,35 @@ def decode_figures(audit: Audit) -> dict[str, int]:
     }
 
 
+def part_rows(chain: Chain, audit: Audit) -> list[dict[str, Any]]:
+    """A row per part; ``audit`` is that of the chain."""
+    int8 = {linear.node for linear in audit.linears if linear.int8}
+    return [
+        {
+            "part": part.name,
+            "holds": part.holds if part.blocks is None else f"blocks {part.blocks[0]}-{part.blocks[1] - 1}",
+            "weights_bytes": part.weights_bytes,
+            "int8_linears": f"{len(int8.intersection(part.linears))} of {len(part.linears)}",
+            "estimated_bytes": part.estimated_memory_bytes,
+            "peak_rss_bytes": part.peak_rss_bytes,
+        }
+        for part in chain.parts
+    ]
+
+
 @dataclass(frozen=True)
 class BuildStageResult:
-    """An engine folder: its builder, what it is for, and the share of linear MACs that run as INT8 × INT8."""
+    """An engine folder: its builder, what it is for, and the share of linear MACs that run as INT8 × INT8.
+
+    Attributes:
+        estimated: bytes that the largest build was expected to take; None for an engine that was there.
+        chain: the parts, if it is no engine in one piece.
+    """
 
     folder: Path
     result: BuildResult
+    estimated: int | None = None
+    chain: Chain | None = None
 
     def to_json(self) -> dict[str, Any]:
         audit, record = self.result.audit, self.result.record
@@ -129,7 +153,13 @@ class BuildStageResult:
             "int8_mac_share": audit.int8_share(with_head=False),
             "int8_mac_with_head_share": audit.int8_share(with_head=True),
             "wall_seconds": self.result.seconds,
+            **self._memory(),
+            **({} if self.chain is None else {"parts": part_rows(self.chain, audit)}),
         }
+
+    def _memory(self) -> dict[str, int]:
+        measured = {"estimated_memory_bytes": self.estimated, "peak_rss_bytes": self.result.peak_rss}
+        return {name: value for name, value in measured.items() if value is not None}
 
     def to_row(self) -> dict[str, Any]:
         """The engine as a line of a table; ``share`` is that of linear MACs in INT8, without and with the head."""

@@ -84,6 +84,8 @@ def engine_differs(
     allow_float: bool,
 ) -> str | None:
     """``shipped`` is what is there, ``built`` as :func:`finished_engine` gives it; the rest is what would be built."""
+    if shipped.is_chain:
+        return f"it is a chain of engines. To build it alone again, delete {shipped.folder}"
     runtime = RUNTIMES.get(engine)
     if runtime is not None and not runtime.ahead_of_time:
         return (

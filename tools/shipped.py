@@ -6,22 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engines.base import EngineRecord
+from ..engines.chain import CHAIN, Chain
 from ..engines.publish import read_record
 from ..export.artifact import Artifact, Manifest
 from ..export.errors import BismoothError
 from ..export.hashing import file_sha256
-from .engine_folder import engine_file, engine_folders, engine_of
+from .engine_folder import engine_folders, file_of
 from .meant import engine_source
 
 
 @dataclass(frozen=True)
 class ShippedEngine:
-    """An engine whose folder is whole, whose file is the one recorded, and which was made of the artifact."""
+    """An engine whose folder is whole, whose file is the one recorded, and which was made of the artifact.
+
+    Attributes:
+        file: the engine; of a chain what lists its parts, which are those recorded, too.
+    """
 
     folder: Path
     file: Path
     record: EngineRecord
     manifest: Manifest
+
+    @property
+    def is_chain(self) -> bool:
+        return self.file.name == CHAIN
 
     @property
     def build_seconds(self) -> float | None:
@@ -48,10 +57,12 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
         BismoothError: it is damaged, or was made of something else than ``artifact``.
     """
     loaded = Artifact.load(folder, "engine")
-    file = folder / engine_file(engine_of(loaded))
+    file = file_of(loaded)
     record = read_record(file)
-    if (got := file_sha256(file)) != record.sha256:
-        raise BismoothError(f"{file}: expected SHA-256 {record.sha256}, got {got}. Build the engine again.")
+    _check_content(file, record.sha256)
+    if file.name == CHAIN:
+        for part in Chain.load(file).parts:
+            _check_content(folder / part.file, part.sha256)
     for key, expected in engine_source(artifact).items():
         if (found := record.source.get(key)) != expected:
             raise BismoothError(
@@ -59,3 +70,8 @@ def load_engine(folder: Path, artifact: Artifact) -> ShippedEngine:
                 "Build the engine again."
             )
     return ShippedEngine(folder, file, record, loaded.manifest)
+
+
+def _check_content(file: Path, expected: str) -> None:
+    if (got := file_sha256(file)) != expected:
+        raise BismoothError(f"{file}: expected SHA-256 {expected}, got {got}. Build the engine again.")

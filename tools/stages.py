@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from .results import BuildStageResult, CalibrateResult
 from .verify import VerifyResult, check_gates, find_hops, verify_artifact
 
 if TYPE_CHECKING:
-    from ..engines.base import Logits
+    from ..engines.base import Logits, Phase
     from .engines import Sizes
 
 __all__ = [
@@ -116,30 +117,39 @@ def build(
     dims: Mapping[str, Sizes] | None = None,
     capacity: int | None = None,
     logits: Logits | None = None,
+    split_blocks: int | None = None,
+    memory: int | None = None,
     allow_float: bool = False,
     force: bool = False,
 ) -> BuildStageResult:
-    """Build an engine of an artifact into a folder of its own, with its audit.
+    """Build an engine of an artifact, or a chain of engines of its parts, into a folder of its own, with its audit.
 
     Args:
         artifact: float or quantized.
         engine: its name.
         capabilities: compute capabilities (86 for SM86) to build for, of engines that are built ahead of time.
-        output: the engine's folder, ``engines/NAME`` in the artifact by default.
+        output: the engine's folder, ``engines/NAME`` in the artifact by default, or ``engines/NAME-chainN``.
         batch: see ``dims``, for the dimension ``batch``.
         sequence: see ``dims``, for the dimension ``sequence``.
         dims: minimum, optimum and maximum of the graph's dynamic dimensions, by their names.
         capacity: positions that the caches of a row hold, of a graph that has caches.
         logits: ``all`` positions or the ``last`` of each row, in an engine for a CPU; ``None``: the last, with caches.
+        split_blocks: build an engine each of the embedding, of so many ranges of blocks, and of the head.
+        memory: bytes that this process and the builder may take; most of what the machine has left by default.
         allow_float: accept linears that were meant to be INT8 and run in float.
         force: replace an engine at ``output``.
 
     Raises:
-        BismoothError: the engine cannot be built, or an argument has no effect on it.
+        BismoothError: the engine cannot be built, an argument has no effect on it, or there is not enough memory.
         GateError: linears that were meant to be INT8 fell back to float.
     """
     from ..engines.base import BuildRequest, Profile
+    from ..engines.build_memory import NEEDS, plan_build
+    from ..engines.chain import CHAIN, Chain
+    from ..engines.chain_build import build_chain
     from ..engines.companions import place_companions
+    from ..engines.memory import format_bytes
+    from ..engines.subgraph import load_graph
     from .engine_folder import engine_file
     from .engines import (
         check_options,
@@ -161,8 +171,17 @@ def build(
     graph = deployment_graph(loaded, engine)
     profile = find_profile(graph, sizes, positions(loaded), capacity) if has_profile(engine) else Profile()
     lint_for(graph, engine, capabilities)
-    name = engine_name(engine, capabilities)
+    plan = plan_build(
+        NEEDS[engine],
+        load_graph(graph),
+        str(graph),
+        plain=load_graph(loaded.graph("reference")) if "reference" in loaded.manifest.graphs else None,
+        split=split_blocks,
+        memory=memory,
+    )
+    name = engine_name(engine, capabilities, split_blocks)
     target = Path(output or artifact / "engines" / name)
+    console.note(f"{name}: the build takes about {format_bytes(plan.estimated)} of memory")
     with console.progress() as progress, new_folder(target, "engine", force=force, inputs=[artifact]) as folder:
         request = BuildRequest(
             onnx=graph,
@@ -175,18 +194,26 @@ def build(
             copy_weights=copies_weights(loaded),
             logits=logits,
         )
-        result = builder.build(request, lambda phase: progress(f"{name}: {phase.name}", phase.done, phase.total))
+        report = partial(_report, progress, name)
+        result = build_chain(builder, request, plan, report) if plan.parts else builder.build(request, report)
         place_companions(graph, folder)
         stage = {
             "stage": "build",
             "engine": engine,
             "record": result.record.to_json(),
             "build_seconds": round(result.seconds, 2),
+            "estimated_memory_bytes": plan.estimated,
+            "peak_rss_bytes": result.peak_rss,
+            **({"chain": CHAIN} if plan.parts else {}),
         }
         manifest = replace(loaded.manifest, kind="engine", graphs={}, files={}, tools=tool_versions())
         finish_folder(folder, replace(manifest, stages=(*loaded.manifest.stages, stage)), loaded.manifest.hashes)
-    moved = replace(result, engine=target / engine_file(engine), audit_file=target / result.audit_file.name)
-    return BuildStageResult(target, moved)
+    moved = replace(result, engine=target / result.engine.name, audit_file=target / result.audit_file.name)
+    return BuildStageResult(target, moved, plan.estimated, Chain.load(moved.engine) if plan.parts else None)
+
+
+def _report(progress: console.Report, name: str, phase: Phase) -> None:
+    progress(f"{name}: {phase.name}", phase.done, phase.total)
 
 
 def verify(

@@ -16,12 +16,13 @@ from ..calibrators.data import load_tokenizer
 from ..engines.bundle import Bundle
 from ..engines.bundle_choice import choose_engine
 from ..engines.bundle_manifest import MANIFEST as BUNDLE
+from ..engines.chain import CHAIN
 from ..engines.chat import ChatTemplate, Message, read_json, special_tokens
 from ..engines.decoder import Decoder
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from . import console
-from .engine_folder import engine_file, engine_folders, engine_of
+from .engine_folder import engine_folders, engine_of, file_of
 
 DECODERS: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("onnxruntime_decoder", "OnnxRuntimeDecoder"),
@@ -107,8 +108,8 @@ def _opening(path: Path) -> Opening:
     """What loads the engine at ``path``, once it is known which one that is."""
     if (path / BUNDLE).is_file():
         return _opening_of_bundle(Bundle.load(path, "size"))
-    engine = engine_of(engine_folder(path))
-    return partial(_open, path, engine, path / engine_file(engine))
+    folder = engine_folder(path)
+    return partial(_open, path, engine_of(folder), file_of(folder))
 
 
 def _opening_of_bundle(bundle: Bundle) -> Opening:
@@ -133,6 +134,11 @@ def _open(path: Path, engine: str, file: Path, threads: int | None, capacity: in
         raise BismoothError(
             f"{path}: engines of {engine} cannot generate text. Expected one of: {', '.join(DECODERS)}. "
             "Run 'bismooth build ART --engine NAME' with one of these."
+        )
+    if file.name == CHAIN and engine not in _ON_CPU:
+        raise BismoothError(
+            f"{path}: a chain of engines of {engine} cannot generate text yet. Expected an engine in one piece, or a "
+            "chain of onnxruntime. Build one without --split-blocks, or with --engine onnxruntime."
         )
     if threads is not None and engine not in _ON_CPU:
         raise BismoothError(f"--threads: has no effect: {path} runs on a GPU. Leave it out.")

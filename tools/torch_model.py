@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.child_process import ProcessEndedError, ask, last_words
+from ..engines.memory import current_rss
 from ..export.errors import BismoothError
+from ..passes.progress import Progress, silent
 
 
-def torch_outputs(folder: Path, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-    """First output [S, V] of the transformers model in ``folder``, in float32, for each window of ids [N, S].
+@dataclass(frozen=True)
+class TorchOutputs:
+    """First output of the torch model for windows of tokens.
 
-    The model is loaded whole.
+    Attributes:
+        path: the file that holds it.
+        shape: [N, S, …], float32.
+        peak_rss: resident memory of the process that has computed it in bytes, the most at any time; None if the
+            system does not tell.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    peak_rss: int | None
+
+    def read(self, number: int) -> NDArray[np.float32]:
+        """The output [S, …] for a window."""
+        count = prod(self.shape[1:])
+        values = np.fromfile(self.path, np.float32, count, offset=number * count * np.dtype(np.float32).itemsize)
+        return values.reshape(self.shape[1:])
+
+
+def torch_outputs(
+    folder: Path,
+    ids: NDArray[np.int64],
+    scratch: Path,
+    memory: int | None = None,
+    progress: Progress = silent,
+) -> TorchOutputs:
+    """First output of the transformers model in ``folder``, in float32, for windows of ids [N, S].
+
+    The model runs in a process of its own, which holds one weight at a time.
+
+    Args:
+        folder: with ``config.json`` and safetensors files.
+        ids: token ids.
+        scratch: a folder for the outputs.
+        memory: bytes that this process and that one together may take; any number by default.
+        progress: told about the parameters.
 
     Raises:
-        BismoothError: transformers cannot load it.
+        BismoothError: transformers cannot load the model, the memory is too little, there is no space, or the process
+            ended.
+        RuntimeError: a bug in this package, with the traceback of the process.
     """
-    import torch
-
-    model = load_model(folder)
-    with torch.no_grad():
-        for window in ids:
-            tokens = torch.from_numpy(window[None])  # pyright: ignore[reportUnknownMemberType]
-            yield model(input_ids=tokens)[0][0].float().numpy()
+    tokens, outputs = scratch / "torch-ids.npy", scratch / "torch-outputs.bin"
+    np.save(tokens, ids)
+    request = {
+        "folder": str(folder.absolute()),
+        "ids": str(tokens.absolute()),
+        "outputs": str(outputs.absolute()),
+        "memory": memory,
+        "beside": current_rss(),
+    }
+    try:
+        done = ask(
+            "bismooth.tools.torch_worker",
+            "the process of the torch model",
+            request,
+            lambda told: progress("run the torch model", *told),
+        )
+    except ProcessEndedError as end:
+        raise BismoothError(
+            f"{folder}: the process of the torch model ended ({end.how}). {end.hint}Its last words: "
+            f"{last_words(end.printed)}. Leave this hop out with --hop, or give it more memory."
+        ) from end
+    return TorchOutputs(outputs, tuple(done["shape"]), done["peak_rss"])
 
 
 def load_model(folder: Path) -> Any:
@@ -39,12 +96,23 @@ def load_model(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from ..export.skeleton import model_class
+    from ..export.model_class import model_class
 
+    with loading(folder):
+        cls = model_class(cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False))
+        return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@contextmanager
+def loading(folder: Path) -> Generator[None]:
+    """What fails inside the block is that the source model cannot be loaded; no progress bars.
+
+    Raises:
+        BismoothError: it failed.
+    """
     try:
         with _quiet():
-            cls = model_class(cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False))
-            return cls.from_pretrained(folder, dtype=torch.float32).eval()
+            yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise BismoothError(
             f"{folder}: transformers cannot load the source model again: {' '.join(str(error).split())} "

@@ -25,8 +25,10 @@ from ..export.state import State
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter, Progress, silent
+from .chains import judge_chains
 from .comparison import Comparison, Figures, Ids, Logits, Track, WindowFile, comparison_of
 from .decoding import common_prefix, cut_prompts, greedy
+from .engine_folder import has_chain
 from .hops import HopResult, Judge, VerifyResult
 from .meant import engine_source, quantize_stage
 from .programs import Programs, scratch
@@ -108,6 +110,8 @@ def find_hops(artifact: Artifact, hops: Sequence[Hop] = ()) -> list[Hop]:
     """
     kind = artifact.manifest.kind
     known = [hop for hop in Hop if kind == "quantized" or hop not in _QUANTIZED_ONLY]
+    if Hop.AUDIT not in known and has_chain(artifact):
+        known.append(Hop.AUDIT)
     for hop in hops:
         if hop not in known:
             raise BismoothError(f"--hop {hop}: {artifact.path} is a {kind} artifact. Its hops are: {', '.join(known)}.")
@@ -188,10 +192,11 @@ class _Verifier:
 
         windows = self._ids[:SOURCE_WINDOWS]
         track = Track(self._make())
+        programs = self._programs
         with judge.timed():
-            for number, values in enumerate(torch_outputs(self._artifact.path, windows)):
-                track.update(windows[number], values, self._reference.read(number))
-                self._progress("run the torch model", number + 1, len(windows))
+            outputs = torch_outputs(self._artifact.path, windows, programs.folder, programs.budget, self._progress)
+            for number in range(len(windows)):
+                track.update(windows[number], outputs.read(number), self._reference.read(number))
         figures = track.figures()
         figures |= _renamed(figures, {"float_error": "relative_error", "float_kl": "kl"})
         return [judge.result(figures, _failures(Hop.FLOAT, track), len(windows))]
@@ -328,11 +333,20 @@ class _Verifier:
         audits = {engine.folder.name: read_audit(audit_path(engine.file)) for engine in engines}
         if not audits and not failures:
             return [judge.skip("no engine was built")]
+        figures: Figures = {}
+        if chains := [engine for engine in engines if engine.is_chain]:
+            with judge.timed():
+                figures["chains"], wrong = judge_chains(
+                    self._artifact, chains, self._ids[:SOURCE_WINDOWS], self._make, self._progress
+                )
+            failures += [f"{Hop.AUDIT}: {sentence}" for sentence in wrong]
         shares = {name: share for name, audit in audits.items() if (share := audit.meant_share()) is not None}
-        if not shares:
-            nothing = judge.skip("the recipe computes nothing in INT8")
-            return [judge.result({}, failures) if failures else nothing]
-        return [judge.result({"int8_mac_share": min(shares.values()), "engines": shares}, failures)]
+        if shares:
+            figures |= {"int8_mac_share": min(shares.values()), "engines": shares}
+        elif not figures and not failures:
+            return [judge.skip("the recipe computes nothing in INT8")]
+        result = judge.result(figures, failures, min(SOURCE_WINDOWS, len(self._ids)) if chains else 0)
+        return [replace(result, judged=(*result.judged, "chains")) if chains else result]
 
     def _device(self) -> list[HopResult]:
         from .device import compare_engines, find_target

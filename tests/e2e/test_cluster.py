@@ -20,7 +20,7 @@ from bismooth.passes.ray_executor import RayExecutor
 from bismooth.tools import stages
 from bismooth.tools.cli import main
 from bismooth.tools.executors import open_executor
-from tests.cluster import ROOT, SOURCES, LosesWorker, add_node
+from tests.cluster import ROOT, SOURCES, LosesWorker, add_node, remove_node
 from tests.tiny import SIZES, Tiny, make_tiny
 
 
@@ -130,7 +130,7 @@ def test_a_node_lost_midway_changes_nothing(
         stages.quantize(artifact, "w8a8", tmp_path / "there", executor="ray")
     finally:
         for node in [node for node in cluster.worker_nodes if not node.remaining_processes_alive()]:
-            cluster.remove_node(node)
+            remove_node(cluster, node)
             add_node(cluster)
     assert losses.lost == 1
     assert content(tmp_path / "there") == content(tmp_path / "here")

@@ -15,7 +15,7 @@ from bismooth.passes._gs import export_model, shape_of
 from bismooth.passes.cache_in_place import CAPACITY, UpdateCachesInPlace
 from bismooth.passes.fuse_rotary import FuseRotary
 from bismooth.passes.graph import Index
-from bismooth.tools.decoding import stepwise_logits
+from bismooth.tools.decoding import CachedRun, stepwise
 from tests.cached_model import LAYERS, VOCAB, cached_model, expected_logits
 from tests.lowered import Array, assert_close, graph_of, run_text
 from tests.models import exported
@@ -49,7 +49,7 @@ def test_a_window_without_a_past(tmp_path: Path, window: int | None) -> None:
 def test_token_by_token_with_caches_that_grow(tmp_path: Path, window: int | None) -> None:
     _, model = lowered(cached_model(window=window), tmp_path)
     with Session(InMemoryGraph("cached", model.SerializeToString(), tmp_path)) as session:
-        logits = stepwise_logits(session, IDS[0], 4, lambda step: None)
+        logits = stepwise(CachedRun(session, session.outputs[0].name), IDS[0], 4, lambda step: None)
     assert_close(logits, expected_logits(IDS[:1], None, window)[0], 1e-5)
 
 

@@ -147,6 +147,16 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert stages.positional == ("SOURCE", "w8a8", ("tensorrt-rtx", "onnxruntime"), ("a.txt",), Path("DIR"))
 
 
+@pytest.mark.parametrize("line", ["calibrate ART --data a.txt", "quantize ART -o B", f"compile {USAGE['compile'][8:]}"])
+def test_who_does_the_work_is_passed_on(stages: Stages, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 0
+    assert stages.named["executor"] == "local"
+    assert run(f"{line} --executor ray") == 0
+    assert stages.named["executor"] == "ray"
+    assert run(f"{line} --executor slurm") == 2
+    assert "'slurm' is not one of 'local', 'ray'" in capsys.readouterr().err
+
+
 def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     stages.outcome = {"size_bytes": 1, "warnings": ["the licence is not known."]}
     assert run("package ART --engine onnxruntime rtx --licence mit -o BUNDLE --json") == 0
@@ -155,6 +165,23 @@ def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.err == "warning: the licence is not known.\n"
     assert json.loads(captured.out) == stages.outcome
+
+
+def test_restart_is_passed_on(stages: Stages) -> None:
+    for line in ("quantize art -o art2", "calibrate art --data a.txt", USAGE["compile"]):
+        assert run(line) == 0
+        assert stages.named["restart"] is False
+        assert run(f"{line} --restart") == 0
+        assert stages.named["restart"] is True
+
+
+def test_what_is_kept_of_a_failed_run_is_said(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
+    stages.outcome = BismoothError("art: the disk is full.")
+    stages.outcome.add_note("What was done is kept.")
+    assert run("quantize art -o art2") == 2
+    assert capsys.readouterr().err == "error: art: the disk is full. What was done is kept.\n"
+    assert run("quantize art -o art2 --json") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "art: the disk is full. What was done is kept."
 
 
 def test_cache_passes_its_options_on(stages: Stages) -> None:

@@ -191,3 +191,22 @@ print("done")
     process.stderr.close()
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, b"done\n")
+
+
+@pytest.mark.parametrize(
+    ("units", "progress", "text"),
+    [
+        (0, None, ""),
+        (3, None, "continues an earlier run: 3 units are there\n"),
+        (210, ("write weights", 20, 42), "continues an earlier run: 210 units are there (write weights: 20 of 42)\n"),
+    ],
+)
+def test_a_run_that_is_continued_says_so(
+    units: int, progress: tuple[str, int, int] | None, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def show() -> None:
+        console.show_progress(True)
+        console.note_resumed(units, progress)
+
+    copy_context().run(show)
+    assert capsys.readouterr().err == text

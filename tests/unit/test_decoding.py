@@ -12,7 +12,7 @@ from bismooth.engines.onnxruntime import Session
 from bismooth.export.artifact import Artifact
 from bismooth.export.graph_names import has_caches
 from bismooth.passes.gates import Gates, Hop
-from bismooth.tools.decoding import common_prefix, cut_prompts, greedy, stepwise_logits
+from bismooth.tools.decoding import CachedRun, common_prefix, cut_prompts, greedy, stepwise
 from bismooth.tools.verify import verify_artifact
 from tests.models import VOCAB, export, exported, make_model
 
@@ -23,9 +23,9 @@ def test_logits_token_by_token_are_those_of_the_window() -> None:
     steps: list[str] = []
     with Session(exported("llama").graph) as session:
         whole = session.logits(IDS[:1])[0]
-        stepwise = stepwise_logits(session, IDS[0], 9, steps.append)
-    assert stepwise.shape == whole.shape
-    np.testing.assert_allclose(stepwise, whole, atol=1e-5 * np.abs(whole).max())
+        decoded = stepwise(CachedRun(session, session.outputs[0].name), IDS[0], 9, steps.append)
+    assert decoded.shape == whole.shape
+    np.testing.assert_allclose(decoded, whole, atol=1e-5 * np.abs(whole).max())
     assert steps == ["token 9", "token 10", "token 11"]
 
 

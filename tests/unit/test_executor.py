@@ -25,9 +25,9 @@ STEPS = [
     "smooth again",
     "check folds",
     "lay out",
-    "quantize weights",
-    "store folded weights",
     "store 16-bit weights",
+    "store folded weights",
+    "quantize weights",
 ]
 WALL, PROJECTION = 3, "model.layers.0.self_attn"
 

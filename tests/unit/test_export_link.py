@@ -13,11 +13,12 @@ import transformers as _transformers
 from numpy.typing import NDArray
 
 from bismooth.export.errors import BismoothError
-from bismooth.export.link import link_weights, stored_names
+from bismooth.export.link import link_weights
 from bismooth.export.naming import name_constants, name_nodes
 from bismooth.export.safetensors_file import SafetensorsWriter
 from bismooth.export.scopes import set_scopes
 from bismooth.export.source import Weights, read_weights
+from bismooth.export.stored_names import stored_names
 from tests.models import random_model
 
 transformers: Any = _transformers

@@ -12,8 +12,9 @@ import transformers as _transformers
 from transformers.models.llama import modeling_llama
 
 from bismooth.export.errors import BismoothError
+from bismooth.export.model_class import model_class
 from bismooth.export.record import record_blocks
-from bismooth.export.skeleton import Skeleton, build_skeleton, model_class
+from bismooth.export.skeleton import Skeleton, build_skeleton
 from tests.models import ARCHITECTURES
 
 transformers: Any = _transformers

@@ -16,7 +16,7 @@ import pytest
 
 from bismooth.export import hashing as module
 from bismooth.export.errors import BismoothError
-from bismooth.export.hashing import array_sha256, file_sha256, hashing
+from bismooth.export.hashing import WrittenHash, array_sha256, file_sha256, hashing
 from bismooth.export.state import State, open_state
 
 
@@ -50,6 +50,33 @@ def test_files_in_the_background(tmp_path: Path) -> None:
     assert hashes() == {name: hashlib.sha256(name.encode()).hexdigest() for name in paths}
     with pytest.raises(FileNotFoundError, match="missing"), hashing({"missing": tmp_path / "missing"}) as hashes:
         hashes()
+
+
+def test_a_file_that_is_being_written(tmp_path: Path) -> None:
+    parts = {"a": b"first" * 700_000, "b": b"", "c": b"last"}
+    path, header = tmp_path / "x", b"header"
+    path.write_bytes(header + b"\0" * sum(map(len, parts.values())))
+    ends, end = dict[str, int](), len(header)
+    for name, part in parts.items():
+        ends[name] = end = end + len(part)
+    with WrittenHash(path, ends) as written:
+        for name in reversed(parts):
+            with path.open("r+b") as file:
+                file.seek(ends[name] - len(parts[name]))
+                file.write(parts[name])
+            written.add([name])
+        assert written.hexdigest() == file_sha256(path)
+    assert path.read_bytes() == header + b"".join(parts.values())
+
+
+def test_an_error_ends_the_wait_for_parts(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"some bytes")
+    with pytest.raises(ZeroDivisionError), WrittenHash(path, {"a": 4, "b": 10}) as written:
+        written.add(["a"])
+        raise ZeroDivisionError
+    with pytest.raises(CancelledError):
+        written.hexdigest()
 
 
 ENDLESS = {name: Path("/dev/zero") for name in "ab"}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from bismooth.engines import onnxruntime_decoder as decoding
+from bismooth.engines import onnxruntime_runs as runs
 from bismooth.engines.base import BuildRequest, Logits
 from bismooth.engines.decoder import Decoder
 from bismooth.engines.onnxruntime_build import OnnxRuntimeBuilder
@@ -110,7 +111,7 @@ def test_long_prompts_run_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_caches_grow_and_keep_what_is_in_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "ROOM", 2)
+    monkeypatch.setattr(runs, "ROOM", 2)
     with OnnxRuntimeDecoder(build("qwen3", folder)) as decoder:
         np.testing.assert_array_equal(greedy(decoder, IDS, MASK), generate("qwen3", IDS, MASK))
 
@@ -122,12 +123,12 @@ def test_caches_grow_for_longer_texts_alone(folder: Path) -> None:
             decoder.reset()
             decoder.prefill(IDS[:rows], MASK[:rows])
         runner: Any = decoder._run  # pyright: ignore[reportPrivateUsage]
-        assert {cache.shape[2] for cache in runner._caches.values()} == {decoding.ROOM}
+        assert {cache.shape[2] for cache in runner._caches.values()} == {runs.ROOM}
 
 
 def test_an_interrupt_while_caches_grow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers that were bound before are gone then."""
-    monkeypatch.setattr(decoding, "ROOM", 6)
+    monkeypatch.setattr(runs, "ROOM", 6)
 
     def interrupt(_session: object) -> None:
         raise KeyboardInterrupt

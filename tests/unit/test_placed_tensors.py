@@ -1,6 +1,7 @@
 """A safetensors file whose tensors are written at their places, in any order and by several writers."""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bismooth.export.errors import BismoothError
 from bismooth.export.placed_tensors import PlacedTensors
 from bismooth.export.safetensors_file import SafetensorsWriter, read_header, read_tensor
 
@@ -99,3 +101,30 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
         writer.write_columns("a", 0, np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match=r"^a: declared F32, got a piece of int32$"), placed.writing(["a"]) as writer:
         writer.write_columns("a", 0, np.zeros((3, 4), np.int32))
+
+
+def test_it_is_opened_again_with_what_was_written(tmp_path: Path) -> None:
+    first = PlacedTensors.create(tmp_path / "w", DECLARED)
+    with first.writing(["a"]) as writer:
+        writer.write("a", TENSORS["a"])
+    again = PlacedTensors.open(tmp_path / "w", iter(DECLARED))
+    assert again == first
+    assert np.array_equal(read_tensor(again.path, again.entries["a"]), TENSORS["a"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "other tensors"])
+def test_another_file_is_not_opened(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "w"
+    size = 0
+    if damage != "missing":
+        PlacedTensors.create(path, DECLARED)
+        size = path.stat().st_size
+    if damage == "shorter":
+        os.truncate(path, size - 1)
+    declared = [("d", *DECLARED[0][1:]), *DECLARED[1:]] if damage == "other tensors" else DECLARED
+    with pytest.raises(BismoothError) as caught:
+        PlacedTensors.open(path, declared)
+    expected = (
+        r"w: is not what an unfinished run has left there\. Expected a file of \d+ bytes with that run's tensors\. "
+    )
+    assert re.search(f"{expected}Pass --restart to discard that run", str(caught.value))

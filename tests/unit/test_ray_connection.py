@@ -21,7 +21,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.passes.ray_executor import connect
 from bismooth.passes.ray_worker import check_node, kind_of_machine
-from tests.cluster import ITEMS, ROOT, SOURCES, Named, Task, Where, add_node
+from tests.cluster import ITEMS, ROOT, SOURCES, Named, Task, Where, add_node, remove_node
 
 needs_ray = pytest.mark.cluster
 
@@ -116,7 +116,7 @@ def test_a_node_with_another_bismooth_is_refused(cluster: Any, tmp_path: Path, s
         with pytest.raises(BismoothError, match=message), connect([]):
             pass
     finally:
-        cluster.remove_node(node)
+        remove_node(cluster, node)
 
 
 @pytest.mark.parametrize(("name", "got"), [("missing", "'No such file or directory'"), ("file", "4 bytes")])

@@ -15,7 +15,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.passes import ray_executor
 from bismooth.passes.ray_executor import RayExecutor, connect
-from tests.cluster import ITEMS, LosesWorker, Named, Task, Where, add_node
+from tests.cluster import ITEMS, LosesWorker, Named, Task, Where, add_node, remove_node
 
 pytestmark = pytest.mark.cluster
 
@@ -88,7 +88,7 @@ def test_the_work_of_a_lost_node_is_done_again(session_cluster: Any, executor: R
         found = list(executor.map(LosesWorker(Where(), "item 3", tmp_path, node=True), ITEMS))
     finally:
         (lost,) = [node for node in session_cluster.worker_nodes if not node.remaining_processes_alive()]
-        session_cluster.remove_node(lost)
+        remove_node(session_cluster, lost)
         add_node(session_cluster)
     assert [name for name, _ in found] == NAMES
 

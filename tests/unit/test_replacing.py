@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from bismooth.export.errors import BismoothError
-from bismooth.export.replacing import replacing, scratch_folder
+from bismooth.export.replacing import put_in_place, replacing, scratch_folder
 from tests.artifacts import names
 
 
@@ -214,3 +214,28 @@ def test_a_scratch_folder(tmp_path: Path) -> None:
         (folder / "log").touch()
         assert folder.parent == tmp_path / "a"
     assert not names(tmp_path / "a")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_finished_file_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """It is not lost if the process is killed before it has noticed: its old name stays, where that is possible."""
+
+    def link(*_: object) -> NoReturn:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    (tmp_path / "made").write_text("new", "utf-8")
+    (tmp_path / "target").write_text("old", "utf-8")
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    put_in_place(tmp_path / "made", tmp_path / "target")
+    assert (tmp_path / "target").read_text("utf-8") == "new"
+    assert names(tmp_path) == ({"made", "target"} if links else {"target"})
+
+
+def test_a_finished_file_goes_into_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "made").write_text("new", "utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    put_in_place(tmp_path / "made", tmp_path / "pipe")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)

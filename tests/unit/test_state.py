@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -227,6 +227,17 @@ def test_a_full_disk(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.undo()
     assert read_units(state.folder)[0] == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("function", ["open", "fsync"])
+def test_a_disk_that_is_full_at_the_beginning(target: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    def full(*_: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(BismoothError, match="the disk is full"), open_state(target, "quantize", MADE_OF):
+        raise AssertionError
+    assert names(target.parent) == set()
 
 
 def test_a_target_that_cannot_be_made(tmp_path: Path) -> None:
