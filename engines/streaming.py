@@ -205,6 +205,7 @@ class Streamed:
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
         held: bytes that the caller holds beside a run.
+        between: bytes that the caller takes between two pieces.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -217,6 +218,7 @@ class Streamed:
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
     held: int = 0
+    between: int = 0
     with_output: bool = True
 
     @property
@@ -307,7 +309,7 @@ class Streamed:
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
-        return self.held + footprint(self.model(piece), self.sizes, self.mode)
+        return max(self.between, self.held + footprint(self.model(piece), self.sizes, self.mode))
 
     @property
     def windows_per_run(self) -> int:
