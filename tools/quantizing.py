@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, finish_folder, new_folder, place_file
+from ..export.artifact import Artifact, check_apart, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
 from ..export.fingerprint import run_fingerprint
 from ..export.hashing import file_sha256, hashing
@@ -68,12 +68,13 @@ def quantize(
 
     start = time.perf_counter()
     artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
+    inputs = [path for path in (artifact, statistics) if path is not None]
+    check_apart(output, inputs)
     loaded = Artifact.load(artifact, "float")
     chosen = load_recipe(recipe, alpha, max_share, data_free=data_free)
     _check_statistics(statistics, chosen, data_free=data_free)
     found = None if data_free else _find_statistics(loaded, statistics, chosen)
     calibration = None if found is None else StatisticsCalibration(found)
-    inputs = [path for path in (artifact, statistics) if path is not None]
     source, role = loaded.graph("float32"), chosen.compute_dtype.value
     narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
     workers = _workers(source, found, memory)
