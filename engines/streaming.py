@@ -253,12 +253,17 @@ class Streamed:
         """The value that the next piece reads; None behind the last one."""
         return self.maker.segments[piece.stop - 1].exit if piece.stop < self.stop else None
 
+    def mode_of(self, model: onnx.ModelProto) -> Mode:
+        """The mode of the session of a piece: without integers, "int8" has no use, and costs memory."""
+        has_integers = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+        return self.mode if self.mode != "int8" or has_integers else "plain"
+
     def model(self, piece: Piece) -> onnx.ModelProto:
         """The graph of a piece, ready to be loaded."""
         leaving, observed = self.exit_of(piece), self.observed(piece)
         last = [self.output] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
-        make_lean(model, fuse=self.mode != "int8", keep=observed)
+        make_lean(model, fuse=self.mode_of(model) != "int8", keep=observed)
         self.prepare(model, observed)
         return model
 
@@ -309,7 +314,8 @@ class Streamed:
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
-        return max(self.between, self.held + footprint(self.model(piece), self.sizes, self.mode))
+        model = self.model(piece)
+        return max(self.between, self.held + footprint(model, self.sizes, self.mode_of(model)))
 
     @property
     def windows_per_run(self) -> int:
@@ -351,7 +357,7 @@ class Streamed:
                 str(self.path),
                 model.SerializeToString(),
                 self.path.parent,
-                self.mode,
+                self.mode_of(model),
                 None if entry is None else self.file(entry, folder),
                 exit_file,
                 tuple(value.name for value in model.graph.output if value.name != leaving),
