@@ -65,7 +65,15 @@ def test_twenty_kills_and_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     least = int(re.findall(r"Expected (\d+)MB", str(refused))[0])
     whole = calibrate(folder, tmp_path / "whole", PLENTY)
     assert isinstance(whole, dict), whole
-    command = [sys.executable, "-m", "tests.killed_calibration", str(folder), str(tmp_path / "s"), str(least * 10**6), "20"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.killed_calibration",
+        str(folder),
+        str(tmp_path / "s"),
+        str(least * 10**6),
+        "20",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(runs) == 20
