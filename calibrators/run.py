@@ -182,21 +182,9 @@ def calibrate(
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
     path = artifact / graph
-    maker = PieceMaker(load_graph(path))
     provenance = provenance_of(path, windows, seed)
     sample = Sample(sample_rows(windows.size, rows, seed), windows.shape[1])
-    streamed = Streamed(
-        path,
-        maker,
-        "plain",
-        windows,
-        batch_size or default_batch(windows.shape[1]),
-        values=maker.by_segment(values),
-        prepare=partial(instrument, histograms=histograms, rows=grams),
-        dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
-        between=gram_memory(max(values.values())) if grams else 0,
-        with_output=False,
-    )
+    streamed = observing(path, values, windows, batch_size, rows=rows, histograms=histograms, grams=grams)
     options = {"rows": rows, "histograms": histograms, "grams": grams, "batch_size": batch_size, "values": dict(values)}
     with open_state(output, "calibrate", _fingerprint(path, provenance, options), restart=restart) as state:
         resumed(state.resumed, state.progress)
@@ -211,6 +199,36 @@ def calibrate(
             run.through(streamed.plan(budget, state.done), writer, state)
         put_in_place(file, output)
     return Statistics.load(output)
+
+
+def observing(
+    path: Path,
+    values: Mapping[str, int],
+    windows: NDArray[np.int64],
+    batch_size: int | None = None,
+    *,
+    rows: int = 256,
+    histograms: bool = False,
+    grams: bool = False,
+) -> Streamed:
+    """How :func:`calibrate` runs the graph ``path``; see there.
+
+    Raises:
+        BismoothError: the graph cannot be read, or lacks a value.
+    """
+    maker = PieceMaker(load_graph(path))
+    return Streamed(
+        path,
+        maker,
+        "plain",
+        windows,
+        batch_size or default_batch(windows.shape[1]),
+        values=maker.by_segment(values),
+        prepare=partial(instrument, histograms=histograms, rows=grams),
+        dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
+        between=gram_memory(max(values.values())) if grams else 0,
+        with_output=False,
+    )
 
 
 def _fitted(streamed: Streamed, state: State, budget: int | None) -> Streamed:

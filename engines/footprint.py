@@ -21,6 +21,7 @@ was freed lies about."""
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output is the memory of their input."""
 
+_COPIES = 3
 _FLOAT_BYTES = 4
 _PAGES = 1 << 20
 """Bytes that may become resident around what is read: page faults map files by folios, measured 0.7 MB for a row."""
@@ -37,7 +38,7 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
     """
     values = _Values(model.graph, sizes)
     looked_up = _looked_up(model.graph, values)
-    stored = sum(min(tensor_bytes(t), looked_up.get(t.name, tensor_bytes(t))) for t in model.graph.initializer)
+    stored = sum(min(_resident(t), looked_up.get(t.name, _resident(t))) for t in model.graph.initializer)
     most = int((1 + SLACK) * _peak(model.graph, values, mode))
     return stored + most + MARGIN
 
@@ -45,6 +46,11 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of what a tensor stores."""
     return _bytes(tensor.data_type, tuple(tensor.dims))
+
+
+def _resident(tensor: onnx.TensorProto) -> int:
+    """Bytes of an initializer in memory: mapped, or, from the graph itself, once serialized, once read, once loaded."""
+    return (1 if tensor.data_location == onnx.TensorProto.EXTERNAL else _COPIES) * tensor_bytes(tensor)
 
 
 def resolve(shape: onnx.TensorShapeProto, sizes: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .integer_kernels import products_saturate
-from .memory import return_freed_memory
+from .memory import return_freed_memory, return_large_blocks
 from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
@@ -141,6 +141,8 @@ class Session:
             enable_fallback=0,
             disabled_optimizers=["ConstantFolding"] if lean else [],
         )
+        if lean:
+            return_large_blocks()
         self._thread = ThreadPoolExecutor(1, f"onnxruntime {self.label}", flush_subnormals)
         with ExitStack() as stack:
             stack.callback(self._thread.shutdown, wait=False)

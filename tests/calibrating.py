@@ -1,6 +1,6 @@
 """Calibrate in a process of its own, which says on stdout how much memory it has taken and how many pieces it ran.
 
-``python tests/calibrating.py FOLDER OUTPUT MEMORY [NAME=VALUE…]``: ``model.onnx`` in FOLDER, the inputs of its linears,
+``python -m tests.calibrating FOLDER OUTPUT MEMORY [NAME=VALUE…]``: ``model.onnx`` in FOLDER, the inputs of its linears,
 12 windows of 16 tokens, with further options of ``calibrate`` as JSON. Exit status 2: the message is on stderr.
 """
 

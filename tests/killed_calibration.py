@@ -1,7 +1,7 @@
 """Calibrate again and again, each time killed at another moment and then run to its end.
 
-``python tests/killed_calibration.py FOLDER OUTPUT MEMORY COUNT``: ``model.onnx`` in FOLDER. Each run is a fork of this process. It
-writes one line of JSON per kill: how many segments were done by then, and the hash of the file that came out.
+``python -m tests.killed_calibration FOLDER OUTPUT MEMORY COUNT``: ``model.onnx`` in FOLDER. Each run is a fork of this
+process. It writes one line of JSON per kill: how many segments were done by then, and the hash of what came out.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +126,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         "blocks": None
         if manifest.blocks is None
         else {"prefix": manifest.blocks.prefix, "kinds": manifest.blocks.kinds},
+        "structure": _structure(artifact),
         "stages": [stage["stage"] for stage in manifest.stages],
         "engines": [folder.name for folder in engine_folders(artifact)],
         "verify": _verdict(artifact.path / VERDICT),
@@ -135,6 +137,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         "graphs": ", ".join(manifest.graphs),
         "dims": ", ".join(f"{name} {size}" for name, size in manifest.dims.items()) or "none",
         "blocks": _blocks(artifact),
+        "structure": document["structure"] or "not known",
         "verify": document["verify"] or "not run",
     }
     del shown["tools"]
@@ -145,6 +148,19 @@ def _artifact(artifact: Artifact) -> Inspection:
         return Inspection(document | hashes | _quantized(stage), shown | _quantized_brief(stage))
     except KeyError as error:
         raise other_version(artifact, [str(error.args[0])]) from error
+
+
+def _structure(artifact: Artifact) -> dict[str, Any] | None:
+    """Blocks and memory of a float artifact, where the packages are there that tell it."""
+    if artifact.manifest.kind != "float" or not all(map(find_spec, ("onnx", "onnx_graphsurgeon", "onnxruntime"))):
+        return None
+    from .structure import find_structure
+
+    with console.progress() as progress:
+        progress("read the graph", 0, 1)
+        structure = find_structure(artifact.graph("float32"))
+        progress("read the graph", 1, 1)
+    return structure
 
 
 def _blocks(artifact: Artifact) -> str:
