@@ -87,7 +87,11 @@ def _statistics(path: Path) -> Inspection:
         )
     statistics = Statistics.load(path)
     document = {"path": str(path), "kind": "statistics", "values": len(statistics.names)}
-    document |= {**statistics_record(statistics), "histograms": statistics.has_histograms, "grams": statistics.has_grams}
+    document |= {
+        **statistics_record(statistics),
+        "histograms": statistics.has_histograms,
+        "grams": statistics.has_grams,
+    }
     return Inspection(document, document)
 
 

@@ -73,9 +73,7 @@ def test_windows_that_were_not_asked_for_do_not_run(graph: Path, tmp_path: Path)
     assert not np.array_equal(ratios, all_ratios)
 
 
-def test_peaks_are_kept_when_a_run_is_broken_off(
-    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peaks_are_kept_when_a_run_is_broken_off(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streamed, "plan", segments)
     expected = outputs(graph, tmp_path / "whole")
     steps: list[int] = []

@@ -26,7 +26,9 @@ class File:
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> None:
         values = RNG.standard_normal(shape).astype(dtype)
         self.path = folder / f"{len(list(folder.iterdir()))}.safetensors"
-        with SafetensorsWriter(self.path, [("other", np.dtype(np.float32), (3,)), ("w", values.dtype, shape)]) as writer:
+        with SafetensorsWriter(
+            self.path, [("other", np.dtype(np.float32), (3,)), ("w", values.dtype, shape)]
+        ) as writer:
             writer.write("other", np.zeros(3, np.float32))
             writer.write("w", values)
             self.entry = writer.entries["w"]
