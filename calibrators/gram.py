@@ -7,7 +7,7 @@ depend on the memory there is, and so the results do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.memory import format_bytes
-from ..engines.streaming import SPARE, Batch, Streamed, StreamFile, base_memory
+from ..engines.streaming import Batch, Streamed, StreamFile
 from ..export.errors import BismoothError
 
 _BLOCK_BYTES = 32 << 20
@@ -79,9 +78,6 @@ def gram_rows(file: StreamFile, rows: int) -> Iterator[tuple[int, NDArray[np.flo
         yield start, block.astype(np.float32)
 
 
-def check_gram_memory(values: Mapping[str, int], budget: int | None) -> None:
-    """Raise :class:`BismoothError` if :func:`gram_rows` takes more than ``budget``: two blocks, and twice some rows."""
-    widest = 8 * max(values.values())
-    least = base_memory() + 2 * max(_BLOCK_BYTES, widest) + 2 * max(_CHUNK_BYTES, widest) + _MARGIN
-    if budget is not None and least > budget:
-        raise BismoothError(f"--memory is too small for Gram matrices. Expected {format_bytes(least + SPARE)} or more.")
+def gram_memory(channels: int) -> int:
+    """Bytes that :func:`gram_rows` takes: two blocks, and some rows twice."""
+    return 2 * max(_BLOCK_BYTES, 8 * channels) + 2 * max(_CHUNK_BYTES, 8 * channels) + _MARGIN

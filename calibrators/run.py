@@ -23,7 +23,7 @@ from ..export.replacing import put_in_place
 from ..export.state import State, open_state
 from ..export.versions import tool_versions
 from ..passes.progress import Counter, Progress, silent
-from .gram import KeptRows, check_gram_memory, gram_rows
+from .gram import KeptRows, gram_memory, gram_rows
 from .histogram import BINS
 from .observe import KEPT_ROWS, OUTLIERS, ROWS, SAMPLED, TOKENS, Taps, instrument
 from .statistics import Provenance, Statistics
@@ -194,6 +194,7 @@ def calibrate(
         values=maker.by_segment(values),
         prepare=partial(instrument, histograms=histograms, rows=grams),
         dims={SAMPLED: rows, KEPT_ROWS: OUTLIERS},
+        between=gram_memory(max(values.values())) if grams else 0,
         with_output=False,
     )
     options = {"rows": rows, "histograms": histograms, "grams": grams, "batch_size": batch_size, "values": dict(values)}
@@ -202,8 +203,6 @@ def calibrate(
         budget = find_budget(memory)
         if batch_size is None:
             streamed = _fitted(streamed, state, budget)
-        if grams:
-            check_gram_memory(values, budget)
         run = _Run(streamed, values, sample, threads, spread, progress)
         file = state.folder / _FILE
         file.touch()

@@ -145,7 +145,7 @@ class _Rewriter:
         return not self.fuse and all(node and node.op_type == "DequantizeLinear" for node in operands)
 
     def _stored(self, operand: str) -> _Stored | None:
-        """What the operand [K, N] of a product is made of; None if that is no weight that is copied, and can be sliced."""
+        """What the operand [K, N] of a product is made of; None if that is no weight of which slices can be copied."""
         nodes: list[onnx.NodeProto] = []
         while (node := self.producers.get(operand)) is not None:
             if not (node.op_type in ("Cast", "DequantizeLinear") or is_swap(node)):

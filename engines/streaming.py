@@ -206,6 +206,7 @@ class Streamed:
         dims: sizes of symbolic dimensions that ``prepare`` adds.
         held: bytes that the caller holds beside a run.
         most: bytes of the largest float32 copy of a weight that is made as a whole.
+        between: bytes that the caller takes between two pieces.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
 
@@ -219,6 +220,7 @@ class Streamed:
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
     held: int = 0
     most: int = MOST
+    between: int = 0
     with_output: bool = True
 
     @property
@@ -309,7 +311,7 @@ class Streamed:
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
-        return self.held + footprint(self.model(piece), self.sizes, self.mode)
+        return max(self.between, self.held + footprint(self.model(piece), self.sizes, self.mode))
 
     @property
     def windows_per_run(self) -> int:

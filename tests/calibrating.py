@@ -27,8 +27,8 @@ def main(folder: Path, output: Path, memory: int, *options: str) -> int:
     settings = {name: json.loads(value) for name, _, value in (option.partition("=") for option in options)}
     totals: list[int] = []
 
-    def progress(_step: str, _done: int, total: int) -> None:
-        totals.append(total)
+    def progress(step: str, _done: int, total: int) -> None:
+        totals.extend([total] if step == "calibrate" else [])
 
     try:
         calibrate(folder, values, ids, output, memory=memory, threads=1, progress=progress, **settings)

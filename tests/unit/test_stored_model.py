@@ -144,5 +144,5 @@ def test_outputs_that_are_no_numbers_are_not_computed_twice(tmp_path: Path, monk
 
 def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(BismoothError, match="transformers cannot load the source model again: .*Leave this hop out"):
+    with pytest.raises(BismoothError, match=r"transformers cannot load the source model again: .*Leave this hop out"):
         StoredModel(tmp_path)

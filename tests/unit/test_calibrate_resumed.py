@@ -1,0 +1,170 @@
+"""A calibration that was broken off goes on behind the last segment that is done, to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bismooth.calibrators.run import Observe, calibrate
+from bismooth.engines.pieces import Piece
+from bismooth.engines.streaming import Batch, Streamed, base_memory
+from bismooth.export.errors import BismoothError
+from bismooth.export.state import state_folder
+from bismooth.passes.graph import load
+from bismooth.passes.linears import find_linears
+from tests.graphs import DecoderShape, decoder
+from tests.streaming import divide, streamed
+
+SHAPE = DecoderShape(layers=2)
+SEGMENTS = 6
+"""The embedding, two parts of each layer, and the last norm."""
+WINDOWS = np.random.default_rng(0).integers(0, SHAPE.vocab, (6, 8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    decoder(SHAPE, tied=False).save(tmp_path / "model", external=True)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "s.safetensors"
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every segment is a piece."""
+
+    def plan(self: Streamed, _budget: int | None, first: int = 0) -> list[Piece]:
+        return divide(self.stop, *range(self.stop))[first:]
+
+    monkeypatch.setattr(Streamed, "plan", plan)
+
+
+def run(folder: Path, output: Path, **options: Any) -> bytes:
+    values = {linear.x: linear.k for linear in find_linears(load(folder / "model.onnx"))}
+    settings: dict[str, Any] = {"rows": 9, "threads": 1, "batch_size": 2, "histograms": True}
+    return calibrate(folder, values, WINDOWS, output, **(settings | options)).path.read_bytes()
+
+
+def broken_off(folder: Path, output: Path, tasks: int, **options: Any) -> None:
+    """Run until so many batches are done."""
+    left = tasks
+
+    def spread(task: Observe, batches: Iterable[Batch]) -> Iterator[Mapping[str, NDArray[Any]]]:
+        nonlocal left
+        for batch in batches:
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            yield task(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, output, spread=spread, **options)
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("tasks", [1, 3, 5, 9, 14])
+@pytest.mark.parametrize("grams", [False, True])
+def test_it_goes_on_to_the_same_bytes(folder: Path, output: Path, tmp_path: Path, tasks: int, grams: bool) -> None:
+    expected = run(folder, tmp_path / "expected.safetensors", grams=grams)
+    broken_off(folder, output, tasks, grams=grams)
+    assert not output.exists()
+    assert state_folder(output).exists() == (tasks >= 3)
+    told: list[tuple[int, tuple[str, int, int] | None]] = []
+    again = run(folder, output, grams=grams, resumed=lambda units, where: told.append((units, where)))
+    assert again == expected
+    done = tasks // 3  # each segment has three batches
+    assert told == [(done, ("calibrate", done, SEGMENTS) if done else None)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.safetensors", "model", output.name]
+
+
+def test_pieces_do_not_matter(folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(folder, tmp_path / "expected.safetensors")
+    for ends in ((1,), (2, 3), (1, 2, 3, 4)):
+        monkeypatch.setattr(Streamed, "plan", lambda self, *_, ends=ends: divide(self.stop, *ends))
+        assert run(folder, output) == expected
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_hidden_states_are_deleted_when_they_are_read(folder: Path, output: Path) -> None:
+    broken_off(folder, output, 14)
+    names = {path.name for path in state_folder(output).iterdir()}
+    assert len(names - {"state.json", "journal.jsonl", "statistics"}) == 2  # one is read, and one is being written
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"seed": 1}, "seed"), ({"rows": 8}, "rows"), ({"grams": True}, "grams"), ({"batch_size": 3}, "batch_size")],
+)
+def test_another_run_is_refused_unless_it_begins_anew(
+    folder: Path, output: Path, tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    broken_off(folder, output, 5)
+    with pytest.raises(
+        BismoothError, match=rf"an unfinished run is there, which would come out differently: .*{named}"
+    ):
+        run(folder, output, **options)
+    expected = run(folder, tmp_path / "expected.safetensors", **options)
+    assert run(folder, output, restart=True, **options) == expected
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_weights_that_were_touched_are_refused(folder: Path, output: Path) -> None:
+    broken_off(folder, output, 5)
+    os.utime(folder / "model.safetensors")
+    with pytest.raises(BismoothError, match=r"come out differently: .*model\.safetensors.*mtime_ns"):
+        run(folder, output)
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_a_full_disk(folder: Path, output: Path, tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics file is allocated first, then the hidden states between pieces."""
+    expected = run(folder, tmp_path / "expected.safetensors")
+    left = call
+
+    def allocate(*_: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    with pytest.raises(BismoothError, match=r"s\.safetensors: the disk is full\. Free some space and run the command"):
+        run(folder, output)
+    assert not output.exists()
+    assert run(folder, output) == expected
+
+
+def test_batches_are_as_small_as_the_memory_asks_for(folder: Path) -> None:
+    large = streamed(folder / "model.onnx", np.zeros((8, 2000), np.int64), batch_size=8)
+    small = streamed(folder / "model.onnx", np.zeros((8, 2000), np.int64), batch_size=2)
+    least = small.least(0, small.stop)
+    assert large.least(0, large.stop) > least
+    assert large.fitted(None).batch_size == 8
+    assert large.fitted(10**12).batch_size == 8
+    assert large.fitted(base_memory() + least + 10**6).batch_size == 2
+    assert large.fitted(1).batch_size == 1
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_batches_of_an_earlier_run_are_kept(
+    folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(folder, tmp_path / "expected.safetensors", batch_size=3)
+    monkeypatch.setattr(Streamed, "fitted", lambda self, _budget: replace(self, batch_size=3))
+    broken_off(folder, output, 3, batch_size=None)
+    monkeypatch.setattr(Streamed, "fitted", lambda self, _budget: replace(self, batch_size=1))
+    assert run(folder, output, batch_size=None) == expected
