@@ -48,20 +48,30 @@ def judge_chains(
     expected = _run_whole(path, mode, ids)
     figures: dict[str, Figures] = {}
     failures: list[str] = []
+    by_borders: dict[tuple[str, ...], tuple[Figures, str | None]] = {}
     for number, engine in enumerate(chains, 1):
         name, chain = engine.folder.name, Chain.load(engine.file)
-        borders = [part.gives.name for part in chain.parts if part.gives is not None]
-        try:
-            with ChainSession(lean_parts(path, borders), mode=mode, lean=True) as session:
-                got = [values[0] for values in session.windows(ids)]
-        except BismoothError as error:
-            failures.append(f"{name}: {error}")
-            continue
-        figures[name], failure = _compare(ids, expected, got, comparison())
-        figures[name]["parts"] = len(chain.parts)
+        borders = tuple(part.gives.name for part in chain.parts if part.gives is not None)
+        if borders not in by_borders:
+            by_borders[borders] = _judge(path, borders, mode, ids, expected, comparison())
+        found, failure = by_borders[borders]
+        if found:
+            figures[name] = {"parts": len(chain.parts), **found}
         failures += [f"{name}: {failure}"] if failure else []
         progress("run the parts of chains", number, len(chains))
     return figures, failures
+
+
+def _judge(
+    path: Path, borders: Sequence[str], mode: Mode, ids: Ids, expected: Sequence[Values], comparison: Comparison
+) -> tuple[Figures, str | None]:
+    """Figures of the graph in parts, and what is wrong with it."""
+    try:
+        with ChainSession(lean_parts(path, borders), mode=mode, lean=True) as session:
+            got = [values[0] for values in session.windows(ids)]
+    except BismoothError as error:
+        return {}, str(error)
+    return _compare(ids, expected, got, comparison)
 
 
 def _run_whole(path: Path, mode: Mode, ids: Ids) -> list[Values]:
