@@ -13,7 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-
 _M_MMAP_THRESHOLD = -3
 _LARGE = 1 << 20
 """Bytes from which on a block is mapped by itself."""
