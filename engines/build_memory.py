@@ -1,6 +1,7 @@
 """How much memory a build takes, told by the weights that the graph refers to, before it begins.
 
-The factors are fitted to measured peaks, of whole builds and of parts: docs/parts.md lists them.
+The factors are fitted to measured peaks, of whole builds and of parts: docs/parts.md lists them. TensorRT maps files,
+and holds the engine twice at the end; ONNX Runtime makes a copy of what it computes with, and packs it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 import onnx
+from onnx import helper
 
 from ..export.errors import BismoothError
 from .chain_cut import ChainCutter, Part, split_evenly
@@ -17,46 +19,50 @@ from .footprint import tensor_bytes
 from .memory import current_rss, format_bytes
 from .streaming import find_budget
 
-_HALF = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
-_FLOAT_BYTES = 4
-
 
 @dataclass(frozen=True)
 class Need:
     """What a builder takes.
 
     Attributes:
-        factor: bytes per byte of weights.
+        stored: bytes per byte of weights as their files hold them: these are mapped.
+        computed: bytes per byte of weights in the type that the graph computes with, behind a Cast.
         per_node: bytes per node of the graph.
         base: bytes for any graph; of a builder within this process, beside what this takes.
-        widens: whether it makes float32 of 16-bit weights, which then count as that.
         within: whether it builds within this process.
     """
 
-    factor: float
+    stored: float
+    computed: float
     per_node: int
     base: int
-    widens: bool = False
     within: bool = False
 
     def of(self, models: Iterable[onnx.ModelProto]) -> int:
         """Bytes that building consecutive parts of a graph as one takes."""
-        weights = nodes = 0
+        total = self.base
         for model in models:
-            weights += sum(self._bytes(tensor) for tensor in model.graph.initializer)
-            nodes += len(model.graph.node)
-        return int(self.factor * weights) + self.per_node * nodes + self.base
+            total += self.per_node * len(model.graph.node) + self._weights(model.graph)
+        return total
 
-    def _bytes(self, tensor: onnx.TensorProto) -> int:
-        return _FLOAT_BYTES * prod(tensor.dims) if self.widens and tensor.data_type in _HALF else tensor_bytes(tensor)
+    def _weights(self, graph: onnx.GraphProto) -> int:
+        casts = {node.input[0]: node.attribute[0].i for node in graph.node if node.op_type == "Cast"}
+        stored = sum(map(tensor_bytes, graph.initializer))
+        computed = sum(
+            prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(casts[tensor.name]).itemsize
+            if tensor.name in casts
+            else tensor_bytes(tensor)
+            for tensor in graph.initializer
+        )
+        return int(self.stored * stored + self.computed * computed)
 
 
-_TENSORRT = Need(factor=2.2, per_node=200_000, base=256 << 20)
+_TENSORRT = Need(stored=1, computed=2, per_node=160_000, base=256 << 20)
 NEEDS: Mapping[str, Need] = {
     "tensorrt-rtx": _TENSORRT,
     "tensorrt": _TENSORRT,
-    "onnxruntime": Need(factor=2.3, per_node=0, base=128 << 20, widens=True, within=True),
-    "null": Need(factor=0, per_node=0, base=0, within=True),
+    "onnxruntime": Need(stored=0.4, computed=2, per_node=0, base=128 << 20, within=True),
+    "null": Need(stored=0, computed=0, per_node=0, base=0, within=True),
 }
 
 

@@ -32,7 +32,7 @@ _TILE = 64
 
 _MICROSOFT = "com.microsoft"
 _FLOAT_BYTES = 4
-_NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8})
+_STORED = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8})
 
 
 def make_lean(
@@ -145,7 +145,7 @@ class _Rewriter:
         return not self.fuse and all(node and node.op_type == "DequantizeLinear" for node in operands)
 
     def _stored(self, operand: str) -> _Stored | None:
-        """What the operand [K, N] of a product is made of; None if that is no narrow weight that can be sliced."""
+        """What the operand [K, N] of a product is made of; None if that is no weight of which slices can be copied."""
         nodes: list[onnx.NodeProto] = []
         while (node := self.producers.get(operand)) is not None:
             if not (node.op_type in ("Cast", "DequantizeLinear") or is_swap(node)):
@@ -153,7 +153,7 @@ class _Rewriter:
             nodes.insert(0, node)
             operand = node.input[0]
         tensor = self.initializers.get(operand)
-        if tensor is None or len(tensor.dims) != 2 or tensor.data_type not in _NARROW or all(map(is_swap, nodes)):
+        if tensor is None or len(tensor.dims) != 2 or tensor.data_type not in _STORED or all(map(is_swap, nodes)):
             return None
         axis = first = (1 + sum(map(is_swap, nodes))) % 2
         steps: list[_Step] = []

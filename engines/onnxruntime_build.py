@@ -120,12 +120,16 @@ def _optimize(runtime: Any, source: Path, graph: bytes, folder: Path) -> Any:
 
 
 def _kernels(model: Any, linears: Iterable[Linear]) -> list[Kernel]:
-    """The nodes of the optimized graph as kernels. A fused node begins with the name of the node that it grew from."""
+    """The nodes of the optimized graph as kernels.
+
+    A fused node begins with the name of the node that it grew from, behind the word ``fused`` if it has an activation.
+    """
     known = {linear.node: linear for linear in linears}
     return [_kernel(node, _grown_from(node.name, known)) for node in model.graph.node]
 
 
 def _grown_from(name: str, known: dict[str, Linear]) -> Linear | None:
+    name = name.removeprefix("fused ")
     while name not in known and "/" in name:
         name = name.rpartition("/")[0]
     return known.get(name)

@@ -29,7 +29,7 @@ from ..export.errors import BismoothError
 from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
 from ..export.replacing import flush
 from .footprint import footprint, resolve
-from .lean import make_lean
+from .lean import MOST, SLICE, make_lean
 from .memory import available_memory, current_rss, format_bytes, return_freed_memory
 from .onnxruntime import InMemoryGraph, Mode, Session, import_onnxruntime
 from .pieces import Piece, PieceMaker
@@ -205,6 +205,7 @@ class Streamed:
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
         held: bytes that the caller holds beside a run.
+        most: bytes of the largest float32 copy of a weight that is made as a whole.
         between: bytes that the caller takes between two pieces.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
     """
@@ -218,6 +219,7 @@ class Streamed:
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
     held: int = 0
+    most: int = MOST
     between: int = 0
     with_output: bool = True
 
@@ -253,12 +255,18 @@ class Streamed:
         """The value that the next piece reads; None behind the last one."""
         return self.maker.segments[piece.stop - 1].exit if piece.stop < self.stop else None
 
+    def mode_of(self, model: onnx.ModelProto) -> Mode:
+        """The mode of the session of a piece: without integers, "int8" has no use, and costs memory."""
+        has_integers = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+        return self.mode if self.mode != "int8" or has_integers else "plain"
+
     def model(self, piece: Piece) -> onnx.ModelProto:
         """The graph of a piece, ready to be loaded."""
         leaving, observed = self.exit_of(piece), self.observed(piece)
         last = [self.output] if self.with_output else []
         model = self.maker.make(piece, last if leaving is None else [leaving], observed)
-        make_lean(model, fuse=self.mode != "int8", keep=observed)
+        fuse = self.mode_of(model) != "int8"
+        make_lean(model, fuse=fuse, keep=observed, most=self.most, piece=min(SLICE, self.most))
         self.prepare(model, observed)
         return model
 
@@ -309,7 +317,8 @@ class Streamed:
 
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
-        return max(self.between, self.held + footprint(self.model(piece), self.sizes, self.mode))
+        model = self.model(piece)
+        return max(self.between, self.held + footprint(model, self.sizes, self.mode_of(model)))
 
     @property
     def windows_per_run(self) -> int:
@@ -351,7 +360,7 @@ class Streamed:
                 str(self.path),
                 model.SerializeToString(),
                 self.path.parent,
-                self.mode,
+                self.mode_of(model),
                 None if entry is None else self.file(entry, folder),
                 exit_file,
                 tuple(value.name for value in model.graph.output if value.name != leaving),

@@ -296,12 +296,17 @@ def new_folder(
         BismoothError: ``target`` exists and ``force`` is false, or is no such artifact; it holds an input; the parent
             cannot be written; the disk is full.
     """
-    for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(target.resolve()):
-            raise BismoothError(f"{target}: is or holds what is read, {path}. Choose another output folder.")
+    check_apart(target, inputs)
     what = "a bismooth artifact" if kind is None else f"a bismooth artifact of kind {kind}"
     with _folder.new_folder(target, what, force=force, replaceable=lambda path: _is_artifact(path, kind)) as temporary:
         yield temporary
+
+
+def check_apart(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise :class:`BismoothError` if the folder ``target`` that is to be made is, or holds, one of ``inputs``."""
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(target.resolve()):
+            raise BismoothError(f"{target}: is or holds what is read, {path}. Choose another output folder.")
 
 
 def _is_artifact(folder: Path, kind: str | None) -> bool:

@@ -256,7 +256,7 @@ def _lock(folder: Path, flags: int) -> int:
 
 def _prepare(folder: Path, journal: int, wanted: dict[str, Any], *, restart: bool) -> None:
     """Leave what an earlier run towards the same result has done, or an empty state."""
-    if (folder / STATE).exists() and not restart:
+    if (folder / STATE).exists() and not restart and _read_journal(folder)[0]:
         found = read_state(folder)
         if differs := difference("", found["fingerprint"], wanted):
             raise BismoothError(

@@ -7,6 +7,7 @@ run is the same bytes with every executor and any number of workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from .parallel import ordered_map
@@ -65,12 +66,15 @@ class Executor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class LocalExecutor:
-    """Threads of this process, see :func:`.parallel.ordered_map`."""
+    """Threads of this process, ``workers`` at most, see :func:`.parallel.ordered_map`."""
+
+    workers: int = 2
 
     def map(self, task: Task[ItemT, ResultT], items: Iterable[ItemT], /) -> Iterator[ResultT]:
         """The results, in the order of the items."""
-        return ordered_map(task, items)
+        return ordered_map(task, items, at_once=self.workers)
 
 
 LOCAL = LocalExecutor()

@@ -16,9 +16,10 @@ import pickle
 import re
 import socket
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,9 @@ RETRIES = 8
 AHEAD = 2
 """Calls in flight per CPU of the cluster: one runs, the next is already where it will run."""
 
-_SETTINGS = {
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray tells of lost workers goes to stdout, where results alone belong
-    "RAY_task_oom_retries": str(RETRIES),  # by default without end
-}
+_SETTINGS = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+"""What Ray tells of lost workers goes to stdout, where results alone belong: it is dropped."""
+
 _PATIENCE = 10.0
 """Seconds that calls which are not wanted any more get to end."""
 
@@ -105,27 +105,52 @@ class RayExecutor:
 
     def _spread(self, task: Work[ItemT, ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
         pickled = pickle.dumps(task)
-        digest = hashlib.sha256(pickled).hexdigest()
-        shared = [self.ray.put((self.expected, pickled))]
+        digest, shared = hashlib.sha256(pickled).hexdigest(), [self.ray.put((self.expected, pickled))]
         remote = self.ray.remote(call).options(
-            name=task.step,
-            num_cpus=self.cpus,
-            memory=self.memory,
-            max_retries=RETRIES,
-            scheduling_strategy="SPREAD",
+            name=task.step, num_cpus=self.cpus, memory=self.memory, max_retries=0, scheduling_strategy="SPREAD"
         )
-        waiting: deque[tuple[str, Any]] = deque()
+        calls: deque[_Call] = deque()
         try:
             for item in items:
-                waiting.append((item.name, remote.remote(digest, shared, pickle.dumps(item))))
-                if len(waiting) > AHEAD * self._cpus() / self.cpus:
-                    yield self._result(*waiting[0])
-                    waiting.popleft()
-            while waiting:
-                yield self._result(*waiting[0])
-                waiting.popleft()
+                calls.append(_Call(item.name, partial(remote.remote, digest, shared, pickle.dumps(item))))
+                if len(calls) > AHEAD * self._cpus() / self.cpus:
+                    yield self._first(calls)
+                    calls.popleft()
+            while calls:
+                yield self._first(calls)
+                calls.popleft()
         finally:
-            self._cancel([reference for _, reference in waiting])
+            self._cancel([call.reference for call in calls if not call.ended])
+
+    def _first(self, calls: Sequence[_Call]) -> Any:
+        """The result of the first of these calls; meanwhile any that is lost is made again."""
+        while not calls[0].ended:
+            pending = {call.reference: call for call in calls if not call.ended}
+            ready, _ = self.ray.wait(list(pending), timeout=_PATIENCE)
+            if not ready:
+                self._cpus()
+            for reference in ready:
+                self._end(pending[reference])
+        if calls[0].error is not None:
+            raise calls[0].error
+        return calls[0].result
+
+    def _end(self, call: _Call) -> None:
+        try:
+            call.result = self.ray.get(call.reference)
+        except self.ray.exceptions.RayTaskError as error:
+            cause: Exception = error.cause
+            cause.__cause__ = error  # it has the traceback
+            call.error = cause
+        except self.ray.exceptions.RayError as error:
+            if call.losses < RETRIES:
+                call.make_again()
+                return
+            call.error = BismoothError(
+                f"{call.name}: the workers that worked on it were lost, {call.losses + 1} times: {_first_line(error)}. "
+                "Look into Ray's logs there; if memory ran out, start the nodes with fewer CPUs (ray start --num-cpus)."
+            )
+        call.ended = True
 
     def check_nodes(self) -> None:
         """Run :func:`.ray_worker.check_node` on each node that has a CPU.
@@ -152,19 +177,6 @@ class RayExecutor:
                     f"bismooth: {_last_line(error)}. Install the same bismooth there, with the extras compile and ray."
                 ) from error
 
-    def _result(self, name: str, reference: Any) -> Any:
-        try:
-            while not self.ray.wait([reference], timeout=_PATIENCE)[0]:
-                self._cpus()
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except self.ray.exceptions.RayError as error:
-            raise BismoothError(
-                f"{name}: the workers that worked on it were lost, {RETRIES + 1} times: {_last_line(error)}. Look into "
-                "Ray's logs on that node; if memory ran out, start its node with fewer CPUs (ray start --num-cpus)."
-            ) from error
-
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
@@ -187,6 +199,39 @@ class RayExecutor:
             self.ray.cancel(reference)
         if references:
             self.ray.wait(references, num_returns=len(references), timeout=_PATIENCE)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a task.
+
+    NOTE: Ray can make lost calls again by itself (``max_retries``). Release 2.60 at times makes one twice, and ends the
+    driver when the second one succeeds.
+
+    Attributes:
+        name: Of the item.
+        make: Makes it.
+        reference: Of the result.
+        losses: How often it was lost.
+        ended: Whether there is a result or an error.
+        result: What came out.
+        error: What it raised.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    reference: Any = field(init=False)
+    losses: int = 0
+    ended: bool = False
+    result: Any = None
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.reference = self.make()
+
+    def make_again(self) -> None:
+        self.losses += 1
+        self.reference = self.make()
 
 
 def _load() -> Any:
@@ -238,6 +283,10 @@ def _expected(files: Iterable[Path]) -> dict[str, Any]:
         "files": {str(file.absolute()): file.stat().st_size for file in files},
         "folder": str(Path.cwd()),
     }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:

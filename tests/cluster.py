@@ -21,7 +21,12 @@ import bismooth
 ROOT = Path(__file__).parents[1]
 SOURCES = Path(bismooth.__file__).parents[1]
 
-_STORE = {"object_store_memory": 80 << 20}
+_LEAN = {
+    "object_store_memory": 80 << 20,
+    "include_dashboard": False,
+    "include_log_monitor": False,
+    "no_monitor": True,
+}
 _HEALTH = {"health_check_period_ms": 1000}
 """A node that died is missed after five seconds, instead of fifteen. One that is slow has as long as ever."""
 
@@ -39,7 +44,7 @@ def running_cluster() -> Generator[Any]:
         with _environment(settings):
             cluster = import_module("ray.cluster_utils").Cluster(
                 initialize_head=True,
-                head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": _HEALTH, **_STORE},
+                head_node_args={"num_cpus": 0, "_system_config": _HEALTH, **_LEAN},
             )
             cluster.settings = settings
         try:
@@ -53,7 +58,7 @@ def running_cluster() -> Generator[Any]:
 def add_node(cluster: Any, sources: Path = SOURCES) -> Any:
     """Start a node with one CPU, whose workers import bismooth from ``sources``."""
     with _environment({**cluster.settings, "PYTHONPATH": os.pathsep.join([str(sources), str(ROOT)])}):
-        return cluster.add_node(num_cpus=1, **_STORE)
+        return cluster.add_node(num_cpus=1, **_LEAN)
 
 
 def remove_node(cluster: Any, node: Any) -> None:

@@ -9,12 +9,10 @@ import onnx
 import onnx.shape_inference
 
 from bismooth.engines.base import BuildRequest, Profile, Span
-from bismooth.engines.build_memory import BuildPlan, Need, plan_build
+from bismooth.engines.build_memory import NEEDS, BuildPlan, plan_build
 from bismooth.engines.subgraph import load_graph
 from tests.cached_model import cached_model
 from tests.quantized import save
-
-NOTHING = Need(factor=0, per_node=0, base=0, within=True)
 
 
 def cuttable(**options: Any) -> onnx.ModelProto:
@@ -27,7 +25,7 @@ def write_cuttable(folder: Path, **options: Any) -> Path:
 
 
 def plan(graph: Path, split: int | None = 2) -> BuildPlan:
-    return plan_build(NOTHING, load_graph(graph), str(graph), split=split)
+    return plan_build(NEEDS["null"], load_graph(graph), str(graph), split=split)
 
 
 def request(graph: Path, engine: Path, **options: Any) -> BuildRequest:

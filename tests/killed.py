@@ -2,9 +2,9 @@
 
 ``python tests/killed.py KILLS OUTPUT COMMAND…`` runs the command to its end, and keeps what it has made at OUTPUT for
 comparison. Then it forks a process per run and kills it, as ``kill -9`` does, within the time that the first run took.
-A run that comes through has made OUTPUT, which is then removed: the next one begins anew. It writes one line of JSON
-per run: the exit status (negative: the signal), what was said on stderr, and, of a run that came through, the files
-that differ from those of the first.
+A run that comes through has made OUTPUT, which is then removed: the next one begins anew. After the last kill, one run
+is left alone. It writes one line of JSON per run: the exit status (negative: the signal), what was said on stderr,
+and, of a run that came through, the files that differ from those of the first.
 """
 
 from __future__ import annotations
@@ -74,11 +74,10 @@ def main(kills: int, output: Path, command: list[str]) -> None:
     expected = contents(output)
     shutil.rmtree(output)
     moments = random.Random(0)
-    while kills:
-        status, errors, _ = run(command, moments.uniform(0, duration))
+    while kills >= 0:  # the last one is left alone
+        status, errors, _ = run(command, moments.uniform(0, duration) if kills else None)
+        kills -= status < 0 or not kills
         differing = None
-        if status < 0:
-            kills -= 1
         if output.exists():
             found = contents(output)
             differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))

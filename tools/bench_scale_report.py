@@ -214,7 +214,7 @@ class ScaleResult:
                     "R²": f"{line.r2:.4f}" if line else "",
                     "largest deviation": f"{line.deviation:.1%}" if line else "",
                     "peak memory, GB": f"{_gb(least)} to {_gb(most)}",
-                    "holds": "no" if growth.failures else "yes",
+                    "holds": "no" if growth.failures else "yes" if line else "memory does",
                 }
             )
         return rows

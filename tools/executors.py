@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.errors import BismoothError
-from ..passes.executor import LOCAL, Executor
+from ..passes.executor import LOCAL, Executor, LocalExecutor
 
 if TYPE_CHECKING:
     from ..passes.ray_executor import RayExecutor
@@ -31,18 +31,19 @@ class Share:
 
 
 @contextmanager
-def open_executor(name: str, files: Iterable[Path]) -> Generator[Executor]:
+def open_executor(name: str, files: Iterable[Path], workers: int = LOCAL.workers) -> Generator[Executor]:
     """An executor.
 
     Args:
         name: ``local``, or ``ray`` for the cluster of :func:`..passes.ray_executor.connect`.
         files: what there is already of the files that the tasks will read and write.
+        workers: of a local one, at most.
 
     Raises:
         BismoothError: there is none of that name, or as of ``connect``.
     """
     if name == "local":
-        yield LOCAL
+        yield LocalExecutor(workers)
     else:
         with _connect(name, files) as executor:
             yield executor

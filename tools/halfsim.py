@@ -55,6 +55,10 @@ from .programs import Programs, with_held
 _FLOAT32 = np.dtype(np.float32)
 _MODE = "reference"
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_MOST = 1 << 25
+"""Bytes of the largest float32 copy of a weight that is made as a whole: while it is rounded, there are two."""
+_HELD = 1
+"""Arrays of one window's outputs that exist beside those of a run: what the caller had last, or compares with."""
 _EXACT = frozenset({"Abs", "Ceil", "Clip", "Floor", "Max", "Min", "Neg", "Relu", "Round", "Sign"})
 """Operators whose result is one of their inputs, up to its sign, or a smaller whole number."""
 
@@ -133,7 +137,7 @@ class HalfSimulation:
         Raises:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
         """
-        streamed = with_held(self._streamed(programs.ids[:count]))
+        streamed = with_held(self._streamed(programs.ids[:count]), _HELD)
         stored = self._maker.by_segment(self._stored)
         key = f"{self._path.name} simulated {count} windows"
         self.ratios = np.array(programs.noted(key) or np.zeros(len(self.edges)))
@@ -145,7 +149,7 @@ class HalfSimulation:
                 self._see(dict(zip(streamed.observed(piece), peaks_of(results), strict=True)))
                 counter.add(batch.stop - batch.start)
                 if piece.stop == streamed.stop:
-                    yield from results[streamed.output].astype(np.float32, copy=False)
+                    yield from results.pop(streamed.output).astype(np.float32, copy=False)
             programs.note(key, self.ratios.tolist())
 
     def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> HalfRun:
@@ -180,7 +184,14 @@ class HalfSimulation:
 
     def _streamed(self, ids: Ids) -> Streamed:
         return Streamed(
-            self._path, self._maker, _MODE, ids, default_batch(ids.shape[1]), values=self._measured, prepare=add_peaks
+            self._path,
+            self._maker,
+            _MODE,
+            ids,
+            default_batch(ids.shape[1]),
+            values=self._measured,
+            prepare=add_peaks,
+            most=_MOST,
         )
 
     def _peak_of_stored(self, value: str) -> float:

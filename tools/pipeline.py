@@ -64,6 +64,7 @@ def compile(
     capacity: int | None = None,
     thresholds: Mapping[str, float | None] | None = None,
     allow_float: bool = False,
+    memory: int | None = None,
     executor: str = "local",
     trust_remote_code: bool = False,
     copy_weights: bool = False,
@@ -77,7 +78,8 @@ def compile(
 
     What an earlier run with the same inputs has left at ``output`` is kept; only verification is always done. What is
     there and would come out differently is an error before anything is changed, unless ``force`` makes all anew. A
-    stage that was broken off goes on where it was; ``restart`` discards what it has done.
+    stage that was broken off goes on where it was; ``restart`` discards what it has done. ``memory`` is what this
+    process, and a builder beside it, may take in bytes.
 
     Raises:
         BismoothError: bad input to any stage, an argument without effect, or results of other inputs at ``output``.
@@ -140,11 +142,21 @@ def compile(
             rows=rows,
             seed=seed,
             histograms=chosen.needs_histograms,
+            memory=memory,
             executor=executor,
             restart=restart,
         )
     if not is_quantized:
-        stages.quantize(folder, chosen, target, data_free=not data, executor=executor, force=force, restart=restart)
+        stages.quantize(
+            folder,
+            chosen,
+            target,
+            data_free=not data,
+            memory=memory,
+            executor=executor,
+            force=force,
+            restart=restart,
+        )
     built = [
         finished.get((engine, group))
         or stages.build(
@@ -154,6 +166,7 @@ def compile(
             dims=sizes if has_profile(engine) else None,
             capacity=capacity if has_profile(engine) else None,
             allow_float=allow_float,
+            memory=memory,
         )
         for engine, group in plans
     ]
@@ -166,6 +179,8 @@ def compile(
             length=length,
             thresholds=thresholds,
             skip_windows=skipped,
+            memory=memory,
+            restart=restart,
         )
     result = CompileResult(
         Artifact.load(target, "quantized"),

@@ -149,10 +149,10 @@ def scratch(artifact: Path) -> Generator[Path]:
         yield Path(folder)
 
 
-def with_held(streamed: Streamed) -> Streamed:
-    """The same, where the outputs count that exist beside those of a run."""
+def with_held(streamed: Streamed, arrays: int = _HELD) -> Streamed:
+    """The same, where so many arrays of one window's outputs count that exist beside those of a run."""
     shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
-    return replace(streamed, held=_HELD * prod(shape[1:]) * np.dtype(np.float32).itemsize)
+    return replace(streamed, held=arrays * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
 
 def _ignore(_step: str) -> None:

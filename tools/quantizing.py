@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.artifact import Artifact, finish_folder, new_folder, place_file
+from ..export.artifact import Artifact, check_apart, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
 from ..export.fingerprint import run_fingerprint
 from ..export.hashing import file_sha256, hashing
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..passes.quantize import QuantizeResult
 
 STATISTICS = "statistics.safetensors"
+_WORKERS = 2
 
 
 def quantize(
@@ -37,6 +38,7 @@ def quantize(
     statistics: str | Path | None = None,
     alpha: float | None = None,
     max_share: float | None = None,
+    memory: int | None = None,
     executor: str = "local",
     force: bool = False,
     restart: bool = False,
@@ -51,6 +53,7 @@ def quantize(
         statistics: those to use, instead of the artifact's.
         alpha: see :func:`load_recipe`.
         max_share: see :func:`load_recipe`.
+        memory: bytes that this process may take; what two workers take by default.
         executor: who works on the weights, see :func:`.executors.open_executor`.
         force: replace a quantized artifact at ``output``.
         restart: discard what an unfinished run has left.
@@ -65,14 +68,16 @@ def quantize(
 
     start = time.perf_counter()
     artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
+    inputs = [path for path in (artifact, statistics) if path is not None]
+    check_apart(output, inputs)
     loaded = Artifact.load(artifact, "float")
     chosen = load_recipe(recipe, alpha, max_share, data_free=data_free)
     _check_statistics(statistics, chosen, data_free=data_free)
     found = None if data_free else _find_statistics(loaded, statistics, chosen)
     calibration = None if found is None else StatisticsCalibration(found)
-    inputs = [path for path in (artifact, statistics) if path is not None]
     source, role = loaded.graph("float32"), chosen.compute_dtype.value
     narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
+    workers = _workers(source, found, memory)
     with open_state(output, "quantize", _fingerprint(loaded, chosen, found), restart=restart) as state:
         console.note_resumed(state.resumed, state.progress)
         grown = state.folder / WEIGHTS
@@ -80,7 +85,7 @@ def quantize(
             weights = _carry(loaded, folder)
             with (
                 hashing(weights, state) as hashes,
-                open_executor(executor, _shared(loaded, found, folder)) as opened,
+                open_executor(executor, _shared(loaded, found, folder), workers) as opened,
                 ResumingExecutor(opened, state, grown) as resuming,
             ):
                 result = quantize_graph(
@@ -105,6 +110,30 @@ def quantize(
             finish_folder(folder, manifest, digests, own=[WEIGHTS])
             size = (folder / WEIGHTS).stat().st_size
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
+
+
+def _workers(graph: Path, statistics: Statistics | None, memory: int | None) -> int:
+    """How many workers fit into the memory, two at most.
+
+    Raises:
+        BismoothError: not even one does.
+    """
+    if memory is None:
+        return _WORKERS
+    from ..engines.memory import current_rss, format_bytes
+    from ..passes.graph import load
+    from ..passes.linears import find_linears
+    from ..passes.quantize_memory import quantize_memory
+
+    linears, tokens = find_linears(load(graph)), 0 if statistics is None else len(statistics.row_numbers)
+    needs = {workers: current_rss() + quantize_memory(linears, tokens, workers) for workers in range(_WORKERS, 0, -1)}
+    fitting = [workers for workers, need in needs.items() if need <= memory]
+    if not fitting:
+        raise BismoothError(
+            f"--memory {format_bytes(memory)}: is too little to quantize {graph.parent}. Expected "
+            f"{format_bytes(needs[1])} or more."
+        )
+    return fitting[0]
 
 
 def _shared(artifact: Artifact, statistics: Statistics | None, folder: Path) -> list[Path]:

@@ -47,7 +47,7 @@ def test_kill_9_at_random_moments(artifact: Path, tmp_path: Path, recipe: str) -
     runs: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     assert sum(run["status"] < 0 for run in runs) == KILLS
     assert {run["status"] for run in runs} <= {0, -9}, [run["errors"] for run in runs if run["status"] > 0]
-    assert [run["differing"] for run in runs if run["differing"] is not None]
+    assert runs[-1]["differing"] == []
     assert all(run["differing"] == [] for run in runs if run["differing"] is not None)
     continued = [run for run in runs if re.search(r"continues an earlier run: \d+ units are there \(", run["errors"])]
     assert len(continued) >= KILLS // 4

@@ -76,6 +76,7 @@ def test_two_sizes_foresee_nothing() -> None:
     few = result(*(row for row in large() if row.blocks < 8))
     assert (list(few.forecasts()), list(few.rooms()), few.failures()) == ([], [], [])
     assert "Forecast" not in few.markdown()
+    assert few.markdown().count("| memory does |") == len(STEPS), "time is not judged"
 
 
 @pytest.mark.parametrize("step", ["calibrate", "quantize"])

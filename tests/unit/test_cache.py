@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "write weights: 20 of 42" in shown
-    assert "0 s" in shown
+    assert re.search(r"\b\d+ s\b", shown)
     assert main(["cache", "--clear", str(folder), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [run["target"] for run in document["cleared"]] == [str(tmp_path / "art")]

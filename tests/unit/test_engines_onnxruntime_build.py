@@ -62,6 +62,17 @@ def test_folder_and_audit(tmp_path: Path) -> None:
     assert len(phases) == 1
 
 
+def test_a_product_that_is_fused_with_its_activation(tmp_path: Path) -> None:
+    model = make(
+        "(float[batch, 8] x) => (float[batch, 6] y) { pooled = Gemm(x, w) y = Tanh(pooled) }",
+        w=np.ones((8, 6), np.float32),
+    )
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    result = OnnxRuntimeBuilder().build(BuildRequest(tmp_path / "model.onnx", tmp_path / "engine" / "model.onnx"))
+    (linear,) = result.audit.linears
+    assert (linear.node, linear.kernel, linear.int8) == ("pooled/Gemm", "fused pooled/Gemm", False)
+
+
 def shapes_of(engine: Path) -> dict[str, list[int | str]]:
     outputs = load_graph(engine).graph.output
     return {port.name: [dim.dim_param or dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in outputs}

@@ -101,14 +101,16 @@ def with_other_code(folder: Path) -> str:
     return rf"node {re.escape(socket.gethostname())} has another code of bismooth than the driver\. Expected \w+, got"
 
 
-def without_executor(folder: Path) -> str:
-    (folder / "bismooth").mkdir()
-    (folder / "bismooth" / "__init__.py").touch()
-    return r"node .* cannot run bismooth: .*bismooth\.passes.*\. Install the same"
+def without_check(folder: Path) -> str:
+    passes = folder / "bismooth" / "passes"
+    passes.mkdir(parents=True)
+    for module in (passes.parent / "__init__.py", passes / "__init__.py", passes / "ray_worker.py"):
+        module.touch()
+    return r"node .* cannot run bismooth: .*check_node.*\. Install the same"
 
 
 @needs_ray
-@pytest.mark.parametrize("sources", [with_other_code, without_executor])
+@pytest.mark.parametrize("sources", [with_other_code, without_check])
 def test_a_node_with_another_bismooth_is_refused(cluster: Any, tmp_path: Path, sources: Any) -> None:
     message = sources(tmp_path)
     node = add_node(cluster, tmp_path)

@@ -115,6 +115,15 @@ def test_a_run_with_another_result_is_refused(
         assert names(folder) == {"state.json", "journal.jsonl"}
 
 
+def test_a_run_that_was_killed_before_it_has_done_anything_hinders_no_other(target: Path) -> None:
+    folder = leave(target, {"a": 1})
+    (folder / "journal.jsonl").write_bytes(b'{"note": "position", "value": 1}\n{"key": "a", "va')
+    (folder / "data").touch()
+    with open_state(target, "calibrate", {}) as state:
+        assert (state.resumed, state.noted("position")) == (0, None)
+        assert names(folder) == {"state.json", "journal.jsonl"}
+
+
 def test_restart_discards_the_same_run_too(target: Path) -> None:
     folder = leave(target, {"a": 1})
     (folder / "sub").mkdir()
