@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,14 +40,18 @@ class ResumingExecutor:
         missing = {key: item for key, item in keys.items() if key not in self._state}
         results = self._executor.map(task, missing.values())
         done = len(keys) - len(missing)
-        for key in keys:
-            if key not in missing:
-                yield task.decode(self._state.get(key))
-                continue
-            result = next(results)
-            done += 1
-            self._add(key, task.encode(result), (task.step, done, len(keys)))
-            yield result
+        try:
+            for key in keys:
+                if key not in missing:
+                    yield task.decode(self._state.get(key))
+                    continue
+                result = next(results)
+                done += 1
+                self._add(key, task.encode(result), (task.step, done, len(keys)))
+                yield result
+        finally:
+            if isinstance(results, Generator):
+                results.close()  # now: an error's traceback would keep it, and the calls that wait, alive
 
     def _add(self, key: str, value: Any, progress: Progress) -> None:
         with self._lock:

@@ -135,7 +135,7 @@ class ScaleBench:
             case "diagnose":
                 return ("diagnose", art)
             case "quantize":
-                return ("quantize", art, "-o", quantized, "--recipe", "w8a8")
+                return ("quantize", art, "-o", quantized, "--recipe", "w8a8", *_budget(self._memory))
             case _:
                 return ("verify", quantized, *self._evaluation, *text, "--hop", *HOPS)
 
@@ -156,7 +156,7 @@ class ScaleBench:
         budget = _budget(memory)
         commands = {
             "calibrate": ("calibrate", art, *self._calibration, "-o", statistics, *budget),
-            "quantize": ("quantize", art, "-o", quantized, "--force", "--statistics", statistics),
+            "quantize": ("quantize", art, "-o", quantized, "--force", "--statistics", statistics, *budget),
             "verify": ("verify", quantized, *self._evaluation, "--windows", "4", *budget, "--hop", *HOPS),
         }
         for step, command in commands.items():

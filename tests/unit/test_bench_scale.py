@@ -119,7 +119,7 @@ def test_the_stages_commands(tmp_path: Path) -> None:
         f"calibrate float --data c.txt {few}",
         f"calibrate float --data c.txt {many} -o more.safetensors",
         "diagnose float",
-        "quantize float -o w8a8 --recipe w8a8",
+        "quantize float -o w8a8 --recipe w8a8 --memory 6GB",
         f"verify w8a8 --data e.txt {few} {hops}",
         f"verify w8a8 --data e.txt {many} {hops}",
         *(
@@ -127,7 +127,7 @@ def test_the_stages_commands(tmp_path: Path) -> None:
             for memory in ("", " --memory 700MB")
             for command in (
                 f"calibrate float --data c.txt -o statistics.safetensors{memory}",
-                "quantize float -o w8a8 --force --statistics statistics.safetensors",
+                f"quantize float -o w8a8 --force --statistics statistics.safetensors{memory}",
                 f"verify w8a8 --data e.txt --windows 4{memory} {hops}",
             )
         ),

@@ -138,6 +138,7 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
         "windows": 4,
         "skip_windows": 1,
         "length": 512,
+        "memory": None,
         "output": Path("r.json"),
         "html": Path("r.html"),
     }
@@ -165,6 +166,26 @@ def test_package_passes_its_options_on(stages: Stages, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.err == "warning: the licence is not known.\n"
     assert json.loads(captured.out) == stages.outcome
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibrate ART --data a.txt",
+        "quantize ART -o B",
+        "build ART --engine null",
+        "verify ART --data a.txt",
+        "compare ART --data a.txt",
+        f"compile {USAGE['compile'][8:]}",
+    ],
+)
+def test_memory_is_passed_on(stages: Stages, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, expected in (("8GB", 8 * 10**9), ("500MB", 5 * 10**8), ("7.5GiB", 15 << 29)):
+        assert run(f"{line} --memory {size}") == 0
+        assert stages.named["memory"] == expected
+    for size in ("much", "0GB", "-1GB", "8XB"):
+        assert run(f"{line} --memory {size}") == 2
+        assert f"--memory: Expected a size such as 8GB, 500MB or 7.5GiB, got '{size}'" in capsys.readouterr().err
 
 
 def test_restart_is_passed_on(stages: Stages) -> None:
