@@ -182,21 +182,21 @@ def calibrate(
             f"got {len(values)} values, windows {list(windows.shape)}, batch size {batch_size}, {rows} rows."
         )
     path = artifact / graph
+    streamed = observing(path, values, windows, batch_size, rows=rows, histograms=histograms, grams=grams)
     provenance = provenance_of(path, windows, seed)
     sample = Sample(sample_rows(windows.size, rows, seed), windows.shape[1])
-    streamed = observing(path, values, windows, batch_size, rows=rows, histograms=histograms, grams=grams)
     options = {"rows": rows, "histograms": histograms, "grams": grams, "batch_size": batch_size, "values": dict(values)}
     with open_state(output, "calibrate", _fingerprint(path, provenance, options), restart=restart) as state:
         resumed(state.resumed, state.progress)
         budget = find_budget(memory)
         if batch_size is None:
             streamed = _fitted(streamed, state, budget)
-        run = _Run(streamed, values, sample, threads, spread, progress)
+        pieces = streamed.plan(budget, state.done)
         file = state.folder / _FILE
         file.touch()
         with file.open("r+b") as opened:
             writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms, grams=grams)
-            run.through(streamed.plan(budget, state.done), writer, state)
+            _Run(streamed, values, sample, threads, spread, progress).through(pieces, writer, state)
         put_in_place(file, output)
     return Statistics.load(output)
 

@@ -187,8 +187,8 @@ class _Values:
 
     def scratch(self, node: onnx.NodeProto) -> int:
         """Bytes that a node takes beside its inputs and outputs: the scores of attention, before and after softmax."""
-        shape = self.shapes.get(node.input[0], ()) if node.op_type == "Attention" else ()
-        if len(shape) not in (3, 4):
+        shape = self.shapes.get(node.input[0]) if node.op_type == "Attention" else None
+        if shape is None or len(shape) not in (3, 4):
             return 0
         heads = next((a.i for a in node.attribute if a.name == "q_num_heads"), 1) if len(shape) == 3 else shape[1]
         return 2 * _FLOAT_BYTES * shape[0] * heads * shape[-2] * self._sizes.get(TOTAL, shape[-2])

@@ -21,7 +21,7 @@ def find_structure(graph: Path) -> dict[str, Any] | None:
     """What ``bismooth inspect`` says of a float graph; None if nothing repeats in it.
 
     ``count`` blocks; bytes of the weights of the ``largest``, of what lies before them (``embedding``) and behind them
-    (``head``), a tied weight in both; and bytes that ``bismooth calibrate`` takes at least with windows of 512 tokens.
+    (``head``), a tied weight in both; and bytes that are enough for ``bismooth calibrate`` on windows of 512 tokens.
     """
     from ..calibrators.run import observing
     from ..passes.graph import load
@@ -42,7 +42,7 @@ def find_structure(graph: Path) -> dict[str, Any] | None:
         "largest_bytes": max(_weight_bytes(maker, block) for block in blocks),
         "embedding_bytes": _weight_bytes(maker, Piece(0, starts[0])),
         "head_bytes": _weight_bytes(maker, Piece(starts[-1], end)),
-        "calibrate_bytes": base_memory() + streamed.least(0, streamed.stop) + SPARE,
+        "calibrate_bytes": base_memory() + streamed.least(0, streamed.stop) + 2 * SPARE,  # it begins with more
     }
 
 

@@ -81,8 +81,12 @@ def test_it_goes_on_to_the_same_bytes(folder: Path, output: Path, tmp_path: Path
     broken_off(folder, output, tasks, grams=grams)
     assert not output.exists()
     assert state_folder(output).exists() == (tasks >= 3)
-    told: list[tuple[int, tuple[str, int, int] | None]] = []
-    again = run(folder, output, grams=grams, resumed=lambda units, where: told.append((units, where)))
+    told: list[tuple[int, Any]] = []
+
+    def resumed(units: int, where: Any) -> None:
+        told.append((units, where))
+
+    again = run(folder, output, grams=grams, resumed=resumed)
     assert again == expected
     done = tasks // 3  # each segment has three batches
     assert told == [(done, ("calibrate", done, SEGMENTS) if done else None)]
@@ -92,7 +96,11 @@ def test_it_goes_on_to_the_same_bytes(folder: Path, output: Path, tmp_path: Path
 def test_pieces_do_not_matter(folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(folder, tmp_path / "expected.safetensors")
     for ends in ((1,), (2, 3), (1, 2, 3, 4)):
-        monkeypatch.setattr(Streamed, "plan", lambda self, *_, ends=ends: divide(self.stop, *ends))
+
+        def plan(self: Streamed, *_: Any, ends: tuple[int, ...] = ends) -> list[Piece]:
+            return divide(self.stop, *ends)
+
+        monkeypatch.setattr(Streamed, "plan", plan)
         assert run(folder, output) == expected
 
 
@@ -164,7 +172,12 @@ def test_batches_of_an_earlier_run_are_kept(
     folder: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(folder, tmp_path / "expected.safetensors", batch_size=3)
-    monkeypatch.setattr(Streamed, "fitted", lambda self, _budget: replace(self, batch_size=3))
+    fits = 3
+
+    def fitted(self: Streamed, _budget: int | None) -> Streamed:
+        return replace(self, batch_size=fits)
+
+    monkeypatch.setattr(Streamed, "fitted", fitted)
     broken_off(folder, output, 3, batch_size=None)
-    monkeypatch.setattr(Streamed, "fitted", lambda self, _budget: replace(self, batch_size=1))
+    fits = 1
     assert run(folder, output, batch_size=None) == expected
