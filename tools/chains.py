@@ -5,11 +5,12 @@ The graph for the CPU stands for that of the engines, whose parts have the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 
 from ..engines.chain import Chain
 from ..engines.chain_session import ChainSession, lean_parts
@@ -17,10 +18,11 @@ from ..engines.onnxruntime import Mode
 from ..engines.pieces import PieceMaker
 from ..engines.streaming import Streamed, find_budget
 from ..engines.subgraph import load_graph
+from ..engines.token_feeds import Port
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from ..passes.progress import Progress
-from .comparison import Comparison, Figures, Ids, Track, Values
+from .comparison import Comparison, Figures, Ids, Track, Values, comparison_of
 from .shipped import ShippedEngine
 
 MOST_KL, MOST_ERROR = 1e-6, 1e-6
@@ -28,11 +30,7 @@ MOST_KL, MOST_ERROR = 1e-6, 1e-6
 
 
 def judge_chains(
-    artifact: Artifact,
-    chains: Sequence[ShippedEngine],
-    ids: Ids,
-    comparison: Callable[[], Comparison],
-    progress: Progress,
+    artifact: Artifact, chains: Sequence[ShippedEngine], ids: Ids, progress: Progress
 ) -> tuple[dict[str, Figures], list[str]]:
     """Run the artifact's graph on token windows ids [N, S], as a whole and in the parts of each chain, one at a time.
 
@@ -45,7 +43,9 @@ def judge_chains(
     """
     path = artifact.graph("float32")
     mode: Mode = "reference" if "reference" in artifact.manifest.graphs else "plain"
-    expected = _run_whole(path, mode, ids)
+    model = load_graph(path)
+    comparison = comparison_of(artifact, _first_output(model))
+    expected = _run_whole(path, model, mode, ids)
     figures: dict[str, Figures] = {}
     failures: list[str] = []
     by_borders: dict[tuple[str, ...], tuple[Figures, str | None]] = {}
@@ -74,9 +74,15 @@ def _judge(
     return _compare(ids, expected, got, comparison)
 
 
-def _run_whole(path: Path, mode: Mode, ids: Ids) -> list[Values]:
+def _first_output(model: onnx.ModelProto) -> Port:
+    output = model.graph.output[0]
+    dims = output.type.tensor_type.shape.dim
+    return Port(output.name, None, tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims))
+
+
+def _run_whole(path: Path, model: onnx.ModelProto, mode: Mode, ids: Ids) -> list[Values]:
     """The graph's first output [S, ...] for each window, run in the memory that there is."""
-    streamed = Streamed(path, PieceMaker(load_graph(path)), mode, ids, 1)
+    streamed = Streamed(path, PieceMaker(model), mode, ids, 1)
     outputs: list[Values] = []
     with TemporaryDirectory() as folder:
         for piece in streamed.plan(find_budget(None)):

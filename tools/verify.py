@@ -336,9 +336,8 @@ class _Verifier:
         figures: Figures = {}
         if chains := [engine for engine in engines if engine.is_chain]:
             with judge.timed():
-                figures["chains"], wrong = judge_chains(
-                    self._artifact, chains, self._ids[:SOURCE_WINDOWS], self._make, self._progress
-                )
+                windows = self._ids[:SOURCE_WINDOWS]
+                figures["chains"], wrong = judge_chains(self._artifact, chains, windows, self._progress)
             failures += [f"{Hop.AUDIT}: {sentence}" for sentence in wrong]
         shares = {name: share for name, audit in audits.items() if (share := audit.meant_share()) is not None}
         if shares:

@@ -51,9 +51,10 @@ def test_parts_that_do_not_fit_together(tmp_path: Path, parts: tuple[BuiltPart, 
 
 
 HEADER: dict[str, Any] = {"format": "bismooth-chain", "version": 1}
+OTHERS: list[Any] = [[], {}, HEADER | {"version": 2, "parts": []}, HEADER | {"parts": [{}]}]
 
 
-@pytest.mark.parametrize("document", [[], {}, HEADER | {"version": 2, "parts": []}, HEADER | {"parts": [{}]}])
+@pytest.mark.parametrize("document", OTHERS)
 def test_other_files(tmp_path: Path, document: object) -> None:
     with pytest.raises(BismoothError, match=r"chain\.json: not a chain of engines"):
         Chain.load(write(tmp_path, document))

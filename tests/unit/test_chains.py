@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from bismooth.engines.chain import CHAIN
 from bismooth.engines.chain_build import build_chain
 from bismooth.engines.chain_session import lean_parts
 from bismooth.engines.null import NullBuilder
+from bismooth.engines.onnxruntime import InMemoryGraph
+from bismooth.engines.token_feeds import Port
 from bismooth.export.artifact import Artifact, Manifest
 from bismooth.tools import chains
 from bismooth.tools.chains import judge_chains
-from bismooth.tools.comparison import Comparison, Features, Figures, Logits
+from bismooth.tools.comparison import Comparison, Features, Figures, Ids
 from bismooth.tools.shipped import ShippedEngine
 from tests.cuttable import plan, request, write_cuttable
 
@@ -29,31 +33,39 @@ def make(folder: Path) -> tuple[Artifact, ShippedEngine]:
     return Artifact(folder, MANIFEST), ShippedEngine(result.engine.parent, result.engine, result.record, MANIFEST)
 
 
-def judge(
-    artifact: Artifact, *engines: ShippedEngine, comparison: type[Comparison] = Logits
-) -> tuple[dict[str, Figures], list[str]]:
-    return judge_chains(artifact, engines, IDS, comparison, lambda _step, _done, _total: None)
+def judge(artifact: Artifact, *engines: ShippedEngine) -> tuple[dict[str, Figures], list[str]]:
+    return judge_chains(artifact, engines, IDS, lambda _step, _done, _total: None)
 
 
-def test_the_same(tmp_path: Path) -> None:
+def take_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    def features(_artifact: Artifact, _output: Port) -> type[Comparison]:
+        return Features
+
+    monkeypatch.setattr(chains, "comparison_of", features)
+
+
+def test_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, engine = make(tmp_path)
     figures, failures = judge(artifact, engine)
     assert failures == []
     assert figures == {"chain": {"parts": 4, "equal": True, "kl": 0, "relative_error": 0}}
-    assert judge(artifact, engine, comparison=Features) == (
-        {"chain": {"parts": 4, "equal": True, "relative_error": 0}},
-        [],
-    )
+    take_for_features(monkeypatch)
+    figures, failures = judge(artifact, engine)
+    assert (figures, failures) == ({"chain": {"parts": 4, "equal": True, "relative_error": 0}}, [])
 
 
-@pytest.mark.parametrize(("comparison", "key"), [(Logits, "kl"), (Features, "relative_error")])
-def test_something_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comparison: type[Comparison], key: str
-) -> None:
+@pytest.mark.parametrize("key", ["kl", "relative_error"])
+def test_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    if key == "relative_error":
+        take_for_features(monkeypatch)
     artifact, engine = make(tmp_path / "art")
     other = write_cuttable(tmp_path / "other", window=2)
-    monkeypatch.setattr(chains, "lean_parts", lambda _path, borders: lean_parts(other, borders))
-    figures, (failure,) = judge(artifact, engine, comparison=comparison)
+
+    def parts_of_other(_path: Path, values: Sequence[str]) -> list[InMemoryGraph]:
+        return lean_parts(other, values)
+
+    monkeypatch.setattr(chains, "lean_parts", parts_of_other)
+    figures, (failure,) = judge(artifact, engine)
     assert not figures["chain"]["equal"]
     assert failure.startswith(f"chain: its parts compute something else than the whole: {key} is ")
     assert failure.endswith("Expected at most 1e-06. Build the chain again.")
@@ -61,7 +73,11 @@ def test_something_else(
 
 def test_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, engine = make(tmp_path)
-    monkeypatch.setattr(chains.ChainSession, "windows", lambda *_: [np.full((1, 6, 13), np.nan, np.float32)] * 2)
+
+    def no_numbers(_session: object, ids: Ids) -> list[NDArray[np.float32]]:
+        return [np.full((1, 6, 13), np.nan, np.float32) for _ in ids]
+
+    monkeypatch.setattr(chains.ChainSession, "windows", no_numbers)
     figures, (failure,) = judge(artifact, engine)
     assert figures == {"chain": {"parts": 4, "equal": False}}
     assert "NaN" in failure
