@@ -10,6 +10,7 @@ are of the same windows whatever the memory, unless one alone needs more.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -381,6 +382,7 @@ def default_batch(length: int) -> int:
 def base_memory() -> int:
     """Bytes that this process takes before any piece."""
     import_onnxruntime()  # which takes memory itself
+    gc.collect()  # graphs that are done with have cycles
     return_freed_memory()
     return current_rss()
 

@@ -33,6 +33,7 @@ from ..passes._gs import (
     Graph,
     Node,
     Tensor,
+    copy_tensor,
     dtype_of,
     export_model,
     external_proto,
@@ -58,7 +59,7 @@ _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _MOST = 1 << 25
 """Bytes of the largest float32 copy of a weight that is made as a whole: while it is rounded, there are two."""
 _HELD = 1
-"""Arrays of one window's outputs that exist beside those of a run: what the caller had last, or compares with."""
+"""Arrays of one window's outputs that exist beside those of a run: a copy, or what the caller compares with."""
 _EXACT = frozenset({"Abs", "Ceil", "Clip", "Floor", "Max", "Min", "Neg", "Relu", "Round", "Sign"})
 """Operators whose result is one of their inputs, up to its sign, or a smaller whole number."""
 
@@ -133,6 +134,8 @@ class HalfSimulation:
 
     def outputs(self, programs: Programs, count: int) -> Iterator[Values]:
         """Logits [S, V], float32, of each of the first ``count`` windows, in order; the graph runs piece by piece.
+
+        Memory is for the logits of one window at a time: the caller lets go of them before it asks for more.
 
         Raises:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
@@ -249,7 +252,7 @@ class _Simulator:
                     is_rounded = not (role_of(node) is Role.MOVE or node.op in _EXACT or tensor.name in exact)
                     self._write(node, place, tensor, is_rounded)
                     if is_rounded and node.op == "Cast" and source is not None and is_constant(source):
-                        self.stored[tensor.name] = source
+                        self.stored[tensor.name] = copy_tensor(source)
         self.graph.nodes[:] = self._nodes
         for place, tensor in enumerate(self.graph.outputs):
             self.graph.outputs[place] = self._values.get(tensor.name, tensor)

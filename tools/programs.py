@@ -28,8 +28,8 @@ from ..passes.progress import Counter, Progress
 from .comparison import Ids, Values
 from .decoding import CachedRun, stepwise
 
-_HELD = 2
-"""Arrays of one window's outputs that exist beside those of a run: another program's, and a copy."""
+_HELD = 1
+"""Arrays of one window's outputs that exist beside those of a run: the last one's, or another program's."""
 
 _WHOLE = 3
 """How much more than a lean run a session takes that is made for speed, at most."""

@@ -80,7 +80,7 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
         qk_nope_head_dim=4,
         v_head_dim=8,
     )
-    torch.manual_seed(0)
+    cast(Any, torch).manual_seed(0)
     module = hf.DeepseekV3ForCausalLM(config).eval()
     bias = module.model.layers[1].mlp.gate.e_score_correction_bias
     bias.copy_(torch.randn(bias.shape))
@@ -108,6 +108,10 @@ def test_memory_decides_how_many_windows_run_together(tmp_path: Path, monkeypatc
     assert windows == [0, 1]
 
 
+def nothing(_self: StoredModel, _count: int, _length: int) -> int:
+    return 0
+
+
 def test_a_weight_that_is_read_unseen_makes_the_model_load_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +125,7 @@ def test_a_weight_that_is_read_unseen_makes_the_model_load_whole(
 
     monkeypatch.setattr(hf.models.llama.modeling_llama.LlamaMLP, "forward", forward)
     np.testing.assert_array_equal(outputs(folder, tmp_path), expected)
-    monkeypatch.setattr(torch_worker.StoredModel, "_need", lambda *_: 0)
+    monkeypatch.setattr(torch_worker.StoredModel, "_need", nothing)
     message = (
         r"the model computes with model\.layers\.0\.mlp\.down_proj\.weight where it cannot be read on demand, and "
         r"does not fit whole\. Expected --memory \d+MB or more, or leave the hop out with --hop\."

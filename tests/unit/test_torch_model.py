@@ -23,7 +23,11 @@ IDS = tokens(2, 9)["input_ids"]
 def test_outputs_are_those_of_the_model(tmp_path: Path) -> None:
     folder = exported("llama").folder
     steps: list[tuple[str, int, int]] = []
-    outputs = torch_outputs(folder, IDS, tmp_path, progress=lambda *step: steps.append(step))
+
+    def progress(step: str, done: int, total: int) -> None:
+        steps.append((step, done, total))
+
+    outputs = torch_outputs(folder, IDS, tmp_path, progress=progress)
     assert outputs.shape == write_outputs(folder, IDS, tmp_path / "expected") == (2, 9, 96)
     expected = np.fromfile(tmp_path / "expected", np.float32).reshape(outputs.shape)
     for number in (1, 0):
