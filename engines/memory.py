@@ -13,17 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-<<<<<<< HEAD
 _M_MMAP_THRESHOLD = -3
 _LARGE = 1 << 20
 """Bytes from which on a block is mapped by itself."""
-=======
-LARGE = 1 << 22
-"""Bytes of a block that is mapped by itself, see :func:`map_large_blocks`."""
-
-_MMAP_THRESHOLD = -3
-"""Number of that option of glibc's ``mallopt``."""
->>>>>>> hops
 
 
 def return_freed_memory() -> None:
@@ -32,7 +24,6 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-<<<<<<< HEAD
 def return_large_blocks() -> None:
     """From now on, let glibc return large blocks when they are freed; nothing elsewhere.
 
@@ -45,16 +36,6 @@ def return_large_blocks() -> None:
 
 def _is_glibc() -> bool:
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
-=======
-def map_large_blocks() -> None:
-    """Let glibc map blocks of :data:`LARGE` bytes or more one by one, so that each is gone when it is freed.
-
-    Of itself it raises that limit to the size of what was freed, up to 32 MB: smaller blocks then lie in its heap, and
-    what was freed between two that are in use stays there.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE)
->>>>>>> hops
 
 
 def peak_rss() -> int | None:

@@ -25,11 +25,7 @@ from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
 from .integer_kernels import products_saturate
-<<<<<<< HEAD
 from .memory import return_freed_memory, return_large_blocks
-=======
-from .memory import map_large_blocks, return_freed_memory
->>>>>>> hops
 from .subnormals import flush_subnormals
 from .token_feeds import Port, token_feeds
 
@@ -133,8 +129,6 @@ class Session:
         values: Sequence[str] = (),
     ) -> None:
         self.label = str(model) if isinstance(model, Path) else model.name
-        if lean:
-            map_large_blocks()
         runtime = import_onnxruntime()
         graph = _with_values(model, values) if values else model
         options = _session_options(runtime, graph, mode, provider, threads, spinning=spinning, lean=lean)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.child_process import Request, Tell, serve
-from ..engines.memory import map_large_blocks, peak_rss
+from ..engines.memory import peak_rss, return_large_blocks
 from ..export.replacing import cannot_write
 from .stored_model import StoredModel
 
@@ -73,7 +73,7 @@ def _write(
 
 def main() -> None:
     """Serve one request; the entry point of the process."""
-    map_large_blocks()
+    return_large_blocks()
     serve(_run)
 
 
