@@ -311,11 +311,8 @@ class _Verifier:
         track = Track(self._make())
         path = self._artifact.graph(role)
         with HalfSimulation(path) as simulation:
-            number = 0
-            for values in simulation.outputs(self._programs, min(HALF_WINDOWS, len(self._ids))):
+            for number, values in enumerate(simulation.outputs(self._programs, min(HALF_WINDOWS, len(self._ids)))):
                 track.update(self._ids[number], self._reference.read(number), values)
-                del values  # nothing may hold them while the next window runs; enumerate would
-                number += 1
             limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
