@@ -1,7 +1,7 @@
 """Cut a graph into the parts of a chain: embedding, ranges of blocks, head.
 
-Where blocks begin is found by data flow (:mod:`.cuts`), in the float graph if there is one: quantization may make some
-blocks unlike the others, but leaves the residual stream its names.
+Where blocks begin is found by data flow (:mod:`.cuts`), in the float32 graph if there is one: quantization may make
+some blocks unlike the others, and 16 bits put casts between them, but the residual stream keeps its names.
 """
 
 from __future__ import annotations

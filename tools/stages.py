@@ -175,7 +175,7 @@ def build(
         NEEDS[engine],
         load_graph(graph),
         str(graph),
-        plain=load_graph(loaded.graph("reference")) if "reference" in loaded.manifest.graphs else None,
+        plain=load_graph(loaded.graph("reference" if "reference" in loaded.manifest.graphs else "float32")),
         split=split_blocks,
         memory=memory,
     )
