@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bismooth.engines.base import Profile
 from bismooth.engines.chain import CHAIN
 from bismooth.engines.chain_build import build_chain
 from bismooth.engines.chain_session import lean_parts
@@ -20,6 +21,7 @@ from bismooth.export.artifact import Artifact, Manifest
 from bismooth.tools import chains
 from bismooth.tools.chains import judge_chains
 from bismooth.tools.comparison import Comparison, Features, Figures, Ids
+from bismooth.tools.resume import engine_differs, finished_engine
 from bismooth.tools.shipped import ShippedEngine
 from tests.cuttable import plan, request, write_cuttable
 
@@ -91,3 +93,10 @@ def test_another_graph(tmp_path: Path) -> None:
     assert figures == {}
     assert "chain: " in failure
     assert "cannot be cut at 'elsewhere', as the chain is" in failure
+
+
+def test_a_chain_is_not_kept_where_an_engine_in_one_piece_is_to_be(tmp_path: Path) -> None:
+    _, engine = make(tmp_path)
+    graph = tmp_path / "model.onnx"
+    differs = engine_differs(engine, finished_engine(engine), "null", graph, (), Profile(), allow_float=False)
+    assert differs == f"it is a chain of engines. To build it alone again, delete {engine.folder}"

@@ -125,6 +125,8 @@ def test_the_usage_of_the_documentation_works(stages: Stages) -> None:
     assert (stages.named["batch"], stages.named["sequence"]) == ((1, 1, 1), (1, 128, 512))
     assert run("build ART2 --engine null --dim rows=2 a=b=1:2:3") == 0
     assert stages.named["dims"] == {"rows": (2, 2, 2), "a=b": (1, 2, 3)}
+    assert run("build ART2 --engine onnxruntime --split-blocks 3 --memory 8GB") == 0
+    assert (stages.named["split_blocks"], stages.named["memory"]) == (3, 8 * 10**9)
     assert run("verify ART2 --data a.txt --hop folded int8 --gate kl=1e-4 kl_p99=.5 top1=none") == 0
     assert stages.named["hops"] == ("folded", "int8")
     assert stages.named["thresholds"] == {"kl": 1e-4, "kl_p99": 0.5, "top1": None}

@@ -234,3 +234,14 @@ def test_a_head_whose_values_are_read_elsewhere_keeps_all_positions(more: str) -
     results = session(model).run(None, {"x": x, "logits_at": np.array([2, 0])})
     np.testing.assert_array_equal(results[0], logits[:, [2, 0]])
     np.testing.assert_array_equal(results[1], others)
+
+
+def test_a_head_that_is_all_there_is() -> None:
+    """As in the last part of a chain, where the head's input is the graph's."""
+    w = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    model = make("(float[batch, sequence, 4] x) => (float[batch, sequence, 5] logits) { logits = MatMul(x, w) }", w=w)
+    x = np.ones((2, 3, 4), np.float32)
+    keep_logits(model)
+    check(model)
+    result = session(model).run(None, {"x": x, "logits_at": np.array([2, 0])})[0]
+    np.testing.assert_allclose(result, x[:, [2, 0]] @ w, rtol=1e-6)
