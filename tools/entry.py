@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 INTERRUPTED = 130
-MESSAGE = "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here."
+MESSAGE = (
+    "Interrupted. Nothing is half-written. Run the command again; 'compile', 'calibrate', 'quantize' and 'verify' go "
+    "on from here."
+)
 
 
 def main() -> int:
