@@ -181,6 +181,10 @@ CHAINS: dict[str, tuple[str, dict[str, Any]]] = {
             "z": RNG.integers(0, 256, N).astype(np.uint8),
         },
     ),
+    "float32, rounded to float16": (
+        "narrow = Cast<to = 10>(w) wide = Cast<to = 1>(narrow) y = MatMul(x, wide)",
+        {"w": RNG.standard_normal((K, N)).astype(np.float32)},
+    ),
     "int8 with float16 scales": (
         "d = DequantizeLinear<axis = 1>(w, s) wide = Cast<to = 1>(d) y = MatMul(x, wide)",
         {"w": integers(K, N), "s": RNG.uniform(0.01, 0.1, N).astype(np.float16)},
