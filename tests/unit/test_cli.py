@@ -37,6 +37,10 @@ COMMANDS = [
     "package",
     "cache",
 ]
+INTERRUPTED = (
+    "Interrupted. Nothing is half-written. Run the command again; 'compile', 'calibrate', 'quantize' and 'verify' go "
+    "on from here"
+)
 USAGE = {
     "export": "export model -o art",
     "calibrate": "calibrate art --data a.txt",
@@ -416,7 +420,7 @@ def test_bad_usage_is_one_line_and_status_2(
         (
             KeyboardInterrupt(),
             130,
-            "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here.",
+            f"{INTERRUPTED}.",
         ),
         (
             ValueError("two\nlines"),
@@ -511,5 +515,4 @@ def test_an_interruption_while_the_command_is_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bismooth", "recipes"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    message = "Interrupted. Nothing is half-written. Run the command again; 'compile' and 'quantize' go on from here."
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"error: {message}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"error: {INTERRUPTED}.\n")
