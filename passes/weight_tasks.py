@@ -215,9 +215,7 @@ class QuantizeLinear:
         spec, room, first = self.sources.specs[linear.name], Room(), 0
         products = Product.of(linear, spec.groups)
         with self.output.tensors.writing(self.writes(linear)) as writer:
-            parts = [
-                _Part(product, ColumnWriter(writer, product.values, product.values_shape, INT8)) for product in products
-            ]
+            parts = [_Part.of(product, writer) for product in products]
             for block in folded_blocks(self.sources.reader, linear, ROWS, edits=self.sources.edits):
                 for part, quantized in zip(parts, self._quantize(linear, spec, block, first, room), strict=True):
                     part.add(quantized)

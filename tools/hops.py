@@ -88,12 +88,15 @@ class HopResult:
             prefix, count = self.metrics["common_prefix"], self.metrics["continuation"]
             return f"greedy continuations are those of the float graph for {prefix:.3g} of {count} tokens"
         notes = [f"{name} {share:.2%} INT8" for name, share in self.metrics.get("engines", {}).items()]
-        notes += [
-            f"the {chain['parts']} parts of {name} compute {'the same' if chain['equal'] else 'nearly the same'}"
-            for name, chain in self.metrics.get("chains", {}).items()
-            if not self.failures
-        ]
+        chains = {} if self.failures else self.metrics.get("chains", {})
+        notes += [f"the {chain['parts']} parts of {name} {_said_of(chain)}" for name, chain in chains.items()]
         return ", ".join(notes) or None
+
+
+def _said_of(chain: Mapping[str, Any]) -> str:
+    if "skipped" in chain:
+        return f"were not run: {chain['skipped']}"
+    return f"compute {'the same' if chain['equal'] else 'nearly the same'}"
 
 
 @dataclass(frozen=True)

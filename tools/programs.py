@@ -119,7 +119,7 @@ class Programs:
         maker = PieceMaker(load_graph(path))
         caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
         batch = 1 if with_caches else default_batch(ids.shape[1])
-        return with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches)))
+        return with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))).fitted(self.budget)
 
     def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
         """The pieces that are to be run; what is done of the graph ``key`` is left out.

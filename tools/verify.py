@@ -333,10 +333,10 @@ class _Verifier:
         if not audits and not failures:
             return [judge.skip("no engine was built")]
         figures: Figures = {}
+        wrong: list[str] = []
         if chains := [engine for engine in engines if engine.is_chain]:
             with judge.timed():
-                windows = self._ids[:SOURCE_WINDOWS]
-                figures["chains"], wrong = judge_chains(self._artifact, chains, windows, self._progress)
+                figures["chains"], wrong = judge_chains(self._artifact, chains, self._programs, SOURCE_WINDOWS)
             failures += [f"{Hop.AUDIT}: {sentence}" for sentence in wrong]
         shares = {name: share for name, audit in audits.items() if (share := audit.meant_share()) is not None}
         if shares:
@@ -344,7 +344,8 @@ class _Verifier:
         elif not figures and not failures:
             return [judge.skip("the recipe computes nothing in INT8")]
         result = judge.result(figures, failures, min(SOURCE_WINDOWS, len(self._ids)) if chains else 0)
-        return [replace(result, judged=(*result.judged, "chains")) if chains else result]
+        was_run = any("skipped" not in chain for chain in figures.get("chains", {}).values())
+        return [replace(result, judged=(*result.judged, "chains")) if was_run or wrong else result]
 
     def _device(self) -> list[HopResult]:
         from .device import compare_engines, find_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from bismooth.engines.null import NullBuilder
 from bismooth.engines.onnxruntime import InMemoryGraph
 from bismooth.engines.token_feeds import Port
 from bismooth.export.artifact import Artifact, Manifest
+from bismooth.passes.gates import Hop
+from bismooth.passes.progress import silent
 from bismooth.tools import chains
 from bismooth.tools.chains import judge_chains
 from bismooth.tools.comparison import Comparison, Features, Figures, Ids
+from bismooth.tools.hops import HopResult
+from bismooth.tools.programs import Programs, scratch
 from bismooth.tools.resume import engine_differs, finished_engine
 from bismooth.tools.shipped import ShippedEngine
 from tests.cuttable import plan, request, write_cuttable
@@ -35,8 +40,11 @@ def make(folder: Path) -> tuple[Artifact, ShippedEngine]:
     return Artifact(folder, MANIFEST), ShippedEngine(result.engine.parent, result.engine, result.record, MANIFEST)
 
 
-def judge(artifact: Artifact, *engines: ShippedEngine) -> tuple[dict[str, Figures], list[str]]:
-    return judge_chains(artifact, engines, IDS, lambda _step, _done, _total: None)
+def judge(
+    artifact: Artifact, *engines: ShippedEngine, memory: int | None = None
+) -> tuple[dict[str, Figures], list[str]]:
+    with scratch(artifact.path) as folder:
+        return judge_chains(artifact, engines, Programs(IDS, folder, silent, memory), len(IDS))
 
 
 def take_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +62,20 @@ def test_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take_for_features(monkeypatch)
     figures, failures = judge(artifact, engine)
     assert (figures, failures) == ({"chain": {"parts": 4, "equal": True, "relative_error": 0}}, [])
+
+
+def test_parts_that_take_more_memory_than_there_is_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, engine = make(tmp_path)
+
+    def huge(_model: object, _sizes: object, _mode: object) -> int:
+        return 10**12
+
+    monkeypatch.setattr(chains, "footprint", huge)
+    figures, failures = judge(artifact, engine, memory=10**10)
+    assert failures == []
+    assert re.fullmatch(r"its largest part takes 100\d{4}MB of memory", figures["chain"]["skipped"])
+    note = HopResult(Hop.AUDIT, "", {"chains": figures}).note()
+    assert note == f"the 4 parts of chain were not run: {figures['chain']['skipped']}"
 
 
 @pytest.mark.parametrize("key", ["kl", "relative_error"])
