@@ -88,7 +88,7 @@ class HopResult:
             prefix, count = self.metrics["common_prefix"], self.metrics["continuation"]
             return f"greedy continuations are those of the float graph for {prefix:.3g} of {count} tokens"
         notes = [f"{name} {share:.2%} INT8" for name, share in self.metrics.get("engines", {}).items()]
-        chains = {} if self.failures else self.metrics.get("chains", {})
+        chains: Mapping[str, Mapping[str, Any]] = {} if self.failures else self.metrics.get("chains", {})
         notes += [f"the {chain['parts']} parts of {name} {_said_of(chain)}" for name, chain in chains.items()]
         return ", ".join(notes) or None
 
