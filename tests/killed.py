@@ -2,9 +2,9 @@
 
 ``python tests/killed.py KILLS OUTPUT COMMAND…`` runs the command to its end, and keeps what it has made at OUTPUT for
 comparison. Then it forks a process per run and kills it, as ``kill -9`` does, within the time that the first run took.
-A run that comes through has made OUTPUT, which is then removed: the next one begins anew. After the last kill, one run
-is left alone. It writes one line of JSON per run: the exit status (negative: the signal), what was said on stderr,
-and, of a run that came through, the files that differ from those of the first.
+A run that comes through has made OUTPUT, a folder or a report, which is then removed: the next one begins anew. After
+the last kill, one run is left alone. It writes one line of JSON per run: the exit status (negative: the signal), what
+was said on stderr, and, of a run that came through, the files that differ from those of the first.
 """
 
 from __future__ import annotations
@@ -55,24 +55,37 @@ def run(command: list[str], seconds: float | None) -> tuple[int, str, float]:
         return os.waitstatus_to_exitcode(result), errors.read(), time.monotonic() - begin
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """All files, hidden ones too; of the manifest all but times."""
-    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
+def contents(output: Path) -> dict[str, Any]:
+    """All files, hidden ones too; of the manifest, and of a report, all but times."""
+    if output.is_file():
+        report = json.loads(output.read_text("utf-8"))
+        for hop in report["hops"]:
+            del hop["seconds"]
+        return report
+    files: dict[str, Any] = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*")}
     manifest = json.loads(files[MANIFEST])
     for record in manifest["stages"][-1]["passes"]:
         del record["seconds"]
     return files | {MANIFEST: manifest}
 
 
+def remove(output: Path) -> None:
+    if output.is_file():
+        output.unlink()
+    else:
+        shutil.rmtree(output)
+
+
 def main(kills: int, output: Path, command: list[str]) -> None:
     import_module("bismooth.tools.stages")  # what every child needs is imported once
     import_module("bismooth.passes.quantize")
+    import_module("bismooth.tools.verify")
     resuming: Any = import_module("bismooth.passes.resuming")
     resuming.COLLECT_SECONDS = 0.01  # the models of tests take a second
     status, errors, duration = run(command, None)
     assert status == 0, errors
     expected = contents(output)
-    shutil.rmtree(output)
+    remove(output)
     moments = random.Random(0)
     while kills >= 0:  # the last one is left alone
         status, errors, _ = run(command, moments.uniform(0, duration) if kills else None)
@@ -81,7 +94,7 @@ def main(kills: int, output: Path, command: list[str]) -> None:
         if output.exists():
             found = contents(output)
             differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
-            shutil.rmtree(output)
+            remove(output)
         print(json.dumps({"status": status, "errors": errors, "differing": differing}), flush=True)
 
 

@@ -243,7 +243,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/scale"), help="folder to write (build/scale)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        console.show_progress(True)
         options.output.mkdir(parents=True, exist_ok=True)
         calibration, evaluation = texts(options)
         settings = {"memory": options.memory, "calibration": calibration, "evaluation": evaluation}
@@ -262,4 +261,5 @@ def main(arguments: Iterable[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    console.show_progress(True)  # of this process; main() leaves that of its caller
     sys.exit(main())

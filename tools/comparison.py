@@ -6,6 +6,7 @@ The reference's outputs wait in an unnamed file, so that memory does not grow wi
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -155,10 +156,11 @@ class WindowFile:
     Args:
         folders: Where the file may lie; the first that has the space.
         count: Number of windows.
+        keep: A name in the first folder, for a file that another process goes on with; see :meth:`finish`.
     """
 
-    def __init__(self, folders: Sequence[Path], count: int) -> None:
-        self._folders, self._count = folders, count
+    def __init__(self, folders: Sequence[Path], count: int, keep: str | None = None) -> None:
+        self._folders, self._count, self._keep = folders, count, keep
         self._file: IO[bytes] | None = None
         self._shape: tuple[int, ...] = ()
 
@@ -194,10 +196,27 @@ class WindowFile:
         self._file.readinto(values.reshape(-1).view(np.uint8).data)  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
         return values
 
+    def finish(self) -> tuple[int, ...] | None:
+        """All windows are written. Returns what :meth:`reopen` takes, or None if the file has no name.
+
+        When this returns, a file with a name is on disk.
+        """
+        if self._file is None or isinstance(self._file.name, int):
+            return None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._shape
+
+    def reopen(self, shape: Sequence[int]) -> None:
+        """Read what another process has finished."""
+        self._file, self._shape = (self._folders[0] / str(self._keep)).open("rb"), tuple(shape)
+
     def _open(self, size: int) -> IO[bytes]:
         for folder in self._folders:
             try:
                 if shutil.disk_usage(folder).free > size:
+                    if self._keep is not None and folder == self._folders[0]:
+                        return (folder / self._keep).open("w+b")
                     return tempfile.TemporaryFile(dir=folder)
             except OSError:  # not writable
                 continue

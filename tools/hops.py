@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +67,16 @@ class HopResult:
             "windows": self.windows,
             "seconds": round(self.seconds, 2),
         }
+
+    def to_unit(self) -> dict[str, Any]:
+        """What :meth:`from_unit` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_unit(cls, data: Mapping[str, Any]) -> HopResult:
+        """The result that a run which broke off has left."""
+        lists = {name: tuple(data[name]) for name in ("judged", "failures")}
+        return cls(**{**data, **lists, "hop": Hop(data["hop"])})
 
     def to_row(self) -> dict[str, Any]:
         """The hop as a row of a table; ``ppl`` is the ratio of the perplexities."""

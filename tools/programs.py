@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from ..engines.token_feeds import Port
 from ..export.graph_names import is_present
 from ..export.state import State
 from ..passes.progress import Counter, Progress
-from .comparison import Ids, Values
+from .comparison import Ids, Values, WindowFile
 from .decoding import CachedRun, stepwise
 
 _HELD = 1
@@ -98,6 +98,21 @@ class Programs:
                     run.exit.write(batch, values[None])
                 else:
                     yield values.astype(np.float32, copy=False)
+
+    def stored(self, file: WindowFile, unit: str, outputs: Callable[[], Iterator[Values]]) -> Iterator[Values]:
+        """What ``outputs`` gives for all windows, which is in ``file`` afterwards; ``unit`` names it in the state.
+
+        It is read if an earlier run has stored it.
+        """
+        if (shape := self.state.get(unit) if self.state else None) is not None:
+            file.reopen(shape)
+            yield from (file.read(number) for number in range(len(self.ids)))
+            return
+        for values in outputs():
+            file.append(values)
+            yield values
+        if self.state and (shape := file.finish()):
+            self.state.record(unit, shape)
 
     def fits_whole(self, path: Path, mode: Mode) -> bool:
         """Whether a session of the whole graph that is made for speed fits into the memory."""

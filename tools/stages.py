@@ -252,7 +252,7 @@ def verify(
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     ids = text.ids[skip_windows:]
     digest = array_sha256(ids)
-    fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops))
+    fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops), gates=gates.to_dict())
     with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
         console.note_resumed(state.resumed, state.progress)
         result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)
