@@ -75,8 +75,9 @@ class HopResult:
     @classmethod
     def from_unit(cls, data: Mapping[str, Any]) -> HopResult:
         """The result that a run which broke off has left."""
-        lists = {name: tuple(data[name]) for name in ("judged", "failures")}
-        return cls(**{**data, **lists, "hop": Hop(data["hop"])})
+        return replace(
+            cls(**data), hop=Hop(data["hop"]), judged=tuple(data["judged"]), failures=tuple(data["failures"])
+        )
 
     def to_row(self) -> dict[str, Any]:
         """The hop as a row of a table; ``ppl`` is the ratio of the perplexities."""

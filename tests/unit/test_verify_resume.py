@@ -70,7 +70,7 @@ def test_a_file_with_a_name_can_be_reopened(tmp_path: Path) -> None:
         shape = file.finish()
     assert shape == (2, 3)
     with WindowFile([tmp_path], 2, "outputs") as file:
-        file.reopen(shape)
+        file.reopen((2, 3))
         for number in (1, 0):
             np.testing.assert_array_equal(file.read(number), windows[number])
 
