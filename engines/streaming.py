@@ -206,6 +206,7 @@ class Streamed:
         prepare: adds outputs to a piece's graph, told which of ``values`` it makes; the values themselves by default.
         dims: sizes of symbolic dimensions that ``prepare`` adds.
         held: bytes that the caller holds beside a run.
+        held_per_window: further ones for each window of a batch.
         most: bytes of the largest float32 copy of a weight that is made as a whole.
         between: bytes that the caller takes between two pieces.
         with_output: whether the graph's first output is wanted; without it, what only it needs is not run.
@@ -220,6 +221,7 @@ class Streamed:
     prepare: Callable[[onnx.ModelProto, Sequence[str]], None] = add_outputs
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
     held: int = 0
+    held_per_window: int = 0
     most: int = MOST
     between: int = 0
     with_output: bool = True
@@ -319,7 +321,8 @@ class Streamed:
     def need(self, piece: Piece) -> int:
         """Bytes that a run of the piece takes, beside what the process has already."""
         model = self.model(piece)
-        return max(self.between, self.held + footprint(model, self.sizes, self.mode_of(model)))
+        held = self.held + self.windows_per_run * self.held_per_window
+        return max(self.between, held + footprint(model, self.sizes, self.mode_of(model)))
 
     @property
     def windows_per_run(self) -> int:

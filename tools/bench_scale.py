@@ -32,9 +32,6 @@ BLOCKS = (2, 4, 8)
 MEMORY, SMALL_MEMORY = "4GB", "700MB"
 """Budgets. That of large models is for less than two of their blocks: the smallest streams as the largest does."""
 
-HOPS = ("folded", "reference", "int8")
-"""Quantized graphs against the float graph. What else ``verify`` judges is no work on blocks."""
-
 _COPY = (
     'dd if="$1" of="$2" bs=1M count="$3" iflag=count_bytes conv=fsync status=none && '
     'dd if="$1" of=/dev/null bs=1M skip="$3" iflag=skip_bytes status=none'
@@ -137,7 +134,7 @@ class ScaleBench:
             case "quantize":
                 return ("quantize", art, "-o", quantized, "--recipe", "w8a8", *_budget(self._memory))
             case _:
-                return ("verify", quantized, *self._evaluation, *text, "--hop", *HOPS)
+                return ("verify", quantized, *self._evaluation, *text)
 
     def _baseline(self, blocks: int, step: str, place: Path) -> None:
         quantized = self._rows.get(LARGE, blocks, "quantize")
@@ -157,7 +154,7 @@ class ScaleBench:
         commands = {
             "calibrate": ("calibrate", art, *self._calibration, "-o", statistics, *budget),
             "quantize": ("quantize", art, "-o", quantized, "--force", "--statistics", statistics, *budget),
-            "verify": ("verify", quantized, *self._evaluation, "--windows", "4", *budget, "--hop", *HOPS),
+            "verify": ("verify", quantized, *self._evaluation, "--windows", "4", *budget),
         }
         for step, command in commands.items():
             done = self._runner.bismooth(*command, label=f"{name}: {step}")

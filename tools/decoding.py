@@ -64,19 +64,19 @@ def stepwise(
     on_step: Callable[[str], None],
     others: Mapping[str, NDArray[Any]] | None = None,
 ) -> NDArray[Any]:
-    """The output [S, …] at a window ids [S]: its first ``prefill`` tokens in one run, the others one by one.
+    """The output [B, S, …] at windows ids [B, S]: their first ``prefill`` tokens in one run, the others one by one.
 
-    ``others`` are further inputs [1, S, …], of which each run gets its part.
+    ``others`` are further inputs [B, S, …], of which each run gets its part.
     """
 
     def part(start: int, stop: int) -> NDArray[Any]:
-        return run.append(ids[None, start:stop], {name: value[:, start:stop] for name, value in (others or {}).items()})
+        return run.append(ids[:, start:stop], {name: value[:, start:stop] for name, value in (others or {}).items()})
 
     pieces = [part(0, prefill)]
-    for place in range(prefill, len(ids)):
+    for place in range(prefill, ids.shape[1]):
         pieces.append(part(place, place + 1))
         on_step(f"token {place}")
-    return (np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])[0]
+    return np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
 def greedy(session: Session, prompts: Ids, count: int, on_prompt: Callable[[str], None]) -> Ids:

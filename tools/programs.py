@@ -89,15 +89,15 @@ class Programs:
         for piece, run, counter in self.runs(streamed, key, step):
             wanted = streamed.exit_of(piece) or streamed.output
             for batch in streamed.batches:
-                ids = self.ids[batch.start]
+                ids = streamed.ids[batch.start : batch.stop]
                 others = {} if run.entry is None else {run.entry.value: run.entry.read(batch)}
-                first = prefill if streamed.observed(piece) else len(ids)
+                first = prefill if streamed.observed(piece) else ids.shape[1]
                 values = stepwise(CachedRun(run.open(), wanted), ids, first, _ignore, others)
-                counter.add(1)
+                counter.add(len(ids))
                 if run.exit is not None:
-                    run.exit.write(batch, values[None])
+                    run.exit.write(batch, values)
                 else:
-                    yield values.astype(np.float32, copy=False)
+                    yield from values.astype(np.float32, copy=False)
 
     def stored(self, file: WindowFile, unit: str, outputs: Callable[[], Iterator[Values]]) -> Iterator[Values]:
         """What ``outputs`` gives for all windows, which is in ``file`` afterwards; ``unit`` names it in the state.
@@ -133,8 +133,11 @@ class Programs:
     def _streamed(self, path: Path, mode: Mode, ids: Ids, *, with_caches: bool = False) -> Streamed:
         maker = PieceMaker(load_graph(path))
         caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
-        batch = 1 if with_caches else default_batch(ids.shape[1])
-        return with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches))).fitted(self.budget)
+        batch = len(ids) if with_caches else default_batch(ids.shape[1])  # a token takes as long as one of each window
+        streamed = with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches)))
+        if with_caches:  # the outputs of the runs, and all of them as one
+            streamed = replace(streamed, held_per_window=streamed.held)
+        return streamed.fitted(self.budget)
 
     def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
         """The pieces that are to be run; what is done of the graph ``key`` is left out.
