@@ -104,10 +104,12 @@ def _cuts(graph: onnx.GraphProto, stream: Sequence[int]) -> Iterator[tuple[int, 
                 last_use[name] = place
     carried = _carriable(graph)
     live: set[str] = set()
+    crossed: str | None = None
     for place, number in enumerate(stream):
         live = {name for name in live if last_use[name] > place}
         live.update(name for name in graph.node[number].output if last_use.get(name, -1) > place)
-        if len(live) == 1 and (value := next(iter(live))) in carried:
+        if len(live) == 1 and (value := next(iter(live))) in carried and value != crossed:
+            crossed = value  # it is still to be read behind a branch that ends in an output
             yield place, value
 
 

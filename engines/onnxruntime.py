@@ -57,6 +57,9 @@ _LOAD_ADVICE = {
 }
 #: Operators that must not end up on the CPU when a GPU was asked for. Shape arithmetic belongs there.
 _COMPUTE = frozenset({"Attention", "Conv", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "Softmax"})
+#: Copies of weights in float32; and fusions across the residual stream, where a graph may be cut: a piece must compute
+#: what it does in the whole graph, to the last bit.
+_NOT_LEAN = ("ConstantFolding", "SkipLayerNormFusion", "MatMulScaleFusion")
 #: Distributions that all install the module ``onnxruntime``.
 _PACKAGES = tuple(f"onnxruntime{kind}" for kind in ("", "-gpu", "-trt-rtx", "-directml", "-openvino", "-rocm", "-qnn"))
 _DTYPES = {
@@ -139,7 +142,7 @@ class Session:
             options,
             providers=[PROVIDERS[provider]],
             enable_fallback=0,
-            disabled_optimizers=["ConstantFolding"] if lean else [],
+            disabled_optimizers=list(_NOT_LEAN) if lean else [],
         )
         if lean:
             return_large_blocks()

@@ -228,18 +228,22 @@ class Streamed:
 
     @property
     def batches(self) -> list[Batch]:
-        count = len(self.ids)
-        return [Batch(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        count, size = len(self.ids), self.windows_per_run
+        return [Batch(start, min(start + size, count)) for start in range(0, count, size)]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Of the symbolic dimensions, in a run of a full batch."""
         count, length = self.windows_per_run, self.ids.shape[1]
         sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
-        first = next((value for value in self.maker.model.graph.input if value.name == INPUT_IDS), None)
-        for dim, size in zip(first.type.tensor_type.shape.dim if first else (), (count, length), strict=False):
-            sizes[dim.dim_param] = size
-        return sizes
+        named = zip(self._dims, (count, length), strict=False)
+        return sizes | {dim.dim_param: size for dim, size in named if dim.dim_param}
+
+    @property
+    def _dims(self) -> Sequence[onnx.TensorShapeProto.Dimension]:
+        """Of the token ids."""
+        inputs = self.maker.model.graph.input
+        return next((value.type.tensor_type.shape.dim for value in inputs if value.name == INPUT_IDS), ())
 
     @property
     def stop(self) -> int:
@@ -326,8 +330,9 @@ class Streamed:
 
     @property
     def windows_per_run(self) -> int:
-        """Windows of a full batch."""
-        return min(self.batch_size, len(self.ids))
+        """Windows of a full batch; not more than the graph takes, if it says so."""
+        fixed = [dim.dim_value for dim in self._dims[:1] if dim.HasField("dim_value")]
+        return min(self.batch_size, len(self.ids), *fixed)
 
     def shape(self, value: str) -> tuple[int, ...] | None:
         """The shape of a value in a run of a full batch, if the graph says it."""

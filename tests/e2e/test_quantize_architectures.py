@@ -27,6 +27,7 @@ from bismooth.passes.recipe import Recipe
 from bismooth.tools.halfsim import HalfSimulation
 from tests.models import ARCHITECTURES, VOCAB, exported
 from tests.quantizing import Array, relative_error
+from tests.streaming import divide, run_pieces, streamed
 
 SITES = {
     "llama": {"norm": 7, "attention_value": 3, "gated_product": 3},
@@ -134,6 +135,14 @@ def test_logits_are_close_to_float_and_kernels_equal_the_reference(made: Made, n
     assert float(np.linalg.norm(got - expected) / np.linalg.norm(expected)) < (1e-6 if recipe == "fp16" else 0.1)
     if recipe != "fp16":
         assert relative_error(got, artifact.logits("float32", "int8")) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_integer_kernels_in_pieces_compute_the_same_to_the_last_bit(made: Made, tmp_path: Path, name: str) -> None:
+    run = streamed(made(name, "w8a8").path("float32"), IDS, "int8")
+    pieces = divide(run.stop, *range(run.stop))
+    assert len(pieces) > 3
+    assert (run_pieces(run, pieces, tmp_path) == run_pieces(run, divide(run.stop), tmp_path)).all()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,34 @@ def test_layers_side_by_side_are_one_cut_each(tmp_path: Path) -> None:
     assert find_repeated(graph, find_segments(graph)) == Repeated(first=1, length=1, count=4)
 
 
+def test_a_branch_that_ends_in_an_output_is_no_cut(tmp_path: Path) -> None:
+    """Behind such a head the same value is still to be read: the file that carries it must not be begun anew."""
+    b = Builder(unknown="sequence")
+    x = b.op("Gather", b.matrix("embed", 16, 8), b.input("input_ids", *TOKENS, dtype=TensorProto.INT64), axis=0)
+    early: list[str] = []
+    for layer in range(3):
+        x = b.op("Add", b.op("Relu", b.linear(x, f"{layer}", 8, 8)), x)
+        early.append(b.linear(x, f"{layer}.head", 16, 8))
+    b.outputs += [b.linear(x, "head", 16, 8), *early]
+    path = b.save(tmp_path)
+    segments = find_segments(load_graph(path).graph)
+    assert len(segments) > 3
+    assert all(segment.entry != segment.exit for segment in segments)
+    run = streamed(path, IDS % 16)
+    pieces = divide(run.stop, *range(run.stop))
+    assert (run_pieces(run, pieces, tmp_path) == run_pieces(run, divide(run.stop), tmp_path)).all()
+
+
+@pytest.mark.parametrize(("fixed", "batch_size", "batches"), [(1, 4, 5), (2, 4, 3), (2, 1, 5)])
+def test_batches_have_the_size_that_the_graph_takes(tmp_path: Path, fixed: int, batch_size: int, batches: int) -> None:
+    b = Builder()
+    x = b.op("Gather", b.matrix("embed", 16, 8), b.input("input_ids", fixed, "", dtype=TensorProto.INT64), axis=0)
+    b.outputs.append(b.linear(b.op("Relu", x), "head", 16, 8))
+    run = streamed(b.save(tmp_path), IDS % 16, batch_size=batch_size)
+    assert len(run.batches) == batches
+    assert "" not in run.sizes
+
+
 def test_a_stream_that_every_layer_reads_cannot_be_cut(tmp_path: Path) -> None:
     b = Builder(unknown="sequence")
     first = x = b.op("Gather", b.matrix("embed", 16, 8), b.input("input_ids", *TOKENS, dtype=TensorProto.INT64), axis=0)
