@@ -53,13 +53,13 @@ class ChainCutter:
         plain: another graph with the same residual stream, in which blocks are looked for.
 
     Raises:
-        BismoothError: the graph has no repeated blocks.
+        BismoothError: the graph has no repeated blocks, or cannot be cut between those of ``plain``.
     """
 
     def __init__(self, model: onnx.ModelProto, label: str, plain: onnx.ModelProto | None = None) -> None:
         self._maker = PieceMaker(model)
         self._label = label
-        self._borders = _find_borders(self._maker.segments, (plain or model).graph)
+        self._borders = _find_borders(self._maker.segments, (plain or model).graph, label)
         if len(self._borders) < 2:
             raise BismoothError(
                 f"{label}: has no repeated blocks, between which it could be split. Expected two or more with a "
@@ -135,17 +135,25 @@ def _part_of(maker: PieceMaker, piece: Piece, label: str) -> onnx.ModelProto:
     return model
 
 
-def _find_borders(segments: tuple[Segment, ...], plain: onnx.GraphProto) -> list[int]:
-    """The first segment of each block, and the one behind the last block."""
+def _find_borders(segments: tuple[Segment, ...], plain: onnx.GraphProto, label: str) -> list[int]:
+    """The first segment of each block, and the one behind the last block.
+
+    Raises:
+        BismoothError: the graph cannot be cut where the blocks of ``plain`` begin and end.
+    """
     originals = find_segments(plain)
     repeated = find_repeated(plain, originals)
     if repeated is None:
         return []
-    places: dict[str | None, int] = {segment.exit: number for number, segment in enumerate(segments, 1)}
-    known: dict[str | None, int] = {**places, None: 0}
-    entries = [originals[start].entry for start in repeated.starts[:-1]]
-    last = originals[repeated.starts[-1] - 1].exit
-    return [*(known[entry] for entry in entries if entry in known), *([places[last]] if last in places else [])]
+    places: dict[str | None, int] = {None: 0} | {segment.exit: number for number, segment in enumerate(segments, 1)}
+    values = [originals[start].entry for start in repeated.starts[:-1]] + [originals[repeated.starts[-1] - 1].exit]
+    for value in values:
+        if value not in places:
+            raise BismoothError(
+                f"{label}: cannot be cut at '{value}', where a block of the float graph begins or ends: more than this "
+                "value crosses there. Build it without --split-blocks."
+            )
+    return [places[value] for value in values]
 
 
 def split_evenly(blocks: int, count: int) -> list[tuple[int, int]]:

@@ -13,8 +13,11 @@ _FLOAT_BYTES = 4
 _ARRAYS = 8
 """Arrays of sampled tokens, or of sampled rows of W, that the search for one site's factors has at a time."""
 
-_MARGIN = 128 << 20
-"""Bytes for the graphs, and for what was freed and lies about."""
+_CHANNEL_BYTES, _LINEAR_BYTES = 32, 128 << 10
+"""What stays to the end: factors, edits and records by channel that a linear reads, and nodes around each linear."""
+
+_MARGIN = 96 << 20
+"""Bytes for what was freed and lies about."""
 
 
 def quantize_memory(linears: Sequence[Linear], tokens: int, workers: int) -> int:
@@ -28,4 +31,5 @@ def quantize_memory(linears: Sequence[Linear], tokens: int, workers: int) -> int
     widest = max((linear.k for linear in linears), default=0)
     search = _ARRAYS * (tokens + SAMPLED_OUTPUTS) * widest * _FLOAT_BYTES
     turned = max((min(linear.n * linear.k, WIDE) for linear in linears if linear.layout == "KN"), default=0)
-    return _MARGIN + workers * (search + MOST + 2 * turned * _FLOAT_BYTES)
+    kept = sum(_CHANNEL_BYTES * linear.k + _LINEAR_BYTES for linear in linears)
+    return _MARGIN + kept + workers * (search + MOST + 2 * turned * _FLOAT_BYTES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,10 @@ def _look_at(folder: Path) -> Unfinished:
         progress = f"{len(units)} units" if step is None else f"{step[0]}: {step[1]} of {step[2]}"
     except (BismoothError, OSError):
         stage, progress = None, "damaged"
-    files = [path.stat() for path in folder.rglob("*")]
+    files: list[os.stat_result] = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a process works on it
+            files.append(path.stat())
     return Unfinished(
         target=str(target_of(folder)),
         stage=stage,

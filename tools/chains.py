@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engines.chain import Chain
-from ..engines.chain_session import ChainSession, lean_parts
+from ..engines.chain_windows import chain_windows, lean_parts
 from ..engines.footprint import footprint
 from ..engines.memory import format_bytes
 from ..engines.onnxruntime import InMemoryGraph, Mode
@@ -76,8 +76,7 @@ def _judge(
         need += sum(values.nbytes for values in expected)  # as much comes out
         if programs.budget is not None and need > programs.budget:
             return {"skipped": f"its largest part takes {format_bytes(need)} of memory"}, None
-        with ChainSession(parts, mode=mode, lean=True) as session:
-            got = [values[0] for values in session.windows(ids)]
+        got = [values[0] for values in chain_windows(parts, ids, mode)]
     except BismoothError as error:
         return {}, str(error)
     return _compare(ids, expected, got, comparison)

@@ -49,6 +49,12 @@ def test_unfinished_runs_are_listed(tmp_path: Path) -> None:
     assert cache([tmp_path / "second", first]).unfinished[1].target == str(tmp_path / "first")
 
 
+def test_files_that_vanish_meanwhile_are_not_counted(tmp_path: Path) -> None:
+    folder = leave(tmp_path / "first")
+    (folder / "gone").symlink_to("nothing")  # is listed, and cannot be looked at
+    assert [run.target for run in cache().unfinished] == [str(tmp_path / "first")]
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.0, "0 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (7200, "2 h"), (86400 * 12, "12 d")],

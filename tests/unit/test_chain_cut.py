@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from bismooth.engines.chain import Carried
 from bismooth.engines.chain_cut import ChainCutter, cut_at, split_evenly
+from bismooth.engines.cuts import find_segments
 from bismooth.engines.subgraph import load_graph
 from bismooth.export.errors import BismoothError
 from tests.cached_model import HIDDEN
@@ -46,6 +48,21 @@ def test_parts_and_what_goes_between_them() -> None:
     nodes = [node.name for part in parts for node in part.model.graph.node if "layers" in node.name]
     assert sorted(nodes) == sorted(node.name for node in model.graph.node if "layers" in node.name)
     assert sum(len(part.model.graph.initializer) for part in parts) >= len(model.graph.initializer)
+
+
+def test_blocks_of_the_float_graph_that_more_than_one_value_crosses() -> None:
+    plain, model = cuttable(), cuttable()
+    logits, embedded = model.graph.output[0], find_segments(model.graph)[0].exit
+    assert embedded is not None
+    table = numpy_helper.from_array(np.ones((HIDDEN, logits.type.tensor_type.shape.dim[-1].dim_value), np.float32), "t")
+    (last,) = (node for node in model.graph.node if logits.name in node.output)
+    last.output[:] = ["before"]
+    model.graph.initializer.append(table)
+    model.graph.node.append(helper.make_node("MatMul", [embedded, "t"], ["skipped"], "skip/MatMul"))
+    model.graph.node.append(helper.make_node("Add", ["before", "skipped"], [logits.name], "skip/Add"))
+    message = r"m\.onnx: cannot be cut at '.*', where a block of the float graph begins or ends: more than this value"
+    with pytest.raises(BismoothError, match=message):
+        ChainCutter(model, "m.onnx", plain)
 
 
 def test_each_part_reads_its_own_caches() -> None:

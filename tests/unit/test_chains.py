@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from bismooth.engines.base import Profile
 from bismooth.engines.chain import CHAIN
 from bismooth.engines.chain_build import build_chain
-from bismooth.engines.chain_session import lean_parts
+from bismooth.engines.chain_windows import lean_parts
 from bismooth.engines.null import NullBuilder
-from bismooth.engines.onnxruntime import InMemoryGraph
+from bismooth.engines.onnxruntime import InMemoryGraph, Mode
 from bismooth.engines.token_feeds import Port
 from bismooth.export.artifact import Artifact, Manifest
 from bismooth.passes.gates import Hop
@@ -98,10 +98,10 @@ def test_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: st
 def test_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact, engine = make(tmp_path)
 
-    def no_numbers(_session: object, ids: Ids) -> list[NDArray[np.float32]]:
+    def no_numbers(_parts: object, ids: Ids, _mode: Mode) -> list[NDArray[np.float32]]:
         return [np.full((1, 6, 13), np.nan, np.float32) for _ in ids]
 
-    monkeypatch.setattr(chains.ChainSession, "windows", no_numbers)
+    monkeypatch.setattr(chains, "chain_windows", no_numbers)
     figures, (failure,) = judge(artifact, engine)
     assert figures == {"chain": {"parts": 4, "equal": False}}
     assert "NaN" in failure
