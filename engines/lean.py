@@ -2,10 +2,11 @@
 
 A weight that is stored in 16 or 8 bits becomes float32 where a run needs it. A table of embeddings is looked up first
 and widened afterwards; a linear whose float32 copy would be large, as a rule the head, is computed in slices of its
-outputs; a transposed copy is never made. Values stay the same bit for bit.
+outputs; a transposed copy is never made.
 
-NOTE: kernels add up the last columns of a product, less than a tile, in another order than the others. So slices are
-whole tiles: with any number of columns, a few of 10 000 values differ in their last bit.
+NOTE: kernels add up the last columns of a product, less than a tile, in another order than the others, and divide the
+columns among many threads. So slices are whole tiles, and values stay the same bit for bit on few threads; on four and
+more, last bits may differ from those of the product as a whole. What is sliced depends on the graph alone.
 """
 
 from __future__ import annotations

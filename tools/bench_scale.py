@@ -54,7 +54,7 @@ class ScaleBench:
         rows: those that are already there, and where new ones go.
         calibration: text to calibrate on.
         evaluation: text to verify on.
-        memory: budget of calibration and verification on large models; None for none.
+        memory: budget of calibration, quantization and verification of large models; None for none.
         shape: of the large models, but for their blocks.
         runner: of the steps.
     """
@@ -235,7 +235,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     choices = (*STEPS, SMALL, TARGETS)
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS), help="sizes of large models (2 4 8)")
     parser.add_argument("--steps", nargs="+", choices=choices, default=list(choices), help="what to measure (all)")
-    parser.add_argument("--memory", default=MEMORY, help=f"budget of calibrate and verify, or none ({MEMORY})")
+    parser.add_argument("--memory", default=MEMORY, help=f"budget on large models, or none ({MEMORY})")
     parser.add_argument("--restart", action="store_true", help="discard the rows of a bench that broke off")
     parser.add_argument("--output", type=Path, default=Path("build/scale"), help="folder to write (build/scale)")
     options = parser.parse_args(None if arguments is None else list(arguments))
