@@ -29,7 +29,7 @@ demo: $(READY) ## Compile SmolLM2-135M into verified INT8 engines
 	$(BIN)/python -m bismooth.tools.demo
 
 test: lint ## Lint, check types, run the tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(PYTEST)
 
 gpu-check: $(READY) ## On a GPU host: build and run real engines, and show their latency
 	$(BIN)/pip install --quiet 'cuda-python>=12.6'

@@ -34,7 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu``, ``browser`` or ``cluster`` where none can be used, and say why."""
+    """Skip the tests marked ``gpu``, ``browser`` or ``cluster`` where none can be used, and say why.
+
+    Of several processes, one runs all tests of a file, and one all that share the cluster.
+    """
+    for item in items:
+        group = "cluster" if item.get_closest_marker("cluster") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     for marker, available in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if not marked or not (reason := available()):
