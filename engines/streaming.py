@@ -390,7 +390,8 @@ def default_batch(length: int) -> int:
 def base_memory() -> int:
     """Bytes that this process takes before any piece."""
     import_onnxruntime()  # which takes memory itself
-    gc.collect()  # graphs that are done with have cycles
+    if gc.get_count()[2]:  # many objects are new: graphs that are done with have cycles
+        gc.collect()
     return_freed_memory()
     return current_rss()
 
