@@ -17,11 +17,11 @@ from ..engines.streaming import Batch, PieceRun, Streamed, default_batch, find_b
 from ..engines.subgraph import load_graph
 from ..export.errors import BismoothError
 from ..export.external_data import weight_files
-from ..export.fingerprint import code_sha256
+from ..export.fingerprint import run_fingerprint
 from ..export.hashing import array_sha256, file_sha256
-from ..export.replacing import put_in_place
+from ..export.machine import default_threads
+from ..export.replacing import flush, put_in_place
 from ..export.state import State, open_state
-from ..export.versions import tool_versions
 from ..passes.progress import Counter, Progress, silent
 from .gram import KeptRows, gram_memory, gram_rows
 from .histogram import BINS
@@ -166,7 +166,7 @@ def calibrate(
         grams: compute XᵀX of each value, from all its rows: disk for float32 [K, K] each, and for the rows meanwhile.
         memory: bytes that this process may take; most of what the machine has left by default.
         restart: discard what an earlier run has left.
-        threads: threads per operator; one per core by default.
+        threads: threads per operator; another number rounds otherwise. By default one per core of this machine.
         spread: runs a task over the batches, and gives the results in their order.
         resumed: told how many segments of the graph an earlier run has left, and how far that was.
         progress: called with a step's name, how many windows are done, and how many there are.
@@ -185,8 +185,18 @@ def calibrate(
     streamed = observing(path, values, windows, batch_size, rows=rows, histograms=histograms, grams=grams)
     provenance = provenance_of(path, windows, seed)
     sample = Sample(sample_rows(windows.size, rows, seed), windows.shape[1])
-    options = {"rows": rows, "histograms": histograms, "grams": grams, "batch_size": batch_size, "values": dict(values)}
-    with open_state(output, "calibrate", _fingerprint(path, provenance, options), restart=restart) as state:
+    threads = threads or default_threads()
+    fingerprint = run_fingerprint(
+        weight_files(path),
+        **asdict(provenance),
+        rows=rows,
+        histograms=histograms,
+        grams=grams,
+        batch_size=batch_size,
+        threads=threads,
+        values=dict(values),
+    )
+    with open_state(output, "calibrate", fingerprint, restart=restart) as state:
         resumed(state.resumed, state.progress)
         budget = find_budget(memory)
         if batch_size is None:
@@ -194,8 +204,17 @@ def calibrate(
         pieces = streamed.plan(budget, state.done)
         file = state.folder / _FILE
         file.touch()
+        flush(state.folder)
         with file.open("r+b") as opened:
-            writer = StatisticsWriter(opened, provenance, values, sample.rows, histograms=histograms, grams=grams)
+            writer = StatisticsWriter(
+                opened,
+                provenance,
+                values,
+                sample.rows,
+                histograms=histograms,
+                grams=grams,
+                continued=state.done > 0,
+            )
             _Run(streamed, values, sample, threads, spread, progress).through(pieces, writer, state)
         put_in_place(file, output)
     return Statistics.load(output)
@@ -247,7 +266,7 @@ class _Run:
     streamed: Streamed
     values: Mapping[str, int]
     sample: Sample
-    threads: int | None
+    threads: int
     spread: Spread
     progress: Progress
 
@@ -315,18 +334,6 @@ def sample_rows(tokens: int, count: int, seed: int) -> NDArray[np.int64]:
     """``count`` different numbers below ``tokens``, ascending; all of them if there are fewer."""
     chosen = np.random.default_rng(seed).choice(tokens, size=min(count, tokens), replace=False)
     return np.sort(chosen).astype(np.int64)
-
-
-def _fingerprint(path: Path, provenance: Provenance, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the statistics of the graph ``path``."""
-    status = {name: file.stat() for name, file in weight_files(path).items()}
-    return {
-        **asdict(provenance),
-        **options,
-        "weights": {name: {"size": s.st_size, "mtime_ns": s.st_mtime_ns} for name, s in status.items()},
-        "tools": tool_versions(),
-        "code": code_sha256(),
-    }
 
 
 def hash_model(path: Path) -> str:

@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..export.safetensors_file import dtype_name
+from ..export.state import check_left
 from .histogram import BINS
 from .observe import OUTLIERS
 from .statistics import FORMAT, ROW_NUMBERS, VERSION, Provenance
@@ -21,7 +23,18 @@ from .statistics import FORMAT, ROW_NUMBERS, VERSION, Provenance
 class StatisticsWriter:
     """An open statistics file, laid out in full: each tensor may be written at any time, rows a few at a time.
 
-    A file that was laid out alike keeps what is in it. Opening one raises OSError where the disk has no space for it.
+    Args:
+        file: open to read and write.
+        provenance: of the statistics.
+        channels: of each value.
+        row_numbers: int64 [R], of the sampled rows.
+        histograms: whether there are any.
+        grams: likewise.
+        continued: whether an earlier run has laid the file out, whose data stay.
+
+    Raises:
+        BismoothError: the file is not as that run has left it.
+        OSError: the disk has no space for it.
     """
 
     def __init__(
@@ -33,6 +46,7 @@ class StatisticsWriter:
         *,
         histograms: bool,
         grams: bool = False,
+        continued: bool = False,
     ) -> None:
         layout = _layout(channels, len(row_numbers), histograms=histograms, grams=grams)
         self._file = file
@@ -48,9 +62,12 @@ class StatisticsWriter:
             end += size
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        self._base = 8 + len(raw)
-        file.seek(0)
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        raw = len(raw).to_bytes(8, "little") + raw
+        self._base = len(raw)
+        if continued:
+            check_left(Path(file.name), self._base + end, raw)
+            return
+        file.write(raw)
         file.truncate(self._base + end)
         os.posix_fallocate(file.fileno(), 0, self._base + end)
         self._put(ROW_NUMBERS, row_numbers)

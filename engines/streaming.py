@@ -26,9 +26,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from ..export.durable import settle
 from ..export.errors import BismoothError
 from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
+from ..export.machine import default_threads
 from ..export.replacing import flush
+from ..export.state import check_left
 from .footprint import footprint, resolve
 from .lean import MOST, SLICE, make_lean
 from .memory import available_memory, current_rss, format_bytes, return_freed_memory
@@ -108,6 +111,7 @@ class StreamFile:
             while rest:
                 count = os.pwrite(descriptor, rest, place)
                 rest, place = rest[count:], place + count
+            settle(descriptor)
         finally:
             os.close(descriptor)
 
@@ -125,7 +129,7 @@ class PieceRun:
         exit: what it writes for the next one; None for the last one.
         outputs: what else it gives back.
         ids: token ids [N, S] of all windows.
-        threads: of the session; None for one per core.
+        threads: of the session, wherever it runs: another number rounds otherwise.
     """
 
     label: str
@@ -136,7 +140,7 @@ class PieceRun:
     exit: StreamFile | None
     outputs: tuple[str, ...]
     ids: Ids
-    threads: int | None = None
+    threads: int
 
     def open(self) -> Session:
         """The session, which this process keeps until it opens another piece or :func:`close_piece` is called."""
@@ -356,12 +360,20 @@ class Streamed:
     def running(self, piece: Piece, folder: Path, threads: int | None = None) -> Generator[PieceRun]:
         """The piece, ready to run between its files in ``folder``; what it has written is on disk when the block ends.
 
+        Args:
+            piece: which.
+            folder: of the files.
+            threads: see :class:`PieceRun`; by default :func:`..export.machine.default_threads` of this machine.
+
         Raises:
+            BismoothError: the file that it reads is not as the piece before has left it.
             OSError: there is no space for what it writes.
         """
         model = self.model(piece)
         entry, leaving = self.maker.segments[piece.first].entry, self.exit_of(piece)
-        exit_file = None if leaving is None else self.file(leaving, folder)
+        entry_file, exit_file = (None if value is None else self.file(value, folder) for value in (entry, leaving))
+        if entry_file is not None:
+            check_left(entry_file.path, len(self.ids) * entry_file.window_bytes)
         if exit_file is not None:
             exit_file.create(len(self.ids))
         try:
@@ -370,16 +382,17 @@ class Streamed:
                 model.SerializeToString(),
                 self.path.parent,
                 self.mode_of(model),
-                None if entry is None else self.file(entry, folder),
+                entry_file,
                 exit_file,
                 tuple(value.name for value in model.graph.output if value.name != leaving),
                 self.ids,
-                threads,
+                threads or default_threads(),
             )
         finally:
             close_piece()
         if exit_file is not None:
             flush(exit_file.path)
+            flush(folder)
 
 
 def default_batch(length: int) -> int:

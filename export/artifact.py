@@ -164,6 +164,11 @@ class Artifact:
     path: Path
     manifest: Manifest
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that the manifest lists, by their names there."""
+        return {name: self.path / name for name in self.manifest.files}
+
     def graph(self, role: str) -> Path:
         """The ONNX file with that role; raises :class:`BismoothError` naming the roles there are."""
         if role not in self.manifest.graphs:

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .artifact import Artifact
 from .versions import tool_versions
 
 
-def run_fingerprint(artifact: Artifact, **options: Any) -> dict[str, Any]:
-    """What a run that reads ``artifact`` depends on. No weight is read: contents are hashed while the run reads them.
+def run_fingerprint(files: Mapping[str, Path], **options: Any) -> dict[str, Any]:
+    """What a run depends on. No weight is read: contents are hashed while the run reads them.
 
     Args:
-        artifact: what is read.
+        files: what is read, by names that messages may use.
         options: what else decides the result, as plain data: a recipe, a hash of the text, sizes.
 
     Returns:
-        ``source`` as in the manifest (the fingerprint of the weight files' headers, and size and time of each file);
-        ``files``, size and time of the artifact's own; ``options``; ``tools``, the versions; and ``code``, see
-        :func:`code_sha256`.
+        ``options``; ``files``, size and time of each; ``tools``, the versions; ``machine``, see
+        :func:`.machine.kind_of_cpu`; and ``code``, see :func:`code_sha256`.
     """
+    from .machine import kind_of_cpu
+
     return {
-        "source": artifact.manifest.source,
-        "files": {name: _state(artifact.path / name) for name in sorted(artifact.manifest.files)},
         **options,
+        "files": {name: _state(path) for name, path in sorted(files.items())},
         "tools": tool_versions(),
+        "machine": kind_of_cpu(),
         "code": code_sha256(),
     }
 

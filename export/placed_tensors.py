@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BismoothError
+from .durable import settle
 from .safetensors_file import DTYPES, TensorEntry, lay_out
+from .state import check_left
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,7 @@ class PlacedTensors:
             ValueError: as :meth:`create`.
         """
         header, entries = lay_out(path, declared)
-        if not path.is_file() or path.stat().st_size != _size(header, entries) or _start(path, len(header)) != header:
-            raise BismoothError(
-                f"{path}: is not what an unfinished run has left there. Expected a file of {_size(header, entries)} "
-                "bytes with that run's tensors. Pass --restart to discard that run."
-            )
+        check_left(path, _size(header, entries), header)
         return PlacedTensors(path, entries)
 
     @contextmanager
@@ -69,17 +66,13 @@ class PlacedTensors:
             writer = TensorWriter(descriptor, {name: self.entries[name] for name in names})
             yield writer
             writer.require_all()
+            settle(descriptor)
         finally:
             os.close(descriptor)
 
 
 def _size(header: bytes, entries: Mapping[str, TensorEntry]) -> int:
     return len(header) + sum(entry.length for entry in entries.values())
-
-
-def _start(path: Path, length: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(length)
 
 
 class TensorWriter:

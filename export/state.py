@@ -211,6 +211,18 @@ def is_running(folder: Path) -> bool:
     return False
 
 
+def check_left(path: Path, size: int, start: bytes = b"") -> None:
+    """Raise :class:`BismoothError` unless a data file of an unfinished run is there, of that size and beginning."""
+    if path.is_file() and path.stat().st_size == size:
+        with path.open("rb") as file:
+            if file.read(len(start)) == start:
+                return
+    raise BismoothError(
+        f"{path}: is not what an unfinished run has left there. Expected a file of {size} bytes with that run's data. "
+        "Pass --restart to discard that run."
+    )
+
+
 def clear_state(folder: Path) -> None:
     """Delete a state.
 

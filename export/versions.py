@@ -18,6 +18,7 @@ _PACKAGES = (
     "tensorrt-rtx-cu12",
     "tensorrt",
     "numpy",
+    "ml_dtypes",
 )
 
 

@@ -1,9 +1,4 @@
-"""Work on arrays, several items at once.
-
-NOTE: threadpoolctl looks for the loaded libraries by ``dl_iterate_phdr``, whose callback looks up symbols. glibc takes
-two locks for that, in the other order than a thread that ends elsewhere: a deadlock, seen once beside the threads of
-ONNX Runtime. So it looks once, on import.
-"""
+"""Work on arrays, several items at once."""
 
 import os
 import threading
@@ -11,14 +6,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
 from typing import Any, TypeVar
+
+from ..export.machine import BLAS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-import_module("numpy")  # whose BLAS is to be found
-_LIBRARIES: Any = import_module("threadpoolctl").ThreadpoolController()
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, at_once: int = 2) -> Iterator[Result]:
@@ -47,12 +40,6 @@ def one_core() -> AbstractContextManager[None]:
     return _ONE_CORE.each_product()
 
 
-def blas_kernels() -> list[str]:
-    """For which kind of CPU the BLAS libraries have chosen their kernels, of those that come with NumPy."""
-    found = [library for library in _LIBRARIES.info() if "numpy" in library["filepath"]]
-    return [f"{library['internal_api']} {library['version']} {library.get('architecture')}" for library in found]
-
-
 class _OneCore:
     """The limit on BLAS, which is the whole process's: the first user sets it, the last one lifts it."""
 
@@ -65,7 +52,7 @@ class _OneCore:
     def each_product(self) -> Generator[None]:
         with self._lock:
             if not self._users:
-                self._limits = _LIBRARIES.limit(limits=1, user_api="blas")
+                self._limits = BLAS.limit(limits=1, user_api="blas")
             self._users += 1
         try:
             yield

@@ -43,7 +43,7 @@ _PATIENCE = 10.0
 
 
 @contextmanager
-def connect(files: Iterable[Path], *, whole_nodes: bool = False) -> Generator[RayExecutor]:
+def connect(files: Iterable[Path], *, whole_nodes: bool = False, memory: int | None = None) -> Generator[RayExecutor]:
     """Connect to the cluster at ``RAY_ADDRESS``, or to the one that has a node on this machine; none is started.
 
     A connection that this process already has is used, and stays.
@@ -51,17 +51,18 @@ def connect(files: Iterable[Path], *, whole_nodes: bool = False) -> Generator[Ra
     Args:
         files: What the tasks will read and write, if it is there already. Every node must see it.
         whole_nodes: A call gets all CPUs and the memory that the smallest node has, instead of one CPU.
+        memory: Bytes that a call gets otherwise; nodes that offer less get none. None for any number.
 
     Raises:
-        BismoothError: Ray is not installed, there is no cluster or one of another version, or one of its nodes has
-            another bismooth, other libraries, another kind of CPU, or does not see a file.
+        BismoothError: Ray is not installed, there is no cluster or one of another version, no node is large enough, or
+            one has another bismooth, other libraries, another kind of CPU, or does not see a file.
     """
     ray = _load()
     connected: bool = ray.is_initialized()
     if not connected:
         _initialize(ray)
     try:
-        executor = RayExecutor(ray, _expected(files))
+        executor = RayExecutor(ray, _expected(files), memory=memory)
         executor.check_nodes()
         yield executor.with_whole_nodes() if whole_nodes else executor
     finally:
@@ -153,7 +154,7 @@ class RayExecutor:
         call.ended = True
 
     def check_nodes(self) -> None:
-        """Run :func:`.ray_worker.check_node` on each node that has a CPU.
+        """Run :func:`.ray_worker.check_node` on each node that can take a call.
 
         Raises:
             BismoothError: there is none, or something is not as expected there; the message names the node.
@@ -178,19 +179,26 @@ class RayExecutor:
                 ) from error
 
     def _nodes(self) -> list[dict[str, Any]]:
-        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        """Those that can take a call."""
+        needed = {"CPU": self.cpus, "memory": self.memory or 0}
+        return [
+            node
+            for node in self.ray.nodes()
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+        ]
 
     def _cpus(self) -> int:
-        """The CPUs that the cluster has now.
+        """The CPUs that nodes have now which can take a call.
 
         Raises:
-            BismoothError: it has none.
+            BismoothError: there is none.
         """
-        cpus = int(self.ray.cluster_resources().get("CPU", 0))
+        cpus = sum(int(node["Resources"]["CPU"]) for node in self._nodes())
         if not cpus:
+            memory = "" if self.memory is None else f" and {self.memory} bytes of memory (--memory)"
             raise BismoothError(
-                "--executor ray: the cluster has no CPU to work on. Expected nodes that offer some: start them with "
-                "'ray start --address=HOST:PORT', then run the command again."
+                f"--executor ray: the cluster has no node to work on. Expected nodes that offer a CPU{memory}: start "
+                "them with 'ray start --address=HOST:PORT', then run the command again."
             )
         return cpus
 

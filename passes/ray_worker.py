@@ -13,16 +13,16 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
+from ..export.durable import writing_through
 from ..export.errors import BismoothError
 from ..export.fingerprint import code_sha256
+from ..export.machine import kind_of_cpu
 from ..export.versions import tool_versions
-from .parallel import blas_kernels, one_core
+from .parallel import one_core
 
-_COMPUTE = ("python", "bismooth", "numpy", "onnxruntime", "onnxruntime-gpu")
+_COMPUTE = ("python", "bismooth", "numpy", "ml_dtypes", "onnxruntime", "onnxruntime-gpu")
 """Packages whose code computes results."""
 
 _TASK: dict[str, Any] = {}
@@ -30,7 +30,7 @@ _TASK: dict[str, Any] = {}
 
 
 def call(digest: str, shared: Sequence[Any], item: bytes) -> Any:
-    """Call a task.
+    """Call a task. What it has written is on disk when this returns.
 
     Args:
         digest: Tells the task from others.
@@ -48,7 +48,7 @@ def call(digest: str, shared: Sequence[Any], item: bytes) -> Any:
         with suppress(OSError):  # only relative paths need it
             os.chdir(expected["folder"])
         _TASK[digest] = pickle.loads(pickled)
-    with one_core():
+    with one_core(), writing_through():
         return _TASK[digest](pickle.loads(item))
 
 
@@ -85,10 +85,6 @@ def check_node(expected: Mapping[str, Any]) -> None:
 @cache
 def kind_of_machine() -> dict[str, str]:
     """What decides the last bits of results: this package's code, libraries, and the instructions of the CPU."""
-    versions, numpy_build = tool_versions(), cast(Any, np.show_config(mode="dicts"))
-    return {
-        **{name: versions[name] for name in _COMPUTE if name in versions},
-        "code of bismooth": code_sha256()[:12],
-        "kind of CPU": " ".join(numpy_build["SIMD Extensions"]["found"]),
-        "BLAS": ", ".join(blas_kernels()),
-    }
+    versions = tool_versions()
+    packages = {name: versions[name] for name in _COMPUTE if name in versions}
+    return {**packages, "code of bismooth": code_sha256()[:12], **kind_of_cpu()}

@@ -21,23 +21,24 @@ class Share:
 
     Attributes:
         spread: makes the calls, as :func:`map` does.
-        threads: of each; None for one per core.
         memory: bytes for the process, or None.
     """
 
     spread: Callable[..., Iterator[Any]]
-    threads: int | None
     memory: int | None
 
 
 @contextmanager
-def open_executor(name: str, files: Iterable[Path], workers: int = LOCAL.workers) -> Generator[Executor]:
+def open_executor(
+    name: str, files: Iterable[Path], workers: int = LOCAL.workers, memory: int | None = None
+) -> Generator[Executor]:
     """An executor.
 
     Args:
         name: ``local``, or ``ray`` for the cluster of :func:`..passes.ray_executor.connect`.
         files: what there is already of the files that the tasks will read and write.
         workers: of a local one, at most.
+        memory: bytes that a process takes which makes one call at a time; a node of a cluster gets no more than fit.
 
     Raises:
         BismoothError: there is none of that name, or as of ``connect``.
@@ -45,7 +46,7 @@ def open_executor(name: str, files: Iterable[Path], workers: int = LOCAL.workers
     if name == "local":
         yield LocalExecutor(workers)
     else:
-        with _connect(name, files) as executor:
+        with _connect(name, files, memory=memory) as executor:
             yield executor
 
 
@@ -59,16 +60,18 @@ def open_spread(name: str, files: Iterable[Path], memory: int | None) -> Generat
         memory: bytes that a process may take, or None.
     """
     if name == "local":
-        yield Share(map, None, memory)
+        yield Share(map, memory)
     else:
         with _connect(name, files, whole_nodes=True) as executor:
             sizes = [size for size in (memory, executor.memory) if size is not None]
-            yield Share(executor.map, executor.cpus, min(sizes, default=None))
+            yield Share(executor.map, min(sizes, default=None))
 
 
-def _connect(name: str, files: Iterable[Path], *, whole_nodes: bool = False) -> AbstractContextManager[RayExecutor]:
+def _connect(
+    name: str, files: Iterable[Path], *, whole_nodes: bool = False, memory: int | None = None
+) -> AbstractContextManager[RayExecutor]:
     if name != "ray":
         raise BismoothError(f"executor {name!r}: there is none of that name. Expected 'local' or 'ray'.")
     from ..passes.ray_executor import connect
 
-    return connect(files, whole_nodes=whole_nodes)
+    return connect(files, whole_nodes=whole_nodes, memory=memory)

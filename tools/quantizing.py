@@ -53,7 +53,8 @@ def quantize(
         statistics: those to use, instead of the artifact's.
         alpha: see :func:`load_recipe`.
         max_share: see :func:`load_recipe`.
-        memory: bytes that this process may take; what two workers take by default.
+        memory: bytes that this process may take, or on a cluster each that works there; by default what two workers
+            take, or one.
         executor: who works on the weights, see :func:`.executors.open_executor`.
         force: replace a quantized artifact at ``output``.
         restart: discard what an unfinished run has left.
@@ -77,7 +78,7 @@ def quantize(
     calibration = None if found is None else StatisticsCalibration(found)
     source, role = loaded.graph("float32"), chosen.compute_dtype.value
     narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
-    workers = _workers(source, found, memory)
+    workers, need = _workers(source, found, memory, executor)
     with open_state(output, "quantize", _fingerprint(loaded, chosen, found), restart=restart) as state:
         console.note_resumed(state.resumed, state.progress)
         grown = state.folder / WEIGHTS
@@ -85,7 +86,7 @@ def quantize(
             weights = _carry(loaded, folder)
             with (
                 hashing(weights, state) as hashes,
-                open_executor(executor, _shared(loaded, found, folder), workers) as opened,
+                open_executor(executor, _shared(loaded, found, folder), workers, need) as opened,
                 ResumingExecutor(opened, state, grown) as resuming,
             ):
                 result = quantize_graph(
@@ -112,14 +113,14 @@ def quantize(
     return QuantizeStageResult(output, chosen.name, result, size, time.perf_counter() - start)
 
 
-def _workers(graph: Path, statistics: Statistics | None, memory: int | None) -> int:
-    """How many workers fit into the memory, two at most.
+def _workers(graph: Path, statistics: Statistics | None, memory: int | None, executor: str) -> tuple[int, int | None]:
+    """How many workers fit into the memory, two at most; and the bytes that a process of one takes, if that matters.
 
     Raises:
         BismoothError: not even one does.
     """
-    if memory is None:
-        return _WORKERS
+    if memory is None and executor == "local":
+        return _WORKERS, None
     from ..engines.memory import current_rss, format_bytes
     from ..passes.graph import load
     from ..passes.linears import find_linears
@@ -127,20 +128,19 @@ def _workers(graph: Path, statistics: Statistics | None, memory: int | None) -> 
 
     linears, tokens = find_linears(load(graph)), 0 if statistics is None else len(statistics.row_numbers)
     needs = {workers: current_rss() + quantize_memory(linears, tokens, workers) for workers in range(_WORKERS, 0, -1)}
-    fitting = [workers for workers, need in needs.items() if need <= memory]
-    if not fitting:
+    fitting = [workers for workers, need in needs.items() if memory is None or need <= memory]
+    if memory is not None and not fitting:
         raise BismoothError(
             f"--memory {format_bytes(memory)}: is too little to quantize {graph.parent}. Expected "
             f"{format_bytes(needs[1])} or more."
         )
-    return fitting[0]
+    return fitting[0], needs[1]
 
 
 def _shared(artifact: Artifact, statistics: Statistics | None, folder: Path) -> list[Path]:
     """Files that whoever works on the weights must see: what is read, and what is already where the output is made."""
-    read = [artifact.path / name for name in artifact.manifest.files]
     made = [path for path in folder.rglob("*") if path.is_file()]
-    return [*read, *([] if statistics is None else [statistics.path]), *made]
+    return [*artifact.files.values(), *([] if statistics is None else [statistics.path]), *made]
 
 
 def _fingerprint(artifact: Artifact, recipe: Recipe, statistics: Statistics | None) -> dict[str, Any]:
@@ -149,7 +149,8 @@ def _fingerprint(artifact: Artifact, recipe: Recipe, statistics: Statistics | No
 
     record = None if statistics is None else statistics_record(statistics) | {"sha256": file_sha256(statistics.path)}
     return run_fingerprint(
-        artifact,
+        artifact.files,
+        source=artifact.manifest.source,
         weights=hash_model(artifact.graph("float32")),
         recipe={"name": recipe.name} | recipe.to_dict(),
         statistics=record,

@@ -83,8 +83,7 @@ def calibrate(
     check_length(loaded, length)
     text = load_windows(data, load_tokenizer(artifact), windows=windows, length=length, seed=seed)
     values = {linear.x: linear.k for linear in find_linears(load(loaded.graph("float32")))}
-    shared = [artifact / name for name in loaded.manifest.files]
-    with console.progress() as progress, open_spread(executor, shared, memory) as share:
+    with console.progress() as progress, open_spread(executor, loaded.files.values(), memory) as share:
         run(
             artifact,
             values,
@@ -99,7 +98,6 @@ def calibrate(
             memory=share.memory,
             restart=restart,
             resumed=console.note_resumed,
-            threads=share.threads,
             spread=share.spread,
             progress=progress,
         )
@@ -239,6 +237,7 @@ def verify(
             that is not run, or ``output`` is a file of another kind.
     """
     from ..calibrators.data import load_tokenizer, load_windows
+    from ..export.machine import default_threads
 
     artifact = Path(artifact)
     target = Path(output or artifact / ("verify-partial.json" if hops else "verify.json"))
@@ -252,7 +251,14 @@ def verify(
     text = load_windows(data, load_tokenizer(artifact), windows=windows + skip_windows, length=length)
     ids = text.ids[skip_windows:]
     digest = array_sha256(ids)
-    fingerprint = run_fingerprint(loaded, data=digest, hops=sorted(hops), gates=gates.to_dict())
+    fingerprint = run_fingerprint(
+        loaded.files,
+        source=loaded.manifest.source,
+        data=digest,
+        hops=sorted(hops),
+        gates=gates.to_dict(),
+        threads=default_threads(),
+    )
     with open_state(target, "verify", fingerprint, restart=restart) as state, console.progress() as progress:
         console.note_resumed(state.resumed, state.progress)
         result = verify_artifact(loaded, ids, gates, hops, progress, memory=memory, state=state)

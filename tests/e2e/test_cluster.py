@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from bismooth.export.errors import BismoothError
+from bismooth.export.machine import default_threads
 from bismooth.passes.ray_executor import RayExecutor
 from bismooth.tools import stages
 from bismooth.tools.cli import main
@@ -26,7 +27,7 @@ from tests.tiny import SIZES, Tiny, make_tiny
 
 @dataclass
 class Losses:
-    """Makes tasks lose the worker of their second item, or its whole node; notes the steps.
+    """Makes tasks lose the worker of their second item, or its whole node; notes the steps, tasks and reserved memory.
 
     Attributes:
         folder: Of the files that count the losses.
@@ -38,6 +39,8 @@ class Losses:
     step: str | None = None
     node: bool = False
     steps: list[str] = field(default_factory=list[str])
+    tasks: list[Any] = field(default_factory=list[Any])
+    memory: set[int | None] = field(default_factory=set[int | None])
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = RayExecutor.map
@@ -47,6 +50,8 @@ class Losses:
             if len(listed) < 2 or self.step not in (None, task.step):
                 return original(executor, task, listed)
             self.steps.append(task.step)
+            self.tasks.append(task)
+            self.memory.add(executor.memory)
             folder = self.folder / task.step.replace(" ", "-")
             folder.mkdir(parents=True)
             return original(executor, LosesWorker(task, listed[1].name, folder, node=self.node), listed)
@@ -91,7 +96,10 @@ def test_a_worker_lost_in_every_step_changes_nothing(
     stages.quantize(artifact, recipe, tmp_path / "here")
     losses = Losses(tmp_path / "losses")
     losses.patch(monkeypatch)
-    stages.quantize(artifact, recipe, tmp_path / "there", executor="ray")
+    stages.quantize(artifact, recipe, tmp_path / "there", executor="ray", memory=2 * 10**9)
+    (reserved,) = losses.memory
+    assert reserved is not None
+    assert 10**8 < reserved < 2 * 10**9
     assert {step, "quantize weights"} <= {*losses.steps}
     assert losses.lost == len(losses.steps)
     assert content(tmp_path / "there") == content(tmp_path / "here")
@@ -116,6 +124,7 @@ def test_calibration_on_a_cluster_gives_the_same_bytes(
             output=tmp_path / name,
         )
     assert losses.lost == len(losses.steps) == 1
+    assert [task.run.threads for task in losses.tasks] == [default_threads()], "not the CPUs that Ray counts"
     assert (tmp_path / "ray").read_bytes() == (tmp_path / "local").read_bytes()
 
 

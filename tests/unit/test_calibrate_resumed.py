@@ -17,7 +17,7 @@ from bismooth.calibrators.run import Observe, calibrate
 from bismooth.engines.pieces import Piece
 from bismooth.engines.streaming import Batch, Streamed, base_memory
 from bismooth.export.errors import BismoothError
-from bismooth.export.state import state_folder
+from bismooth.export.state import State, state_folder
 from bismooth.passes.graph import load
 from bismooth.passes.linears import find_linears
 from tests.graphs import DecoderShape, decoder
@@ -114,15 +114,19 @@ def test_hidden_states_are_deleted_when_they_are_read(folder: Path, output: Path
 @pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"seed": 1}, "seed"), ({"rows": 8}, "rows"), ({"grams": True}, "grams"), ({"batch_size": 3}, "batch_size")],
+    [
+        ({"seed": 1}, "seed is 0, and would be 1"),
+        ({"rows": 8}, "rows is 9, and would be 8"),
+        ({"grams": True}, "grams is false, and would be true"),
+        ({"batch_size": 3}, "batch_size is 2, and would be 3"),
+        ({"threads": 2}, "threads is 1, and would be 2"),
+    ],
 )
 def test_another_run_is_refused_unless_it_begins_anew(
     folder: Path, output: Path, tmp_path: Path, options: dict[str, Any], named: str
 ) -> None:
     broken_off(folder, output, 5)
-    with pytest.raises(
-        BismoothError, match=rf"an unfinished run is there, which would come out differently: .*{named}"
-    ):
+    with pytest.raises(BismoothError, match=rf"an unfinished run is there, which would come out differently: {named}"):
         run(folder, output, **options)
     expected = run(folder, tmp_path / "expected.safetensors", **options)
     assert run(folder, output, restart=True, **options) == expected
@@ -134,6 +138,64 @@ def test_weights_that_were_touched_are_refused(folder: Path, output: Path) -> No
     os.utime(folder / "model.safetensors")
     with pytest.raises(BismoothError, match=r"come out differently: .*model\.safetensors.*mtime_ns"):
         run(folder, output)
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("damage", ["lost", "cut off", "other header"])
+def test_a_statistics_file_that_is_not_as_it_was_left(folder: Path, output: Path, tmp_path: Path, damage: str) -> None:
+    """What is on record of it would be zeros."""
+    expected = run(folder, tmp_path / "expected.safetensors")
+    broken_off(folder, output, 5)
+    file = state_folder(output) / "statistics"
+    size = file.stat().st_size
+    if damage == "lost":
+        file.unlink()
+    elif damage == "cut off":
+        os.truncate(file, size - 1)
+    else:
+        file.write_bytes(bytes(size))
+    message = rf"statistics: is not what an unfinished run has left there\. Expected a file of {size} bytes"
+    for _ in range(2):
+        with pytest.raises(BismoothError, match=message):
+            run(folder, output)
+    assert run(folder, output, restart=True) == expected
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize("damage", ["lost", "cut off"])
+def test_hidden_states_that_are_not_as_they_were_left(folder: Path, output: Path, damage: str) -> None:
+    broken_off(folder, output, 3)
+    for file in state_folder(output).glob("*.bin"):
+        if damage == "lost":
+            file.unlink()
+        else:
+            os.truncate(file, 5)
+    with pytest.raises(BismoothError, match=r"\.bin: is not what an unfinished run has left there\."):
+        run(folder, output)
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_files_are_on_disk_before_a_segment_is_on_record(
+    folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bytes, and their names in the folder."""
+    unsynced, record_all, fsync = set[str](), State.record_all, os.fsync
+    state, known = state_folder(output), set[str]()
+
+    def sync(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), state.stat()):
+            known.update(path.name for path in state.iterdir())
+        fsync(descriptor)
+
+    def record(self: State, units: dict[str, Any], progress: Any = None) -> None:
+        unsynced.update({path.name for path in state.iterdir()} - known)
+        record_all(self, units, progress)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(State, "record_all", record)
+    run(folder, output)
+    assert known >= {"statistics", "state.json", "journal.jsonl"}
+    assert not unsynced
 
 
 @pytest.mark.usefixtures("one_by_one")

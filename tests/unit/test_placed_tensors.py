@@ -124,7 +124,5 @@ def test_another_file_is_not_opened(tmp_path: Path, damage: str) -> None:
     declared = [("d", *DECLARED[0][1:]), *DECLARED[1:]] if damage == "other tensors" else DECLARED
     with pytest.raises(BismoothError) as caught:
         PlacedTensors.open(path, declared)
-    expected = (
-        r"w: is not what an unfinished run has left there\. Expected a file of \d+ bytes with that run's tensors\. "
-    )
+    expected = r"w: is not what an unfinished run has left there\. Expected a file of \d+ bytes with that run's data\. "
     assert re.search(f"{expected}Pass --restart to discard that run", str(caught.value))

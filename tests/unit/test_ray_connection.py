@@ -134,6 +134,7 @@ def test_a_node_that_does_not_see_a_file_is_refused(tmp_path: Path, name: str, g
     ("machine", "message"),
     [
         (kind_of_machine() | {"numpy": "1.2"}, "has another numpy than the driver. Expected 1.2, got 2."),
+        (kind_of_machine() | {"ml_dtypes": "0.1"}, "has another ml_dtypes than the driver. Expected 0.1, got 0."),
         (kind_of_machine() | {"onnxruntime-gpu": "3"}, "another onnxruntime-gpu than the driver. Expected 3, got None"),
         (kind_of_machine() | {"kind of CPU": "X86_V3"}, "another kind of CPU than the driver. Expected X86_V3, got"),
     ],

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from bismooth.engines.streaming import Batch, StreamFile
 from bismooth.export.errors import BismoothError
+from bismooth.export.placed_tensors import PlacedTensors
 from bismooth.passes import ray_executor
 from bismooth.passes.ray_executor import RayExecutor, connect
 from tests.cluster import ITEMS, LosesWorker, Named, Task, Where, add_node, remove_node
@@ -35,6 +38,30 @@ class Fails(Task):
         if item == ITEMS[0]:
             raise self.error
         (self.folder / item.name).touch()
+
+
+class Reserved(Task):
+    """The result: what Ray has reserved for the call."""
+
+    def __call__(self, _: Named) -> dict[str, float]:
+        return import_module("ray").get_runtime_context().get_assigned_resources()
+
+
+@dataclass(frozen=True)
+class Writes(Task):
+    """The result: whether what the call writes is written through to disk."""
+
+    file: PlacedTensors
+
+    def __call__(self, item: Named) -> int:
+        synced: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", synced.append)
+            with self.file.writing([item.name]) as writer:
+                writer.write(item.name, np.ones(2, np.int8))
+            stream = StreamFile(self.file.path, item.name, "|i1", (1,))
+            stream.write(Batch(0, 1), np.zeros(1, np.int8))
+        return len(synced)
 
 
 class Counting(Task):
@@ -72,6 +99,14 @@ def test_results_come_in_order_from_all_nodes(executor: RayExecutor) -> None:
 
 def test_a_process_keeps_the_task_and_multiplies_on_one_core(executor: RayExecutor) -> None:
     assert {(unpickled, *cores) for unpickled, cores in executor.map(Counting(), ITEMS)} == {(1, 1)}
+
+
+def test_a_worker_writes_through_to_disk(executor: RayExecutor, tmp_path: Path) -> None:
+    """Before its results are here. Threads of this process do not: who puts results on record does that."""
+    declared = [(item.name, np.dtype(np.int8), (2,)) for item in ITEMS]
+    task = Writes(PlacedTensors.create(tmp_path / "w", declared))
+    assert list(executor.map(task, ITEMS[:3])) == [2, 2, 2]
+    assert task(ITEMS[0]) == 0
 
 
 def test_the_work_of_a_lost_worker_is_done_again(
@@ -123,6 +158,23 @@ def test_a_caller_that_stops_stops_the_rest(executor: RayExecutor, tmp_path: Pat
 
 
 def test_a_cluster_without_a_cpu_is_refused(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor.ray, "cluster_resources", lambda: {"memory": 1.0})
-    with pytest.raises(BismoothError, match=r"the cluster has no CPU to work on\. Expected nodes that offer some"):
+    nodes: list[Any] = executor.ray.nodes()
+    for node in nodes:
+        node["Resources"].pop("CPU", None)
+    monkeypatch.setattr(executor.ray, "nodes", lambda: nodes)
+    with pytest.raises(BismoothError, match=r"has no node to work on\. Expected nodes that offer a CPU: start them"):
         list(executor.map(Where(), ITEMS))
+
+
+def test_a_cluster_without_the_memory_is_refused(executor: RayExecutor) -> None:
+    """A call that fits nowhere would wait for ever."""
+    message = r"has no node to work on\. Expected nodes that offer a CPU and \d{16} bytes of memory \(--memory\): start"
+    with pytest.raises(BismoothError, match=message):
+        list(replace(executor, memory=10**15).map(Where(), ITEMS))
+    with pytest.raises(BismoothError, match=message), connect([], memory=10**15):
+        pass
+
+
+def test_a_call_has_its_memory_reserved(executor: RayExecutor) -> None:
+    """Ray puts no more calls on a node than have room there."""
+    assert [found["memory"] for found in replace(executor, memory=10**8).map(Reserved(), ITEMS[:2])] == [10**8] * 2

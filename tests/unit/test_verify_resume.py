@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from bismooth.engines.onnxruntime import Mode
+from bismooth.export import machine
 from bismooth.export.artifact import Artifact
+from bismooth.export.errors import BismoothError
 from bismooth.export.state import open_state
 from bismooth.passes.gates import Gates, Hop
+from bismooth.tools import stages
 from bismooth.tools.comparison import Values, WindowFile
 from bismooth.tools.programs import Programs
 from bismooth.tools.verify import HopResult, VerifyResult, verify_artifact
 from tests.models import VOCAB, exported
+from tests.tiny import make_tiny
 
 IDS = np.random.default_rng(2).integers(3, VOCAB, (3, 12))
 HOPS = (Hop.DECODE, Hop.HALF)
@@ -52,6 +56,26 @@ def test_a_run_goes_on_behind_the_last_hop_that_is_through(tmp_path: Path, monke
     assert verify(tmp_path / "report") == expected
     assert ran == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_with_another_number_of_threads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rounds otherwise."""
+    tiny = make_tiny(tmp_path / "tiny")
+    artifact = stages.export(tiny.source, tmp_path / "float").artifact
+
+    def run() -> None:
+        stages.verify(artifact, [str(tiny.text)], windows=1, length=16, hops=HOPS)
+
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bismooth.tools.verify._Verifier._half", interrupted)
+    monkeypatch.setattr(machine, "default_threads", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(machine, "default_threads", lambda: 3)
+    with pytest.raises(BismoothError, match=r"would come out differently: threads is 2, and would be 3\. Expected"):
+        run()
 
 
 def test_a_result_is_the_same_from_the_record() -> None:
