@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bismooth.engines.onnxruntime import Mode
 from bismooth.export.artifact import Artifact
 from bismooth.export.state import open_state
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools.comparison import Values, WindowFile
-from bismooth.tools.programs import Programs
+from bismooth.tools.programs import Program, Programs
 from bismooth.tools.verify import HopResult, VerifyResult, verify_artifact
 from tests.models import VOCAB, exported
 
@@ -35,9 +34,9 @@ def test_a_run_goes_on_behind_the_last_hop_that_is_through(tmp_path: Path, monke
     ran: list[str] = []
     outputs = Programs.outputs
 
-    def noted(self: Programs, path: Path, mode: Mode, step: str, count: int | None = None) -> Iterator[Values]:
+    def noted(self: Programs, program: Program, step: str) -> Iterator[Values]:
         ran.append(step)
-        return outputs(self, path, mode, step, count)
+        return outputs(self, program, step)
 
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
