@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from ..engines.linears import summarize
@@ -54,32 +55,13 @@ class Simulated:
             return simulation.least(programs, self.count)
 
 
+@dataclass(frozen=True)
 class HopPrograms:
-    """What the hops of an artifact run on ``count`` windows of ``length`` tokens.
+    """What the hops of an artifact run on ``count`` windows of ``length`` tokens."""
 
-    Attributes:
-        reference: the float32 graph that the others are held against.
-        torch: the source model, or why it cannot be run.
-        folded: the graph with smoothing factors folded in, if the artifact has one.
-        exact, kernels: the Q/DQ graph in float and in INT8; without quantization both are the float32 graph.
-        decoded: the graph for CPUs on whole windows and with a cache; None if it has no cache.
-        halves: the 16-bit graph, and that without quantization, as far as the artifact has them.
-        chains: what the chains are held against, if the artifact has any.
-        layers: the quantized linears; None of a float artifact.
-    """
-
-    def __init__(self, artifact: Artifact, count: int, length: int) -> None:
-        graphs, few = artifact.manifest.graphs, min(SOURCE_WINDOWS, count)
-        self.reference = float_graph(artifact, count)
-        self.torch = _why_not_torch(artifact) or TorchModel(artifact.path, few)
-        self.folded = Program(artifact.graph("folded"), "plain", few) if "folded" in graphs else None
-        self.exact, self.kernels = in_float(artifact, count), in_kernels(artifact, count)
-        self.decoded = _decoded(in_kernels(artifact, min(DECODE_WINDOWS, count)), length)
-        half = next((role for role in ("float16", "bfloat16") if role in graphs), None)
-        roles = [role for role in (half, f"reference_{half}") if role in graphs]
-        self.halves = [Simulated(artifact.graph(role), min(HALF_WINDOWS, count)) for role in roles]
-        self.chains = in_float(artifact, few) if has_chain(artifact) else None
-        self.layers = _layers(artifact) if artifact.manifest.kind == "quantized" else None
+    artifact: Artifact
+    count: int
+    length: int
 
     def of(self, hops: Collection[Hop]) -> Iterator[Needed]:
         """What runs for some hops."""
@@ -88,17 +70,82 @@ class HopPrograms:
         for hop in hops:
             yield from filter(None, self._of(hop))
 
-    def _of(self, hop: Hop) -> list[Needed | None]:
-        table: dict[Hop, list[Needed | None]] = {
-            Hop.FLOAT: [None if isinstance(self.torch, str) else self.torch],
-            Hop.FOLDED: [self.folded],
-            Hop.REFERENCE: [self.exact, self.layers],
-            Hop.INT8: [self.exact, self.kernels],
-            Hop.DECODE: [*(self.decoded or ())],
-            Hop.HALF: [*self.halves],
-            Hop.AUDIT: [self.chains],
-        }
-        return table.get(hop, [])
+    def _of(self, hop: Hop) -> Sequence[Needed | None]:
+        match hop:
+            case Hop.FLOAT:
+                return () if isinstance(self.torch, str) else (self.torch,)
+            case Hop.FOLDED:
+                return (self.folded,)
+            case Hop.REFERENCE:
+                return (self.exact, self.layers)
+            case Hop.INT8:
+                return (self.exact, self.kernels)
+            case Hop.DECODE:
+                return self.decoded or ()
+            case Hop.HALF:
+                return self.halves
+            case Hop.AUDIT:
+                return (self.chains,)
+            case Hop.DEVICE:
+                return ()
+
+    @property
+    def reference(self) -> Program:
+        """The float32 graph that the others are held against."""
+        return float_graph(self.artifact, self.count)
+
+    @cached_property
+    def torch(self) -> TorchModel | str:
+        """The source model, or why it cannot be run."""
+        return _why_not_torch(self.artifact) or TorchModel(self.artifact.path, min(SOURCE_WINDOWS, self.count))
+
+    @property
+    def folded(self) -> Program | None:
+        """The graph with smoothing factors folded in, if the artifact has one."""
+        if "folded" not in self.artifact.manifest.graphs:
+            return None
+        return Program(self.artifact.graph("folded"), "plain", min(SOURCE_WINDOWS, self.count))
+
+    @property
+    def exact(self) -> Program:
+        """The Q/DQ graph in float."""
+        return in_float(self.artifact, self.count)
+
+    @property
+    def kernels(self) -> Program:
+        """The Q/DQ graph in INT8."""
+        return in_kernels(self.artifact, self.count)
+
+    @cached_property
+    def decoded(self) -> tuple[Program, Program] | None:
+        """The graph for CPUs on whole windows and with a cache; None if it has no cache."""
+        windows = in_kernels(self.artifact, min(DECODE_WINDOWS, self.count))
+        if not has_caches(summarize(windows.path).inputs):
+            return None
+        return windows, replace(windows, prefill=self.length - min(DECODE_STEPS, self.length - 1))
+
+    @cached_property
+    def halves(self) -> tuple[Simulated, ...]:
+        """The 16-bit graph, and that without quantization, as far as the artifact has them."""
+        graphs = self.artifact.manifest.graphs
+        half = next((role for role in ("float16", "bfloat16") if role in graphs), None)
+        roles = [role for role in (half, f"reference_{half}") if role in graphs]
+        return tuple(Simulated(self.artifact.graph(role), min(HALF_WINDOWS, self.count)) for role in roles)
+
+    @property
+    def chains(self) -> Program | None:
+        """What the chains are held against, if the artifact has any."""
+        return in_float(self.artifact, min(SOURCE_WINDOWS, self.count)) if has_chain(self.artifact) else None
+
+    @cached_property
+    def layers(self) -> Layers | None:
+        """The quantized linears; None of a float artifact."""
+        if not (stage := quantize_stage(self.artifact)):
+            return None
+        graphs, names = self.artifact.manifest.graphs, frozenset(linear["name"] for linear in stage["quantized"])
+        clean = "folded" if "folded" in graphs else "reference"
+        graph = self.artifact.graph
+        return Layers(graph("reference"), graph(clean), graph("float32"), names)
 
 
 def _why_not_torch(artifact: Artifact) -> str | None:
@@ -109,15 +156,3 @@ def _why_not_torch(artifact: Artifact) -> str | None:
     if artifact.manifest.source.get("remote_code"):
         return "the model computes with Python code of its own, and an artifact carries none"
     return None
-
-
-def _decoded(program: Program, length: int) -> tuple[Program, Program] | None:
-    if not has_caches(summarize(program.path).inputs):
-        return None
-    return program, replace(program, prefill=length - min(DECODE_STEPS, length - 1))
-
-
-def _layers(artifact: Artifact) -> Layers:
-    names = frozenset(linear["name"] for linear in quantize_stage(artifact)["quantized"])
-    clean = artifact.graph("folded" if "folded" in artifact.manifest.graphs else "reference")
-    return Layers(artifact.graph("reference"), clean, artifact.graph("float32"), names)

@@ -24,7 +24,7 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter, Progress, silent
 from .chains import judge_chains
-from .comparison import Comparison, Figures, Ids, Logits, Track, WindowFile, comparison_of
+from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
 from .decoding import common_prefix, cut_prompts, greedy
 from .engine_folder import has_chain
 from .hop_programs import NEED_REFERENCE, SOURCE_WINDOWS, HopPrograms, Simulated
@@ -171,6 +171,12 @@ class _Verifier:
             return [judge.skip(reason)]
         return [judge.result({}, [f"{hop}: {reason}. Expected finite numbers. Check the weights of the source."])]
 
+    def _follow(self, outputs: Iterable[Values], *pairs: tuple[Track, WindowFile]) -> None:
+        """Hold outputs against those in files, window by window; no window is in memory when it is done."""
+        for number, values in enumerate(outputs):
+            for track, file in pairs:
+                track.update(self._ids[number], file.read(number), values)
+
     def _judge(self, hop: Hop) -> Judge:
         return Judge(self._gates, hop, COMPARED[hop])
 
@@ -205,8 +211,7 @@ class _Verifier:
             return [judge.skip("nothing was folded")]
         track = Track(self._make())
         with judge.timed():
-            for number, values in enumerate(self._programs.outputs(program, "run the folded graph")):
-                track.update(self._ids[number], self._reference.read(number), values)
+            self._follow(self._programs.outputs(program, "run the folded graph"), (track, self._reference))
         figures = track.figures()
         figures |= _renamed(figures, {"folded_error": "relative_error"})
         return [judge.result(figures, _failures(Hop.FOLDED, track), program.count)]
@@ -219,13 +224,11 @@ class _Verifier:
         outputs = programs.outputs(table.exact, "run the Q/DQ graph in float")
         with floats.timed():
             outputs = programs.stored(self._exact, _EXACT, outputs) if with_kernels else outputs
-            for number, values in enumerate(outputs):
-                against_float.update(self._ids[number], self._reference.read(number), values)
+            self._follow(outputs, (against_float, self._reference))
         with kernels.timed():
             if with_kernels and not against_float.failure:
-                for number, values in enumerate(programs.outputs(table.kernels, "run the Q/DQ graph in INT8")):
-                    between.update(self._ids[number], self._exact.read(number), values)
-                    kernels_against_float.update(self._ids[number], self._reference.read(number), values)
+                outputs = programs.outputs(table.kernels, "run the Q/DQ graph in INT8")
+                self._follow(outputs, (between, self._exact), (kernels_against_float, self._reference))
         count = len(self._ids)
         results = [floats.result(against_float.figures(), _failures(Hop.REFERENCE, against_float), count)]
         if not with_kernels:
@@ -258,12 +261,9 @@ class _Verifier:
         track = Track(self._make())
         folders = [self._artifact.path, Path(tempfile.gettempdir())]
         with WindowFile(folders, windows.count) as whole:
-            for values in self._programs.outputs(windows, "run whole windows"):
-                if not np.isfinite(values).all():
-                    return None
-                whole.append(values)
-            for number, values in enumerate(self._programs.decoded(cached, "decode with a cache")):
-                track.update(self._ids[number], whole.read(number), values)
+            if not _store(self._programs.outputs(windows, "run whole windows"), whole):
+                return None
+            self._follow(self._programs.decoded(cached, "decode with a cache"), (track, whole))
         return track
 
     def _continuations(self) -> Figures:
@@ -302,8 +302,7 @@ class _Verifier:
 
         track = Track(self._make())
         with HalfSimulation(graph.path) as simulation:
-            for number, values in enumerate(simulation.outputs(self._programs, graph.count)):
-                track.update(self._ids[number], self._reference.read(number), values)
+            self._follow(simulation.outputs(self._programs, graph.count), (track, self._reference))
             limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
@@ -358,6 +357,15 @@ class _Verifier:
     def layer_sqnr(self) -> tuple[dict[str, Any], ...]:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
         return self._table.layers.sqnr(self._programs) if self._table.layers else ()
+
+
+def _store(outputs: Iterable[Values], file: WindowFile) -> bool:
+    """Whether all outputs are finite; if so, they are in the file."""
+    for values in outputs:
+        if not np.isfinite(values).all():
+            return False
+        file.append(values)
+    return True
 
 
 def _failures(hop: Hop, track: Track) -> list[str]:

@@ -36,7 +36,7 @@ def test_a_run_goes_on_behind_the_last_hop_that_is_through(tmp_path: Path, monke
 
     def noted(self: Programs, program: Program, step: str) -> Iterator[Values]:
         ran.append(step)
-        return outputs(self, program, step)
+        yield from outputs(self, program, step)
 
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
