@@ -1,6 +1,6 @@
 """What is compared between two programs on the same windows: logits, or the features of an encoder.
 
-The reference's outputs wait in an unnamed file, so that memory does not grow with the number of windows.
+The reference's outputs wait in a file, so that memory does not grow with the number of windows.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def comparison_of(artifact: Artifact, output: Port) -> Callable[[], Comparison]:
 
 
 class WindowFile:
-    """Float32 arrays of one shape, one per window, in a file without a name: it is gone when the process is.
+    """Float32 arrays of one shape, one per window, in a file.
+
+    It has no name, and is gone when the process is, unless it is to be kept.
 
     Args:
         folders: Where the file may lie; the first that has the space.

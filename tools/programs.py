@@ -38,6 +38,9 @@ float32, and packed for a product."""
 _KEPT = 120
 """Bytes for each token that three comparisons keep."""
 
+_GROWTH = 32 << 20
+"""Bytes by which this process grows from one program to the next, most of it code that is read when it first runs."""
+
 
 class Needed(Protocol):
     """Something that takes memory when it runs."""
@@ -139,7 +142,7 @@ class Programs:
         for item in needed:
             most = max(most, item.least(self))
             counter.add(1)
-        least = base_memory() + most + _KEPT * self.ids.size + SPARE  # this process grows a little meanwhile
+        least = base_memory() + most + _GROWTH + _KEPT * self.ids.size
         if least > self.budget:
             raise BismoothError(
                 f"{subject}: --memory is too small for what is run on windows of {self.ids.shape[1]} tokens. "
