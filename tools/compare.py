@@ -24,7 +24,7 @@ from . import console
 from .bootstrap import Resampling, Rows, difference, interval
 from .compare_page import comparison_page
 from .compared import FORMAT, Compared, CompareResult, Estimate
-from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
+from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of, follow
 from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
@@ -180,8 +180,7 @@ def _run_all(
             with scratch(artifact.path) as folder:
                 programs = Programs(ids, folder, progress, memory)
                 _check_width(artifact, programs.output(program.path), base, port)
-                for number, values in enumerate(programs.outputs(program, f"run {artifact.path}")):
-                    track.update(ids[number], outputs.read(number), values)
+                follow(ids, programs.outputs(program, f"run {artifact.path}"), (track, outputs))
             figures, replicates, step = track.figures(), dict[str, Rows](), f"resample {artifact.path}"
             if figures and resampling:
                 progress(step, 0, 1)

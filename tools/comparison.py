@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -141,6 +141,13 @@ class Track:
 
     def figures(self) -> Figures:
         return {} if self.failure else self.comparison.figures()
+
+
+def follow(ids: Ids, outputs: Iterable[Values], *pairs: tuple[Track, WindowFile]) -> None:
+    """Hold outputs against those in files, window by window of ids [N, S]; when it is done, no window is in memory."""
+    for number, values in enumerate(outputs):
+        for track, file in pairs:
+            track.update(ids[number], file.read(number), values)
 
 
 def comparison_of(artifact: Artifact, output: Port) -> Callable[[], Comparison]:

@@ -231,13 +231,15 @@ class Programs:
             return with_held(Streamed(program.path, maker, program.mode, ids, default_batch(ids.shape[1])))
         caches = maker.by_segment(value.name for value in maker.model.graph.output if is_present(value.name))
         # a token takes as long as one of each window
-        streamed = with_held(Streamed(program.path, maker, program.mode, ids, len(ids), values=caches))
-        return replace(streamed, held_per_window=streamed.held)  # the outputs of the runs, and all of them as one
+        streamed = Streamed(program.path, maker, program.mode, ids, len(ids), values=caches)
+        return with_held(streamed, 2)  # the outputs of the runs, and all of them as one
 
     def fitted(self, streamed: Streamed, key: str) -> Streamed:
         """The same in batches that fit; in those of an earlier run, if that has done a piece of the graph ``key``."""
         done = self._done(key)
-        return replace(streamed, batch_size=done.batch) if done.batch else streamed.fitted(self.budget)
+        if done.batch:
+            return replace(streamed, batch_size=done.batch)
+        return streamed.fitted(None if self.budget is None else self.budget - SPARE)
 
     def _done(self, key: str) -> _Done:
         found = self.state.get(key) if self.state else None
@@ -285,10 +287,10 @@ def scratch(artifact: Path) -> Generator[Path]:
             yield Path(name)
 
 
-def with_held(streamed: Streamed) -> Streamed:
-    """The same, where one window's outputs count that exist beside those of a run: the last one's, or a copy."""
+def with_held(streamed: Streamed, arrays: int = 1) -> Streamed:
+    """The same, where so many arrays of a batch's outputs count that exist beside those of a run: the last one's."""
     shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
-    return replace(streamed, held=prod(shape[1:]) * np.dtype(np.float32).itemsize)
+    return replace(streamed, held_per_window=arrays * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
 
 def _ignore(_step: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.child_process import ProcessEndedError, ask, last_words
-from ..engines.memory import current_rss
+from ..engines.streaming import base_memory
 from ..export.errors import BismoothError
 from ..passes.progress import Progress, silent
 
@@ -70,7 +70,7 @@ def torch_outputs(
         "ids": str(tokens.absolute()),
         "outputs": str(outputs.absolute()),
         "memory": memory,
-        "beside": current_rss(),
+        "beside": base_memory(),
     }
     done = _ask(folder, request, progress)
     return TorchOutputs(outputs, tuple(done["shape"]), done["peak_rss"])

@@ -24,7 +24,7 @@ from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter, Progress, silent
 from .chains import judge_chains
-from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of
+from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of, follow
 from .decoding import common_prefix, cut_prompts, greedy
 from .engine_folder import has_chain
 from .hop_programs import NEED_REFERENCE, SOURCE_WINDOWS, HopPrograms, Simulated
@@ -86,7 +86,9 @@ def verify_artifact(
         folder = state.folder if state else stack.enter_context(scratch(artifact.path))
         programs = Programs(ids, folder, progress, memory, state)
         table = HopPrograms(artifact, *ids.shape)
-        programs.check(artifact.path, list(table.of(wanted)), "a shorter --length, or other hops with --hop")
+        programs.check(
+            artifact.path, list(dict.fromkeys(table.of(wanted))), "a shorter --length, or other hops with --hop"
+        )
         verifier = _Verifier(artifact, programs, table, gates)
         results = verifier.run(wanted)
         layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
@@ -171,12 +173,6 @@ class _Verifier:
             return [judge.skip(reason)]
         return [judge.result({}, [f"{hop}: {reason}. Expected finite numbers. Check the weights of the source."])]
 
-    def _follow(self, outputs: Iterable[Values], *pairs: tuple[Track, WindowFile]) -> None:
-        """Hold outputs against those in files, window by window; no window is in memory when it is done."""
-        for number, values in enumerate(outputs):
-            for track, file in pairs:
-                track.update(self._ids[number], file.read(number), values)
-
     def _judge(self, hop: Hop) -> Judge:
         return Judge(self._gates, hop, COMPARED[hop])
 
@@ -211,7 +207,7 @@ class _Verifier:
             return [judge.skip("nothing was folded")]
         track = Track(self._make())
         with judge.timed():
-            self._follow(self._programs.outputs(program, "run the folded graph"), (track, self._reference))
+            follow(self._ids, self._programs.outputs(program, "run the folded graph"), (track, self._reference))
         figures = track.figures()
         figures |= _renamed(figures, {"folded_error": "relative_error"})
         return [judge.result(figures, _failures(Hop.FOLDED, track), program.count)]
@@ -224,11 +220,11 @@ class _Verifier:
         outputs = programs.outputs(table.exact, "run the Q/DQ graph in float")
         with floats.timed():
             outputs = programs.stored(self._exact, _EXACT, outputs) if with_kernels else outputs
-            self._follow(outputs, (against_float, self._reference))
+            follow(self._ids, outputs, (against_float, self._reference))
         with kernels.timed():
             if with_kernels and not against_float.failure:
                 outputs = programs.outputs(table.kernels, "run the Q/DQ graph in INT8")
-                self._follow(outputs, (between, self._exact), (kernels_against_float, self._reference))
+                follow(self._ids, outputs, (between, self._exact), (kernels_against_float, self._reference))
         count = len(self._ids)
         results = [floats.result(against_float.figures(), _failures(Hop.REFERENCE, against_float), count)]
         if not with_kernels:
@@ -263,7 +259,7 @@ class _Verifier:
         with WindowFile(folders, windows.count) as whole:
             if not _store(self._programs.outputs(windows, "run whole windows"), whole):
                 return None
-            self._follow(self._programs.decoded(cached, "decode with a cache"), (track, whole))
+            follow(self._ids, self._programs.decoded(cached, "decode with a cache"), (track, whole))
         return track
 
     def _continuations(self) -> Figures:
@@ -302,7 +298,7 @@ class _Verifier:
 
         track = Track(self._make())
         with HalfSimulation(graph.path) as simulation:
-            self._follow(simulation.outputs(self._programs, graph.count), (track, self._reference))
+            follow(self._ids, simulation.outputs(self._programs, graph.count), (track, self._reference))
             limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))

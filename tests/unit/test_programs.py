@@ -26,7 +26,7 @@ from bismooth.tools.halfsim import HalfSimulation
 from bismooth.tools.hop_programs import HopPrograms
 from bismooth.tools.programs import Needed, Program, Programs, scratch
 from bismooth.tools.verify import verify_artifact
-from tests.models import exported, tokens
+from tests.models import VOCAB, exported, tokens
 
 IDS = tokens(3, 9)["input_ids"]
 KEY = "model.onnx plain 3 windows"
@@ -129,6 +129,16 @@ def test_a_simulation_takes_smaller_batches_before_it_refuses(
     with HalfSimulation(artifact.graph("float16")) as simulation:
         list(simulation.outputs(Programs(IDS, tmp_path, silent, 11 * 10**11), 3))
     assert sizes == [1]
+
+
+def test_the_last_batch_is_held_while_the_next_one_runs(tmp_path: Path) -> None:
+    program = Program(exported("llama").graph, "plain", 3)
+    streamed = Programs(IDS, tmp_path, silent).streamed(program)
+    last = Piece(streamed.stop - 1, streamed.stop)
+    without = replace(streamed, held_per_window=0)
+    assert streamed.need(last) - without.need(last) == 3 * 9 * VOCAB * 4
+    cached = Programs(IDS, tmp_path, silent).streamed(replace(program, prefill=4))
+    assert cached.need(last) - replace(cached, held_per_window=0).need(last) == 2 * 3 * 9 * VOCAB * 4
 
 
 def test_a_refusal_names_the_windows_that_there_are(tmp_path: Path) -> None:
