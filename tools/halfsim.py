@@ -153,9 +153,9 @@ class HalfSimulation:
                     yield from results.pop(streamed.output).astype(np.float32, copy=False)
             programs.note(key, self.ratios.tolist())
 
-    def least(self, programs: Programs, count: int) -> int:
-        """Bytes that :meth:`outputs` takes at least, beside what this process has already."""
-        return programs.least(with_held(self._streamed(programs.ids[:count])), self._key(count))
+    def least(self, programs: Programs, count: int, before: int) -> int:
+        """Bytes that :meth:`outputs` takes at least, beside those that were taken ``before`` the graph was loaded."""
+        return programs.least(with_held(self._streamed(programs.ids[:count])), self._key(count), before)
 
     def _key(self, count: int) -> str:
         return f"{self._path.name} simulated {count} windows"

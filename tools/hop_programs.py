@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..engines.linears import summarize
+from ..engines.streaming import base_memory
 from ..export.artifact import Artifact
 from ..export.graph_names import has_caches
 from ..passes.gates import Hop
@@ -51,8 +52,9 @@ class Simulated:
     def least(self, programs: Programs) -> int:
         from .halfsim import HalfSimulation
 
+        before = base_memory()
         with HalfSimulation(self.path) as simulation:
-            return simulation.least(programs, self.count)
+            return simulation.least(programs, self.count, before)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ float32, and packed for a product."""
 _KEPT = 120
 """Bytes for each token that three comparisons keep."""
 
-_GROWTH = 32 << 20
+_GROWTH = 28 << 20
 """Bytes by which this process grows from one program to the next, most of it code that is read when it first runs."""
 
 
@@ -73,7 +73,8 @@ class Program:
         return f"{self.path.name} {self.mode} {self.count} windows{how}"
 
     def least(self, programs: Programs) -> int:
-        return programs.least(programs.streamed(self), self.key)
+        before = base_memory()
+        return programs.least(programs.streamed(self), self.key, before)
 
 
 def float_graph(artifact: Artifact, count: int) -> Program:
@@ -149,13 +150,14 @@ class Programs:
                 f"Expected {format_bytes(least + SPARE)} or more, {advice}."
             )
 
-    def least(self, streamed: Streamed, key: str) -> int:
-        """Bytes that a run of the graph ``key`` takes at least, beside what this process has already.
+    def least(self, streamed: Streamed, key: str, before: int) -> int:
+        """Bytes that a run of the graph ``key`` takes at least, beside those that were taken ``before`` it was loaded.
 
         Of what an earlier run has left to do, in batches of its size; else in batches of one window.
         """
         done = self._done(key)
-        return replace(streamed, batch_size=done.batch or 1).least(done.stop, streamed.stop)
+        graph = max(0, base_memory() - before)
+        return graph + replace(streamed, batch_size=done.batch or 1).least(done.stop, streamed.stop)
 
     def outputs(self, program: Program, step: str) -> Iterator[Values]:
         """The first output [S, …] of a graph, float32, for each of the program's windows, in order.
