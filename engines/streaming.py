@@ -304,7 +304,7 @@ class Streamed:
             if end == first:
                 least = format_bytes(base + self.least(first, stop) + SPARE)
                 raise BismoothError(
-                    f"{self.path}: --memory is too small for one part of the model on {self.batch_size} x "
+                    f"{self.path}: --memory is too small for one part of the model on {self.windows_per_run} x "
                     f"{self.ids.shape[1]} tokens at once. Expected {least} or more."
                 )
             pieces.append(Piece(first, end))

@@ -6,7 +6,6 @@ The graph for the CPU stands for that of the engines, whose parts have the same 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from ..engines.subgraph import load_graph, parse_graph
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
 from .comparison import Comparison, Figures, Ids, Track, Values, comparison_of
-from .programs import Programs
+from .programs import Program, Programs, in_float
 from .shipped import ShippedEngine
 
 MOST_KL, MOST_ERROR = 1e-6, 1e-6
@@ -40,10 +39,9 @@ def judge_chains(
     Raises:
         BismoothError: the graph as a whole cannot be run.
     """
-    path = artifact.graph("float32")
-    mode: Mode = "reference" if "reference" in artifact.manifest.graphs else "plain"
-    comparison = comparison_of(artifact, programs.output(path))
-    expected = list(programs.outputs(path, mode, "run the graph in one piece", count))
+    whole = in_float(artifact, count)
+    comparison = comparison_of(artifact, programs.output(whole.path))
+    expected = list(programs.outputs(whole, "run the graph in one piece"))
     figures: dict[str, Figures] = {}
     failures: list[str] = []
     by_borders: dict[tuple[str, ...], tuple[Figures, str | None]] = {}
@@ -51,7 +49,7 @@ def judge_chains(
         name, chain = engine.folder.name, Chain.load(engine.file)
         borders = tuple(part.gives.name for part in chain.parts if part.gives is not None)
         if borders not in by_borders:
-            by_borders[borders] = _judge(path, borders, mode, programs, expected, comparison())
+            by_borders[borders] = _judge(whole, borders, programs, expected, comparison())
         found, failure = by_borders[borders]
         if found:
             figures[name] = {"parts": len(chain.parts), **found}
@@ -61,15 +59,14 @@ def judge_chains(
 
 
 def _judge(
-    path: Path,
+    whole: Program,
     borders: Sequence[str],
-    mode: Mode,
     programs: Programs,
     expected: Sequence[Values],
     comparison: Comparison,
 ) -> tuple[Figures, str | None]:
     """Figures of the graph in parts, and what is wrong with it."""
-    ids = programs.ids[: len(expected)]
+    path, mode, ids = whole.path, whole.mode, programs.ids[: len(expected)]
     try:
         parts = lean_parts(path, borders)
         need = _need(parts, Streamed(path, PieceMaker(load_graph(path)), mode, ids, 1).sizes, mode)

@@ -24,11 +24,11 @@ from . import console
 from .bootstrap import Resampling, Rows, difference, interval
 from .compare_page import comparison_page
 from .compared import FORMAT, Compared, CompareResult, Estimate
-from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of
+from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of, follow
 from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
-from .programs import Programs, scratch
+from .programs import Program, Programs, float_graph, in_float, scratch
 from .resume import finished_engine
 from .shipped import find_engines
 from .stages import check_length
@@ -169,19 +169,18 @@ def _run_all(
 ) -> Iterator[_Run]:
     """Run the reference and then each artifact."""
     resampling = Resampling(len(ids)) if len(ids) > 1 else None
+    reference, *others = float_graph(base, len(ids)), *(in_float(artifact, len(ids)) for artifact in artifacts)
+    Programs(ids, base.path, progress, memory).check(base.path, [reference, *others], "or a shorter --length")
     with WindowFile([base.path, Path(tempfile.gettempdir())], len(ids)) as outputs:
         with scratch(base.path) as folder:
-            port = _run_reference(base, Programs(ids, folder, progress, memory), outputs)
+            port = _run_reference(reference, Programs(ids, folder, progress, memory), outputs)
         make = comparison_of(base, port)
-        for artifact in artifacts:
+        for artifact, program in zip(artifacts, others, strict=True):
             start, track = time.perf_counter(), Track(make())
-            graph = artifact.graph("float32")
-            mode = "reference" if artifact.manifest.kind == "quantized" else "plain"
             with scratch(artifact.path) as folder:
                 programs = Programs(ids, folder, progress, memory)
-                _check_width(artifact, programs.output(graph), base, port)
-                for number, values in enumerate(programs.outputs(graph, mode, f"run {artifact.path}")):
-                    track.update(ids[number], outputs.read(number), values)
+                _check_width(artifact, programs.output(program.path), base, port)
+                follow(ids, programs.outputs(program, f"run {artifact.path}"), (track, outputs))
             figures, replicates, step = track.figures(), dict[str, Rows](), f"resample {artifact.path}"
             if figures and resampling:
                 progress(step, 0, 1)
@@ -190,17 +189,16 @@ def _run_all(
             yield _Run(artifact, figures, replicates, track.failure, time.perf_counter() - start)
 
 
-def _run_reference(base: Artifact, programs: Programs, outputs: WindowFile) -> Port:
+def _run_reference(reference: Program, programs: Programs, outputs: WindowFile) -> Port:
     """Store the outputs of the reference, and say what they are."""
-    graph = base.graph("reference" if base.manifest.kind == "quantized" else "float32")
-    for values in programs.outputs(graph, "plain", "run the reference"):
+    for values in programs.outputs(reference, "run the reference"):
         if not np.isfinite(values).all():
             raise BismoothError(
-                f"{graph}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
+                f"{reference.path}: the outputs of the reference hold NaN or infinity. Expected finite numbers. "
                 "Check the weights of the source."
             )
         outputs.append(values)
-    return programs.output(graph)
+    return programs.output(reference.path)
 
 
 def _check_width(artifact: Artifact, output: Port, base: Artifact, expected: Port) -> None:

@@ -1,6 +1,6 @@
 """What is compared between two programs on the same windows: logits, or the features of an encoder.
 
-The reference's outputs wait in an unnamed file, so that memory does not grow with the number of windows.
+The reference's outputs wait in a file, so that memory does not grow with the number of windows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -143,6 +143,13 @@ class Track:
         return {} if self.failure else self.comparison.figures()
 
 
+def follow(ids: Ids, outputs: Iterable[Values], *pairs: tuple[Track, WindowFile]) -> None:
+    """Hold outputs against those in files, window by window of ids [N, S]; when it is done, no window is in memory."""
+    for number, values in enumerate(outputs):
+        for track, file in pairs:
+            track.update(ids[number], file.read(number), values)
+
+
 def comparison_of(artifact: Artifact, output: Port) -> Callable[[], Comparison]:
     """What makes comparisons of ``output`` of one of the artifact's graphs."""
     vocabulary = artifact.manifest.dims.get("vocab_size")
@@ -151,7 +158,9 @@ def comparison_of(artifact: Artifact, output: Port) -> Callable[[], Comparison]:
 
 
 class WindowFile:
-    """Float32 arrays of one shape, one per window, in a file without a name: it is gone when the process is.
+    """Float32 arrays of one shape, one per window, in a file.
+
+    It has no name, and is gone when the process is, unless it is to be kept.
 
     Args:
         folders: Where the file may lie; the first that has the space.

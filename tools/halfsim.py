@@ -58,8 +58,6 @@ _MODE = "reference"
 _NARROW_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _MOST = 1 << 25
 """Bytes of the largest float32 copy of a weight that is made as a whole: while it is rounded, there are two."""
-_HELD = 1
-"""Arrays of one window's outputs that exist beside those of a run: a copy, or what the caller compares with."""
 _EXACT = frozenset({"Abs", "Ceil", "Clip", "Floor", "Max", "Min", "Neg", "Relu", "Round", "Sign"})
 """Operators whose result is one of their inputs, up to its sign, or a smaller whole number."""
 
@@ -140,9 +138,9 @@ class HalfSimulation:
         Raises:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
         """
-        streamed = with_held(self._streamed(programs.ids[:count]), _HELD)
+        key = self._key(count)
+        streamed = programs.fitted(with_held(self._streamed(programs.ids[:count])), key)
         stored = self._maker.by_segment(self._stored)
-        key = f"{self._path.name} simulated {count} windows"
         self.ratios = np.array(programs.noted(key) or np.zeros(len(self.edges)))
         for piece, run, counter in programs.runs(streamed, key, f"simulate {self._path.name}"):
             weights = [value for segment in range(piece.first, piece.stop) for value in stored.get(segment, ())]
@@ -154,6 +152,13 @@ class HalfSimulation:
                 if piece.stop == streamed.stop:
                     yield from results.pop(streamed.output).astype(np.float32, copy=False)
             programs.note(key, self.ratios.tolist())
+
+    def least(self, programs: Programs, count: int, before: int) -> int:
+        """Bytes that :meth:`outputs` takes at least, beside those that were taken ``before`` the graph was loaded."""
+        return programs.least(with_held(self._streamed(programs.ids[:count])), self._key(count), before)
+
+    def _key(self, count: int) -> str:
+        return f"{self._path.name} simulated {count} windows"
 
     def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> HalfRun:
         """Run token ids [batch, sequence] through the whole graph; without a mask there is no padding.

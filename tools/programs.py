@@ -5,34 +5,95 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..engines.footprint import resolve
-from ..engines.memory import current_rss
+from ..engines.memory import current_rss, format_bytes
 from ..engines.onnxruntime import Mode
 from ..engines.pieces import Piece, PieceMaker
-from ..engines.streaming import PieceRun, Streamed, default_batch, find_budget
+from ..engines.streaming import SPARE, PieceRun, Streamed, base_memory, default_batch, find_budget
 from ..engines.subgraph import load_graph
 from ..engines.token_feeds import Port
+from ..export.artifact import Artifact
+from ..export.errors import BismoothError
 from ..export.graph_names import is_present
+from ..export.replacing import scratch_folder
 from ..export.state import State
 from ..passes.progress import Counter, Progress
 from .comparison import Ids, Values, WindowFile
 from .decoding import CachedRun, stepwise
 
-_HELD = 1
-"""Arrays of one window's outputs that exist beside those of a run: the last one's, or another program's."""
+_MADE = 8
+"""Bytes that a session made for speed takes for each element of a weight, beside what a lean run takes: folded to
+float32, and packed for a product."""
 
-_WHOLE = 3
-"""How much more than a lean run a session takes that is made for speed, at most."""
+_KEPT = 120
+"""Bytes for each token that three comparisons keep."""
+
+_GROWTH = 28 << 20
+"""Bytes by which this process grows from one program to the next, most of it code that is read when it first runs."""
+
+
+class Needed(Protocol):
+    """Something that takes memory when it runs."""
+
+    def least(self, programs: Programs) -> int:
+        """Bytes that it takes at least, beside what this process has already."""
+        ...
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph, and how it is run.
+
+    Attributes:
+        path: the graph's file.
+        mode: of the sessions.
+        count: of windows, the first ones.
+        prefill: tokens of each window that run at once, the others one by one with a cache; None for whole windows.
+    """
+
+    path: Path
+    mode: Mode
+    count: int
+    prefill: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Names it in a state."""
+        how = "" if self.prefill is None else f" from token {self.prefill}"
+        return f"{self.path.name} {self.mode} {self.count} windows{how}"
+
+    def least(self, programs: Programs) -> int:
+        before = base_memory()
+        return programs.least(programs.streamed(self), self.key, before)
+
+
+def float_graph(artifact: Artifact, count: int) -> Program:
+    """The float32 graph, as it was before anything was quantized."""
+    return Program(artifact.graph("reference" if _is_quantized(artifact) else "float32"), "plain", count)
+
+
+def in_float(artifact: Artifact, count: int) -> Program:
+    """The artifact's graph in float arithmetic: Q/DQ, if it is quantized."""
+    return Program(artifact.graph("float32"), "reference" if _is_quantized(artifact) else "plain", count)
+
+
+def in_kernels(artifact: Artifact, count: int) -> Program:
+    """The artifact's graph as a CPU runs it: in INT8, if it is quantized."""
+    return Program(artifact.graph("float32"), "int8" if _is_quantized(artifact) else "plain", count)
+
+
+def _is_quantized(artifact: Artifact) -> bool:
+    return "reference" in artifact.manifest.graphs
 
 
 @dataclass(frozen=True)
@@ -65,61 +126,96 @@ class Programs:
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)
         return Port(value.name, None, shape)
 
-    def outputs(self, path: Path, mode: Mode, step: str, count: int | None = None) -> Iterator[Values]:
-        """The first output [S, …] of the graph ``path``, float32, for each of the first ``count`` windows, in order.
+    def check(self, subject: Path, needed: Sequence[Needed], advice: str) -> None:
+        """Refuse, before any of it is run, what does not fit into the memory.
+
+        Args:
+            subject: what is judged, for the message.
+            needed: what is to be run, one after the other.
+            advice: what else than more memory would do.
+
+        Raises:
+            BismoothError: the memory is too little; the smallest that is enough for all is named.
+        """
+        if self.budget is None:
+            return
+        counter, most = Counter(self.progress, "check the memory", len(needed)), 0
+        for item in needed:
+            most = max(most, item.least(self))
+            counter.add(1)
+        least = base_memory() + most + _GROWTH + _KEPT * self.ids.size
+        if least > self.budget:
+            raise BismoothError(
+                f"{subject}: --memory is too small for what is run on windows of {self.ids.shape[1]} tokens. "
+                f"Expected {format_bytes(least + SPARE)} or more, {advice}."
+            )
+
+    def least(self, streamed: Streamed, key: str, before: int) -> int:
+        """Bytes that a run of the graph ``key`` takes at least, beside those that were taken ``before`` it was loaded.
+
+        Of what an earlier run has left to do, in batches of its size; else in batches of one window.
+        """
+        done = self._done(key)
+        graph = max(0, base_memory() - before)
+        return graph + replace(streamed, batch_size=done.batch or 1).least(done.stop, streamed.stop)
+
+    def outputs(self, program: Program, step: str) -> Iterator[Values]:
+        """The first output [S, …] of a graph, float32, for each of the program's windows, in order.
 
         Raises:
             BismoothError: the graph cannot be run, or the memory is too little for a part of it.
         """
-        streamed = self._streamed(path, mode, self.ids[:count])
-        for piece, run, counter in self.runs(streamed, f"{path.name} {mode} {len(streamed.ids)} windows", step):
+        streamed = self.fitted(self.streamed(program), program.key)
+        for piece, run, counter in self.runs(streamed, program.key, step):
             for batch in streamed.batches:
                 results = run(batch)
                 counter.add(batch.stop - batch.start)
                 if piece.stop == streamed.stop:
                     yield from results[streamed.output].astype(np.float32, copy=False)
 
-    def decoded(self, path: Path, mode: Mode, step: str, count: int, prefill: int) -> Iterator[Values]:
-        """The same with a cache: the first ``prefill`` tokens of each window in one run, the others one by one.
+    def decoded(self, program: Program, step: str) -> Iterator[Values]:
+        """The same with a cache.
 
         A piece without a cache, such as the head, computes nothing from one token for another: it takes whole windows.
         """
-        streamed = self._streamed(path, mode, self.ids[:count], with_caches=True)
-        key = f"{path.name} {mode} {count} windows from token {prefill}"
-        for piece, run, counter in self.runs(streamed, key, step):
+        streamed = self.fitted(self.streamed(program), program.key)
+        for piece, run, counter in self.runs(streamed, program.key, step):
             wanted = streamed.exit_of(piece) or streamed.output
             for batch in streamed.batches:
                 ids = streamed.ids[batch.start : batch.stop]
                 others = {} if run.entry is None else {run.entry.value: run.entry.read(batch)}
-                first = prefill if streamed.observed(piece) else ids.shape[1]
-                values = stepwise(CachedRun(run.open(), wanted), ids, first, _ignore, others)
+                first = program.prefill if streamed.observed(piece) else None
+                values = stepwise(CachedRun(run.open(), wanted), ids, first or ids.shape[1], _ignore, others)
                 counter.add(len(ids))
                 if run.exit is not None:
                     run.exit.write(batch, values)
                 else:
                     yield from values.astype(np.float32, copy=False)
 
-    def stored(self, file: WindowFile, unit: str, outputs: Callable[[], Iterator[Values]]) -> Iterator[Values]:
-        """What ``outputs`` gives for all windows, which is in ``file`` afterwards; ``unit`` names it in the state.
+    def stored(self, file: WindowFile, unit: str, outputs: Iterator[Values]) -> Iterator[Values]:
+        """``outputs`` for all windows, which are in ``file`` afterwards; ``unit`` names them in the state.
 
-        It is read if an earlier run has stored it.
+        They are read, and not computed, if an earlier run has stored them.
         """
         if (shape := self.state.get(unit) if self.state else None) is not None:
             file.reopen(shape)
             yield from (file.read(number) for number in range(len(self.ids)))
             return
-        for values in outputs():
+        for values in outputs:
             file.append(values)
             yield values
         if self.state and (shape := file.finish()):
             self.state.record(unit, shape)
 
-    def fits_whole(self, path: Path, mode: Mode) -> bool:
-        """Whether a session of the whole graph that is made for speed fits into the memory."""
-        if self.budget is None:
-            return True
-        streamed = self._streamed(path, mode, self.ids)
-        return _WHOLE * streamed.need(Piece(0, streamed.stop)) <= self.budget - current_rss()
+    def fit_whole(self, *programs: Program) -> bool:
+        """Whether sessions of the whole graphs that are made for speed fit into the memory, one after the other."""
+        return self.budget is None or max(map(self._whole, programs)) <= self.budget - current_rss()
+
+    def _whole(self, program: Program) -> int:
+        """Bytes that such a session takes, at most."""
+        streamed = self.streamed(program)
+        elements = sum(prod(tensor.dims) for tensor in streamed.maker.model.graph.initializer)
+        return streamed.need(Piece(0, streamed.stop)) + _MADE * elements
 
     def noted(self, key: str) -> Any:
         """What :meth:`note` said last of ``key``, in an earlier run too; or None."""
@@ -130,14 +226,26 @@ class Programs:
         if self.state:
             self.state.note(key, value)
 
-    def _streamed(self, path: Path, mode: Mode, ids: Ids, *, with_caches: bool = False) -> Streamed:
-        maker = PieceMaker(load_graph(path))
-        caches = [value.name for value in maker.model.graph.output if with_caches and is_present(value.name)]
-        batch = len(ids) if with_caches else default_batch(ids.shape[1])  # a token takes as long as one of each window
-        streamed = with_held(Streamed(path, maker, mode, ids, batch, values=maker.by_segment(caches)))
-        if with_caches:  # the outputs of the runs, and all of them as one
-            streamed = replace(streamed, held_per_window=streamed.held)
-        return streamed.fitted(self.budget)
+    def streamed(self, program: Program) -> Streamed:
+        """How a program runs piece by piece."""
+        maker, ids = PieceMaker(load_graph(program.path)), self.ids[: program.count]
+        if program.prefill is None:
+            return with_held(Streamed(program.path, maker, program.mode, ids, default_batch(ids.shape[1])))
+        caches = maker.by_segment(value.name for value in maker.model.graph.output if is_present(value.name))
+        # a token takes as long as one of each window
+        streamed = Streamed(program.path, maker, program.mode, ids, len(ids), values=caches)
+        return with_held(streamed, 2)  # the outputs of the runs, and all of them as one
+
+    def fitted(self, streamed: Streamed, key: str) -> Streamed:
+        """The same in batches that fit; in those of an earlier run, if that has done a piece of the graph ``key``."""
+        done = self._done(key)
+        if done.batch:
+            return replace(streamed, batch_size=done.batch)
+        return streamed.fitted(None if self.budget is None else self.budget - SPARE)
+
+    def _done(self, key: str) -> _Done:
+        found = self.state.get(key) if self.state else None
+        return _Done(**found) if found else _Done()
 
     def runs(self, streamed: Streamed, key: str, step: str) -> Iterator[tuple[Piece, PieceRun, Counter]]:
         """The pieces that are to be run; what is done of the graph ``key`` is left out.
@@ -147,30 +255,44 @@ class Programs:
         """
         folder = self.folder / re.sub(r"\W+", "-", key)
         folder.mkdir(exist_ok=True)
-        done = self.state.get(key) if self.state else None
-        pieces = streamed.plan(self.budget, done or 0)
+        pieces = streamed.plan(self.budget, self._done(key).stop)
         counter = Counter(self.progress, step, len(pieces) * len(streamed.ids))
         for piece in pieces:
             with streamed.running(piece, folder) as run:
                 yield piece, run, counter
             if piece.stop < streamed.stop:
                 if self.state:
-                    self.state.record(key, piece.stop)
+                    self.state.record(key, asdict(_Done(piece.stop, streamed.batch_size)))
                 if run.entry is not None:
                     run.entry.path.unlink()
 
 
+@dataclass(frozen=True)
+class _Done:
+    """What is done of a graph: the segments before ``stop``, in batches of ``batch`` windows; 0 if nothing is."""
+
+    stop: int = 0
+    batch: int = 0
+
+
 @contextmanager
 def scratch(artifact: Path) -> Generator[Path]:
-    """A folder for hidden states, gone at the end: in the artifact if that can be written to, else in ``TMPDIR``."""
-    with tempfile.TemporaryDirectory(dir=artifact if os.access(artifact, os.W_OK) else None) as folder:
-        yield Path(folder)
+    """A folder for hidden states, gone at the end: in the artifact if that can be written to, else in ``TMPDIR``.
+
+    What a killed process has left in the artifact is removed.
+    """
+    if os.access(artifact, os.W_OK):
+        with scratch_folder(artifact / "hidden-states") as folder:
+            yield folder
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
 
 
-def with_held(streamed: Streamed, arrays: int = _HELD) -> Streamed:
-    """The same, where so many arrays of one window's outputs count that exist beside those of a run."""
+def with_held(streamed: Streamed, arrays: int = 1) -> Streamed:
+    """The same, where so many arrays of a batch's outputs count that exist beside those of a run: the last one's."""
     shape = resolve(streamed.maker.model.graph.output[0].type.tensor_type.shape, streamed.sizes) or ()
-    return replace(streamed, held=arrays * prod(shape[1:]) * np.dtype(np.float32).itemsize)
+    return replace(streamed, held_per_window=arrays * prod(shape[1:]) * np.dtype(np.float32).itemsize)
 
 
 def _ignore(_step: str) -> None:

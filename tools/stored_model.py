@@ -105,10 +105,9 @@ class StoredModel:
         room = None if memory is None else memory - beside - current_rss()
         count = next((n for n in range(len(ids), 0, -1) if room is None or self._need(n, length) <= room), None)
         if count is None:
-            least = beside + current_rss() + self._need(1, length)
             raise BismoothError(
                 f"{self._folder}: --memory is too small for the torch model on a window of {length} tokens. "
-                f"Expected {format_bytes(least)} or more, or leave the hop out with --hop."
+                f"Expected {format_bytes(beside + self.least(length))} or more, or leave the hop out with --hop."
             )
         logits = LOGITS if room is None else min(LOGITS, room - self._need(count, length) + self._least_logits)
         step = max(1, logits // (_COPIES * _FLOAT_BYTES * count * max(1, self._width)))
@@ -123,6 +122,10 @@ class StoredModel:
                 kept = torch.arange(first, min(first + step, length))
                 write(start, first, self._values(windows, **{_KEEP: kept}))
             del body.forward
+
+    def least(self, length: int) -> int:
+        """Bytes that this process takes at least when it runs windows of ``length`` tokens."""
+        return current_rss() + self._need(1, length)
 
     def _values(self, windows: torch.Tensor, **options: Any) -> NDArray[np.float32]:
         with torch.inference_mode():

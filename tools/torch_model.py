@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.child_process import ProcessEndedError, ask, last_words
-from ..engines.memory import current_rss
+from ..engines.streaming import base_memory
 from ..export.errors import BismoothError
 from ..passes.progress import Progress, silent
 
@@ -70,10 +70,26 @@ def torch_outputs(
         "ids": str(tokens.absolute()),
         "outputs": str(outputs.absolute()),
         "memory": memory,
-        "beside": current_rss(),
+        "beside": base_memory(),
     }
+    done = _ask(folder, request, progress)
+    return TorchOutputs(outputs, tuple(done["shape"]), done["peak_rss"])
+
+
+def torch_least(folder: Path, length: int) -> int:
+    """Bytes that the process of the model in ``folder`` takes at least on windows of ``length`` tokens.
+
+    Not for a model that computes with a weight in a way that PyTorch does not tell of: that shows when it runs.
+
+    Raises:
+        BismoothError: as :func:`torch_outputs`.
+    """
+    return _ask(folder, {"folder": str(folder.absolute()), "length": length})["least"]
+
+
+def _ask(folder: Path, request: dict[str, Any], progress: Progress = silent) -> dict[str, Any]:
     try:
-        done = ask(
+        return ask(
             "bismooth.tools.torch_worker",
             "the process of the torch model",
             request,
@@ -84,7 +100,6 @@ def torch_outputs(
             f"{folder}: the process of the torch model ended ({end.how}). {end.hint}Its last words: "
             f"{last_words(end.printed)}. Leave this hop out with --hop, or give it more memory."
         ) from end
-    return TorchOutputs(outputs, tuple(done["shape"]), done["peak_rss"])
 
 
 def load_model(folder: Path) -> Any:

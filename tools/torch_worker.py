@@ -1,6 +1,6 @@
 """A process that runs the torch model of an artifact, so that its memory is given back when it is done.
 
-Asked by :func:`.torch_model.torch_outputs`, in the way of :mod:`..engines.child_process`.
+Asked by :mod:`.torch_model`, in the way of :mod:`..engines.child_process`: for outputs, or how much memory they take.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def main() -> None:
 
 
 def _run(request: Request, tell: Tell) -> dict[str, Any]:
+    if "length" in request:
+        return {"least": StoredModel(Path(request["folder"])).least(request["length"])}
     folder, ids, outputs = (Path(request[name]) for name in ("folder", "ids", "outputs"))
     try:
         shape = write_outputs(folder, np.load(ids), outputs, request["memory"], request["beside"], tell)

@@ -9,42 +9,31 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..engines.base import audit_path
-from ..engines.linears import summarize
-from ..engines.onnxruntime import Mode, Session
+from ..engines.onnxruntime import Session
 from ..engines.publish import read_audit
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
-from ..export.graph_names import has_caches
 from ..export.state import State
 from ..export.versions import tool_versions
 from ..passes.gates import Gates, Hop
 from ..passes.progress import Counter, Progress, silent
 from .chains import judge_chains
-from .comparison import Comparison, Figures, Ids, Logits, Track, WindowFile, comparison_of
+from .comparison import Comparison, Figures, Ids, Logits, Track, Values, WindowFile, comparison_of, follow
 from .decoding import common_prefix, cut_prompts, greedy
 from .engine_folder import has_chain
+from .hop_programs import NEED_REFERENCE, SOURCE_WINDOWS, HopPrograms, Simulated
 from .hops import HopResult, Judge, VerifyResult
-from .meant import engine_source, quantize_stage
-from .programs import Programs, scratch
+from .meant import engine_source
+from .programs import Program, Programs, scratch
 from .shipped import find_engines
 
 __all__ = ["HopResult", "VerifyResult", "check_gates", "find_hops", "verify_artifact"]
-
-SOURCE_WINDOWS = 2
-"""Windows on which the torch model and the folded graph run: equality shows on any text."""
-
-HALF_WINDOWS = 2
-"""Windows of the 16-bit simulation, which is slow; overflow depends on the tokens seen first of all."""
-
-DECODE_WINDOWS, DECODE_STEPS = 2, 64
-"""Windows that are run with a cache, and how many of their last tokens one by one."""
 
 PROMPTS, PROMPT_LENGTH, CONTINUATION = 32, 32, 64
 """Prompts that are continued greedily, their tokens, and new tokens."""
@@ -60,7 +49,6 @@ COMPARED = {
     Hop.DEVICE: "FP16→INT8",
 }
 _QUANTIZED_ONLY = frozenset({Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.AUDIT, Hop.DEVICE})
-_NEED_REFERENCE = frozenset({Hop.FLOAT, Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.HALF})
 _READ_ENGINES = frozenset({Hop.AUDIT, Hop.DEVICE})
 _REFERENCE, _EXACT = "outputs of the float32 graph", "outputs of the Q-DQ graph"
 _SHOWN = 5
@@ -90,14 +78,18 @@ def verify_artifact(
         state: where to note what is done, and what an earlier run has done.
 
     Raises:
-        BismoothError: the artifact has no such hop, a graph cannot be run, or there is no space for the outputs of the
-            float graph.
+        BismoothError: the artifact has no such hop, ``memory`` is too little for one of them, a graph cannot be run, or
+            there is no space for the outputs of the float graph.
     """
     wanted = find_hops(artifact, hops)
     with ExitStack() as stack:
         folder = state.folder if state else stack.enter_context(scratch(artifact.path))
         programs = Programs(ids, folder, progress, memory, state)
-        verifier = _Verifier(artifact, programs, gates)
+        table = HopPrograms(artifact, *ids.shape)
+        programs.check(
+            artifact.path, list(dict.fromkeys(table.of(wanted))), "a shorter --length, or other hops with --hop"
+        )
+        verifier = _Verifier(artifact, programs, table, gates)
         results = verifier.run(wanted)
         layers = verifier.layer_sqnr() if Hop.REFERENCE in wanted and not verifier.is_broken else ()
     return VerifyResult(
@@ -132,10 +124,9 @@ def check_gates(names: Iterable[str], hops: Sequence[Hop]) -> None:
 
 
 class _Verifier:
-    def __init__(self, artifact: Artifact, programs: Programs, gates: Gates) -> None:
-        self._artifact, self._programs, self._gates = artifact, programs, gates
+    def __init__(self, artifact: Artifact, programs: Programs, table: HopPrograms, gates: Gates) -> None:
+        self._artifact, self._programs, self._table, self._gates = artifact, programs, table, gates
         self._ids, self._progress = programs.ids, programs.progress
-        self._graphs = artifact.manifest.graphs
         folders = [programs.folder, Path(tempfile.gettempdir())]
         self._reference, self._exact = (WindowFile(folders, len(self._ids), name) for name in (_REFERENCE, _EXACT))
         self._make: Callable[[], Comparison] = Logits
@@ -156,7 +147,7 @@ class _Verifier:
         }
         results: dict[Hop, HopResult] = {}
         with self._reference, self._exact:
-            if _NEED_REFERENCE.intersection(wanted):
+            if NEED_REFERENCE.intersection(wanted):
                 self._run_reference()
             for hop in wanted:
                 if hop not in results:
@@ -174,7 +165,7 @@ class _Verifier:
         return results
 
     def _guarded(self, hop: Hop, step: Callable[[], list[HopResult]]) -> list[HopResult]:
-        if not self.is_broken or hop not in _NEED_REFERENCE:
+        if not self.is_broken or hop not in NEED_REFERENCE:
             return step()
         judge = self._judge(hop)
         reason = "the outputs of the float32 graph hold NaN or infinity"
@@ -187,27 +178,23 @@ class _Verifier:
 
     def _run_reference(self) -> None:
         """Store the outputs of the float32 graph."""
-        path = self._artifact.graph("reference" if "reference" in self._graphs else "float32")
-        self._make = comparison_of(self._artifact, self._programs.output(path))
-        outputs = partial(self._programs.outputs, path, "plain", "run the float32 graph")
+        program = self._table.reference
+        self._make = comparison_of(self._artifact, self._programs.output(program.path))
+        outputs = self._programs.outputs(program, "run the float32 graph")
         for values in self._programs.stored(self._reference, _REFERENCE, outputs):
             self.is_broken = self.is_broken or not np.isfinite(values).all()
 
     def _float(self) -> list[HopResult]:
         judge = self._judge(Hop.FLOAT)
-        if self._artifact.manifest.architecture is None:
-            return [judge.skip("the artifact was made from an ONNX file")]
-        if not (self._artifact.path / "config.json").is_file():
-            return [judge.skip("the artifact was made from a torch module")]
-        if self._artifact.manifest.source.get("remote_code"):
-            return [judge.skip("the model computes with Python code of its own, and an artifact carries none")]
+        if isinstance(model := self._table.torch, str):
+            return [judge.skip(model)]
         from .torch_model import torch_outputs
 
-        windows = self._ids[:SOURCE_WINDOWS]
+        windows = self._ids[: model.count]
         track = Track(self._make())
         programs = self._programs
         with judge.timed():
-            outputs = torch_outputs(self._artifact.path, windows, programs.folder, programs.budget, self._progress)
+            outputs = torch_outputs(model.folder, windows, programs.folder, programs.budget, self._progress)
             for number in range(len(windows)):
                 track.update(windows[number], outputs.read(number), self._reference.read(number))
         figures = track.figures()
@@ -216,32 +203,28 @@ class _Verifier:
 
     def _folded(self) -> list[HopResult]:
         judge = self._judge(Hop.FOLDED)
-        if "folded" not in self._graphs:
+        if (program := self._table.folded) is None:
             return [judge.skip("nothing was folded")]
-        count = min(SOURCE_WINDOWS, len(self._ids))
         track = Track(self._make())
         with judge.timed():
-            outputs = self._programs.outputs(self._artifact.graph("folded"), "plain", "run the folded graph", count)
-            for number, values in enumerate(outputs):
-                track.update(self._ids[number], self._reference.read(number), values)
+            follow(self._ids, self._programs.outputs(program, "run the folded graph"), (track, self._reference))
         figures = track.figures()
         figures |= _renamed(figures, {"folded_error": "relative_error"})
-        return [judge.result(figures, _failures(Hop.FOLDED, track), count)]
+        return [judge.result(figures, _failures(Hop.FOLDED, track), program.count)]
 
     def _quantized(self, with_kernels: bool) -> list[HopResult]:
         """Both runs of the Q/DQ graph, one after the other."""
         floats, kernels = self._judge(Hop.REFERENCE), self._judge(Hop.INT8)
         against_float, between, kernels_against_float = (Track(self._make()) for _ in range(3))
-        path = self._artifact.graph("float32")
-        run = partial(self._programs.outputs, path, "reference", "run the Q/DQ graph in float")
+        programs, table = self._programs, self._table
+        outputs = programs.outputs(table.exact, "run the Q/DQ graph in float")
         with floats.timed():
-            for number, values in enumerate(self._programs.stored(self._exact, _EXACT, run) if with_kernels else run()):
-                against_float.update(self._ids[number], self._reference.read(number), values)
+            outputs = programs.stored(self._exact, _EXACT, outputs) if with_kernels else outputs
+            follow(self._ids, outputs, (against_float, self._reference))
         with kernels.timed():
             if with_kernels and not against_float.failure:
-                for number, values in enumerate(self._programs.outputs(path, "int8", "run the Q/DQ graph in INT8")):
-                    between.update(self._ids[number], self._exact.read(number), values)
-                    kernels_against_float.update(self._ids[number], self._reference.read(number), values)
+                outputs = programs.outputs(table.kernels, "run the Q/DQ graph in INT8")
+                follow(self._ids, outputs, (between, self._exact), (kernels_against_float, self._reference))
         count = len(self._ids)
         results = [floats.result(against_float.figures(), _failures(Hop.REFERENCE, against_float), count)]
         if not with_kernels:
@@ -256,82 +239,73 @@ class _Verifier:
     def _decode(self) -> list[HopResult]:
         """The graph that runs on a CPU with a cache; and how long its continuations are those of the float graph."""
         judge = self._judge(Hop.DECODE)
-        quantized = "reference" in self._graphs
-        path, mode = self._artifact.graph("float32"), "int8" if quantized else "plain"
-        if not has_caches(summarize(path).inputs):
+        table = self._table
+        if table.decoded is None:
             return [judge.skip("the graph has no cache")]
         with judge.timed():
-            track = self._stepwise(path, mode)
+            track = self._stepwise(*table.decoded)
             if track is None:
                 return [judge.skip("the graph gives no numbers to compare with")]
             figures = track.figures()
             figures |= _renamed(figures, {"decode_kl": "kl"})
-            if quantized and not track.failure and self._programs.fits_whole(path, mode):
-                figures |= self._continuations(path)
-        return [judge.result(figures, _failures(Hop.DECODE, track), min(DECODE_WINDOWS, len(self._ids)))]
+            if table.layers and not track.failure and self._programs.fit_whole(table.reference, table.kernels):
+                figures |= self._continuations()
+        return [judge.result(figures, _failures(Hop.DECODE, track), table.decoded[0].count)]
 
-    def _stepwise(self, path: Path, mode: Mode) -> Track | None:
+    def _stepwise(self, windows: Program, cached: Program) -> Track | None:
         """The same graph on whole windows and with a cache; None if its outputs are not finite."""
-        count, length = min(DECODE_WINDOWS, len(self._ids)), self._ids.shape[1]
         track = Track(self._make())
         folders = [self._artifact.path, Path(tempfile.gettempdir())]
-        with WindowFile(folders, count) as whole:
-            for values in self._programs.outputs(path, mode, "run whole windows", count):
-                if not np.isfinite(values).all():
-                    return None
-                whole.append(values)
-            prefill = length - min(DECODE_STEPS, length - 1)
-            decoded = self._programs.decoded(path, mode, "decode with a cache", count, prefill)
-            for number, values in enumerate(decoded):
-                track.update(self._ids[number], whole.read(number), values)
+        with WindowFile(folders, windows.count) as whole:
+            if not _store(self._programs.outputs(windows, "run whole windows"), whole):
+                return None
+            follow(self._ids, self._programs.decoded(cached, "decode with a cache"), (track, whole))
         return track
 
-    def _continuations(self, path: Path) -> Figures:
+    def _continuations(self) -> Figures:
+        table = self._table
         prompts = cut_prompts(self._ids, PROMPTS, min(PROMPT_LENGTH, self._ids.shape[1]))
         most = self._artifact.manifest.dims.get("max_position_embeddings", CONTINUATION + prompts.shape[1])
         count = max(1, min(CONTINUATION, most - prompts.shape[1]))
         counter = Counter(self._progress, "continue prompts", 2 * len(prompts))
-        with Session(self._artifact.graph("reference"), mode="plain") as reference:
+        with Session(table.reference.path, mode=table.reference.mode) as reference:
             expected = greedy(reference, prompts, count, counter)
-        with Session(path, mode="int8") as session:
+        with Session(table.kernels.path, mode=table.kernels.mode) as session:
             got = greedy(session, prompts, count, counter)
         prefix = float(common_prefix(expected, got).mean())
         return {"greedy_agreement": prefix / count, "common_prefix": prefix, "continuation": count}
 
     def _half(self) -> list[HopResult]:
         judge = self._judge(Hop.HALF)
-        role = next((role for role in ("float16", "bfloat16") if role in self._graphs), None)
-        if role is None:
+        if not (halves := self._table.halves):
             return [judge.skip("the artifact has no 16-bit graph")]
         with judge.timed():
-            metrics, failures = self._simulate(role)
-            if (float_role := f"reference_{role}") in self._graphs:
-                plain, more = self._simulate(float_role)
+            metrics, failures = self._simulate(halves[0])
+            for without_quantization in halves[1:]:
+                plain, more = self._simulate(without_quantization)
                 metrics |= {f"unquantized_{name}": value for name, value in plain.items()}
                 failures += more
                 if not plain["half_max_ratio"] <= metrics["half_max_ratio"]:
                     metrics |= {name: plain[name] for name in ("half_max_ratio", "half_max_node")}
         # the findings name the nodes, which the sentence of the gate does not
-        result = judge.result(metrics, (), min(HALF_WINDOWS, len(self._ids)))
+        result = judge.result(metrics, (), halves[0].count)
         named = tuple(failure for failure in result.failures if "half_max_ratio" not in failure)
         return [replace(result, failures=(*named, *failures))]
 
-    def _simulate(self, role: str) -> tuple[Figures, list[str]]:
+    def _simulate(self, graph: Simulated) -> tuple[Figures, list[str]]:
         """Figures of a 16-bit graph, and a sentence for each node that leaves the range, the worst first."""
         from .halfsim import HalfSimulation
 
         track = Track(self._make())
-        path = self._artifact.graph(role)
-        with HalfSimulation(path) as simulation:
-            for number, values in enumerate(simulation.outputs(self._programs, min(HALF_WINDOWS, len(self._ids)))):
-                track.update(self._ids[number], self._reference.read(number), values)
+        with HalfSimulation(graph.path) as simulation:
+            follow(self._ids, simulation.outputs(self._programs, graph.count), (track, self._reference))
             limit, peaks = self._gates.half_max_ratio, simulation.ratios
             findings = simulation.findings(peaks, np.finfo(np.float64).max if limit is None else limit)
             worst = int(np.argmax(np.where(np.isnan(peaks), np.inf, peaks)))
             node = simulation.edges[worst].node
-        sentences = [f"{Hop.HALF}: {path.name}: {item.node}: {item.message}" for item in findings[:_SHOWN]]
+        sentences = [f"{Hop.HALF}: {graph.path.name}: {item.node}: {item.message}" for item in findings[:_SHOWN]]
         if len(findings) > _SHOWN:
-            sentences.append(f"{Hop.HALF}: {path.name}: {len(findings) - _SHOWN} more nodes leave the range.")
+            sentences.append(f"{Hop.HALF}: {graph.path.name}: {len(findings) - _SHOWN} more nodes leave the range.")
         if track.failure and not findings:
             sentences += _failures(Hop.HALF, track)
         range_used: Figures = {"half_max_ratio": float(peaks[worst]), "half_max_node": node, "edges": len(peaks)}
@@ -378,13 +352,16 @@ class _Verifier:
 
     def layer_sqnr(self) -> tuple[dict[str, Any], ...]:
         """Per quantized linear, the signal-to-noise ratio of its output in the running model, in dB."""
-        from .layers import layer_sqnr
+        return self._table.layers.sqnr(self._programs) if self._table.layers else ()
 
-        names = {linear["name"] for linear in quantize_stage(self._artifact)["quantized"]}
-        reference = self._artifact.graph("reference")
-        clean = self._artifact.graph("folded") if "folded" in self._graphs else reference
-        graph = self._artifact.graph("float32")
-        return layer_sqnr(reference, clean, graph, names, self._programs)
+
+def _store(outputs: Iterable[Values], file: WindowFile) -> bool:
+    """Whether all outputs are finite; if so, they are in the file."""
+    for values in outputs:
+        if not np.isfinite(values).all():
+            return False
+        file.append(values)
+    return True
 
 
 def _failures(hop: Hop, track: Track) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 
 import bismooth
+from bismooth.export.errors import BismoothError
 from bismooth.export.safetensors_file import read_header
 from bismooth.passes.gates import Hop
 from bismooth.tools import stages
 from bismooth.tools.cli import main
 from bismooth.tools.compared import CompareResult
+from bismooth.tools.comparison import Values
+from bismooth.tools.programs import Program, Programs
 from bismooth.tools.shipped import find_engines
 from tests.tiny import SIZES, Tiny, listing, make_tiny
 
@@ -278,3 +282,23 @@ def edit(file: Path, old: str, new: str) -> None:
     assert old in text
     file.unlink()
     file.write_text(text.replace(old, new.ljust(len(old))))
+
+
+def test_too_little_memory_is_said_before_anything_runs(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All artifacts are looked at, and the budget that is named is enough."""
+    ran: list[Path] = []
+    outputs = Programs.outputs
+
+    def noted(self: Programs, program: Program, step: str) -> Iterator[Values]:
+        ran.append(program.path.parent)
+        return outputs(self, program, step)
+
+    monkeypatch.setattr(Programs, "outputs", noted)
+    artifacts = [made.float, made.w8a8]
+    message = rf"^{made.float}: --memory is too small .* Expected (\d+)MB or more, or a shorter --length\."
+    with pytest.raises(BismoothError, match=message) as raised:
+        bismooth.compare(artifacts, made.data, memory=10**6, **WINDOWS)
+    assert ran == []
+    found = re.findall(r"Expected (\d+)MB", str(raised.value))
+    bismooth.compare(artifacts, made.data, memory=int(found[0]) * 10**6, **WINDOWS)
+    assert ran == [made.float, made.float, made.w8a8]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bismooth.engines.onnxruntime import Mode
 from bismooth.export import machine
 from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
@@ -18,7 +17,7 @@ from bismooth.export.state import open_state
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import stages
 from bismooth.tools.comparison import Values, WindowFile
-from bismooth.tools.programs import Programs
+from bismooth.tools.programs import Program, Programs
 from bismooth.tools.verify import HopResult, VerifyResult, verify_artifact
 from tests.models import VOCAB, exported
 from tests.tiny import make_tiny
@@ -39,9 +38,9 @@ def test_a_run_goes_on_behind_the_last_hop_that_is_through(tmp_path: Path, monke
     ran: list[str] = []
     outputs = Programs.outputs
 
-    def noted(self: Programs, path: Path, mode: Mode, step: str, count: int | None = None) -> Iterator[Values]:
+    def noted(self: Programs, program: Program, step: str) -> Iterator[Values]:
         ran.append(step)
-        return outputs(self, path, mode, step, count)
+        yield from outputs(self, program, step)
 
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
