@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.errors import BismoothError
+from ..export.machine import default_threads
 from .integer_kernels import products_saturate
 from .memory import return_freed_memory, return_large_blocks
 from .subnormals import flush_subnormals
@@ -107,7 +108,7 @@ class Session:
         mode: "int8" runs Q/DQ patterns on exact integer kernels, "reference" as float fake-quantization, "plain" sets
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
-        threads: threads per operator; one per core by default.
+        threads: threads per operator; one per core by default (lean: :func:`..export.machine.default_threads`).
         spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else
             on the machine is slower.
         lean: take as little memory as can be: nothing is computed ahead of a run or kept behind it. Weights are mapped
@@ -293,7 +294,7 @@ def _session_options(
 ) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions; do not print them as well
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or (default_threads() if lean else 0)
     # In the order of the file: by default the branches to further outputs come last and keep what they read alive.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
     entries = entries_of(runtime, mode, provider) | {
