@@ -38,7 +38,9 @@ def test_the_stages_do_what_the_bench_asks(tmp_path: Path, monkeypatch: pytest.M
     tiny = make_tiny(tmp_path, num_hidden_layers=1)
     text, output = [str(write_text(tiny.text, 3000))], tmp_path / "out"
     output.mkdir()
-    bench = ScaleBench(output, Rows(output / "rows.json", {}), text, text, "1GB", SHAPE, Here())
+    bench = ScaleBench(
+        output, Rows(output / "rows.json", {}), text, text, "3GB", SHAPE, Here()
+    )  # of a process that has run other tests
     steps = [step for step in STEPS if step != "verify more"]
     result = bench.run(str(tiny.source), [1], [*steps, "targets"])
     rows = {(row.model, row.step): row for row in result.rows}
