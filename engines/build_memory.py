@@ -61,7 +61,7 @@ _TENSORRT = Need(stored=1, computed=2, per_node=160_000, base=256 << 20)
 NEEDS: Mapping[str, Need] = {
     "tensorrt-rtx": _TENSORRT,
     "tensorrt": _TENSORRT,
-    "onnxruntime": Need(stored=0.4, computed=2, per_node=0, base=128 << 20, within=True),
+    "onnxruntime": Need(stored=0.4, computed=2, per_node=0, base=168 << 20, within=True),
     "null": Need(stored=0, computed=0, per_node=0, base=0, within=True),
 }
 

@@ -86,6 +86,12 @@ class RayExecutor:
     cpus: int = 1
     memory: int | None = None
 
+    @property
+    def description(self) -> str:
+        """Which cluster it is, in a line."""
+        address = self.ray.get_runtime_context().gcs_address
+        return f"Ray cluster at {address}, nodes: {len(self._nodes())}, CPUs: {self._cpus()}"
+
     def with_whole_nodes(self) -> RayExecutor:
         """The same, with the CPUs and the memory for each call that the smallest node has."""
         offered = [node["Resources"] for node in self._nodes()]

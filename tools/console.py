@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,9 @@ Report = Callable[[str, int, int], None]
 """Called with the step's name, how many of its units are done, and how many there are."""
 
 _UNITS = ("bytes", "seconds", "share")
+_LINE_SECONDS = 60.0
+"""Where progress is lines, how often a step that takes long has another one."""
+
 _SHOW_PROGRESS: ContextVar[bool] = ContextVar("show_progress", default=False)
 
 
@@ -203,7 +207,7 @@ def show_progress(on: bool) -> None:
 
 @contextmanager
 def progress(*, transient: bool = False) -> Generator[Report]:
-    """A function to report progress with: bars on a terminal's stderr, one line per step where stderr is a file.
+    """A function to report progress with: bars on a terminal's stderr; in a file, a line per step and one a minute.
 
     Args:
         transient: bars vanish at the end, and there are no lines.
@@ -226,11 +230,15 @@ def progress(*, transient: bool = False) -> Generator[Report]:
 
 def _lines(console: Console) -> Report:
     seen: set[str] = set()
+    said = time.monotonic()
 
-    def report(step: str, _done: int, _total: int) -> None:
-        if step not in seen:
+    def report(step: str, done: int, total: int) -> None:
+        nonlocal said
+        is_new = step not in seen
+        if is_new or (done < total and time.monotonic() - said >= _LINE_SECONDS):
             seen.add(step)
-            console.print(Text(step), soft_wrap=True)
+            said = time.monotonic()
+            console.print(Text(step if is_new else f"{step}: {done} of {total}"), soft_wrap=True)
 
     return report
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.errors import BismoothError
 from ..passes.executor import LOCAL, Executor, LocalExecutor
+from . import console
 
 if TYPE_CHECKING:
     from ..passes.ray_executor import RayExecutor
@@ -67,11 +68,14 @@ def open_spread(name: str, files: Iterable[Path], memory: int | None) -> Generat
             yield Share(executor.map, min(sizes, default=None))
 
 
+@contextmanager
 def _connect(
     name: str, files: Iterable[Path], *, whole_nodes: bool = False, memory: int | None = None
-) -> AbstractContextManager[RayExecutor]:
+) -> Generator[RayExecutor]:
     if name != "ray":
         raise BismoothError(f"executor {name!r}: there is none of that name. Expected 'local' or 'ray'.")
     from ..passes.ray_executor import connect
 
-    return connect(files, whole_nodes=whole_nodes, memory=memory)
+    with connect(files, whole_nodes=whole_nodes, memory=memory) as executor:
+        console.note(executor.description)
+        yield executor

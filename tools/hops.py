@@ -29,7 +29,7 @@ class HopResult:
     """One hop: what was compared with what, and how it came out.
 
     Attributes:
-        metrics: Figures by name; those with a gate have the gate's name.
+        metrics: Figures by name; those with a gate have the gate's name. Under ``unmeasured``, why some are not there.
         judged: The gates that were held against the figures.
         failures: What failed, a sentence each.
         skipped: Why the hop was not judged, or None.
@@ -98,6 +98,8 @@ class HopResult:
         if "common_prefix" in self.metrics:
             prefix, count = self.metrics["common_prefix"], self.metrics["continuation"]
             return f"greedy continuations are those of the float graph for {prefix:.3g} of {count} tokens"
+        if "unmeasured" in self.metrics:
+            return "; ".join(f"{name} was not measured: {why}" for name, why in self.metrics["unmeasured"].items())
         notes = [f"{name} {share:.2%} INT8" for name, share in self.metrics.get("engines", {}).items()]
         chains: Mapping[str, Mapping[str, Any]] = {} if self.failures else self.metrics.get("chains", {})
         notes += [f"the {chain['parts']} parts of {name} {_said_of(chain)}" for name, chain in chains.items()]
@@ -148,7 +150,10 @@ class VerifyResult:
     def _demanded(self, hop: HopResult, gates: Sequence[str]) -> HopResult:
         reason = hop.skipped or "it was not measured"
         open_gates = [name for name in gates if Gates.hop(name) is hop.hop and name not in hop.judged]
-        missed = tuple(f"{hop.hop}: {name} was asked for and could not be judged: {reason}." for name in open_gates)
+        why = hop.metrics.get("unmeasured", {})
+        missed = tuple(
+            f"{hop.hop}: {name} was asked for and could not be judged: {why.get(name, reason)}." for name in open_gates
+        )
         return replace(hop, failures=(*hop.failures, *missed))
 
     @property

@@ -58,11 +58,11 @@ class Layers:
         programs = replace(programs, state=None)
         files: dict[str, Path] = {}
         for value, signal in _values(self._exact(programs), programs, "layers of the float graph"):
-            files[value] = programs.folder / f"layer-{len(files)}.npy"
-            np.save(files[value], signal)
+            files[value] = programs.folder / f"layer-{len(files)}.bin"
+            files[value].write_bytes(np.ascontiguousarray(signal).data)  # np.save does not say that a disk is full
         ratios: dict[str, float] = {}
         for value, noisy in _values(self._noisy(programs), programs, "layers of the Q/DQ graph"):
-            ratios[value] = _sqnr(np.load(files[value]), noisy)
+            ratios[value] = _sqnr(np.fromfile(files[value], noisy.dtype).reshape(noisy.shape), noisy)
             files[value].unlink()
         rows = [{"linear": item.name, "sqnr_db": ratios[item.output]} for item in self._linears]
         return tuple(sorted(rows, key=lambda row: (row["sqnr_db"] == row["sqnr_db"], row["sqnr_db"])))

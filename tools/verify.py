@@ -51,6 +51,7 @@ COMPARED = {
 _QUANTIZED_ONLY = frozenset({Hop.FOLDED, Hop.REFERENCE, Hop.INT8, Hop.AUDIT, Hop.DEVICE})
 _READ_ENGINES = frozenset({Hop.AUDIT, Hop.DEVICE})
 _REFERENCE, _EXACT = "outputs of the float32 graph", "outputs of the Q-DQ graph"
+_TOO_LARGE = "the model does not fit the memory as a whole, which greedy continuations take"
 _SHOWN = 5
 
 
@@ -248,8 +249,10 @@ class _Verifier:
                 return [judge.skip("the graph gives no numbers to compare with")]
             figures = track.figures()
             figures |= _renamed(figures, {"decode_kl": "kl"})
-            if table.layers and not track.failure and self._programs.fit_whole(table.reference, table.kernels):
-                figures |= self._continuations()
+            if table.layers and not track.failure:
+                whole = (table.reference, table.kernels)
+                fits = self._programs.fit_whole(*whole)
+                figures |= self._continuations() if fits else {"unmeasured": {"greedy_agreement": _TOO_LARGE}}
         return [judge.result(figures, _failures(Hop.DECODE, track), table.decoded[0].count)]
 
     def _stepwise(self, windows: Program, cached: Program) -> Track | None:

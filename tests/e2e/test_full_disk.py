@@ -15,6 +15,7 @@ import pytest
 from bismooth.export.errors import BismoothError
 from bismooth.export.state import read_units, state_folder
 from bismooth.passes import resuming
+from bismooth.passes.gates import Hop
 from bismooth.tools import stages
 from tests.artifacts import names
 from tests.tiny import make_tiny
@@ -72,3 +73,25 @@ def test_a_disk_that_is_full(disk: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert names(disk) == {"ballast", "q"}
     assert seen == sorted(seen), "work was lost"
     assert len(set(seen)) > 2
+
+
+@pytest.mark.timeout(600)
+def test_verify_on_a_disk_that_is_full(disk: Path, tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path, num_hidden_layers=2, hidden_size=64, intermediate_size=256)
+    artifact = stages.export(tiny.source, tmp_path / "float").artifact
+    quantized = stages.quantize(artifact, "w8a8", tmp_path / "q", data_free=True).artifact
+    options: dict[str, Any] = {"windows": 3, "length": 24, "hops": [Hop.REFERENCE, Hop.DECODE]}
+    expected = stages.verify(quantized, [str(tiny.text)], output=tmp_path / "report.json", **options)
+    refused = 0
+    for free in range(0, SIZE, 16 << 10):
+        leave_free(disk, free)
+        try:
+            result = stages.verify(quantized, [str(tiny.text)], output=disk / "report.json", **options)
+            break
+        except BismoothError as error:
+            assert "the disk is full" in str(error)
+            refused += 1
+    assert refused > 3
+    assert names(disk) == {"ballast", "report.json"}
+    assert result.layers == expected.layers
+    assert [hop.metrics for hop in result.hops] == [hop.metrics for hop in expected.hops]

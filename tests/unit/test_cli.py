@@ -189,7 +189,7 @@ def test_memory_is_passed_on(stages: Stages, line: str, capsys: pytest.CaptureFi
     for size, expected in (("8GB", 8 * 10**9), ("500MB", 5 * 10**8), ("7.5GiB", 15 << 29)):
         assert run(f"{line} --memory {size}") == 0
         assert stages.named["memory"] == expected
-    for size in ("much", "0GB", "-1GB", "8XB"):
+    for size in ("much", "0GB", "-1GB", "8XB", "8", "8B"):
         assert run(f"{line} --memory {size}") == 2
         assert f"--memory: Expected a size such as 8GB, 500MB or 7.5GiB, got '{size}'" in capsys.readouterr().err
 

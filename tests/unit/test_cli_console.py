@@ -122,6 +122,23 @@ def test_progress_in_a_file_is_a_line_per_step(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == ("", "trace\nlink [weights]\n")
 
 
+def test_a_long_step_has_a_line_a_minute_in_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bismooth.tools.console.time.monotonic", lambda: now[0])
+
+    def long() -> None:
+        console.show_progress(True)
+        with console.progress() as report:
+            for done in range(5):
+                report("trace", done, 4)
+                now[0] += 25
+
+    copy_context().run(long)
+    assert capsys.readouterr() == ("", "trace\ntrace: 3 of 4\n")
+
+
 def test_progress_on_a_terminal_is_a_bar_per_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_connection_that_is_there_is_used_and_stays(cluster: Any) -> None:
     try:
         with connect([]) as executor:
             assert [name for name, _ in executor.map(Where(), ITEMS)] == [item.name for item in ITEMS]
+            assert executor.description == f"Ray cluster at {cluster.address}, nodes: 2, CPUs: 2"
         assert ray.is_initialized()
     finally:
         ray.shutdown()

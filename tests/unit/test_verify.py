@@ -68,6 +68,16 @@ def test_a_gate_that_was_asked_for_is_judged_or_missed() -> None:
     )
 
 
+def test_what_was_not_measured_says_why() -> None:
+    unmeasured = {"greedy_agreement": "it does not fit"}
+    hop = judge(Hop.DECODE, decode_kl=1.0, greedy_agreement=0.5).result({"decode_kl": 0.1, "unmeasured": unmeasured})
+    assert hop.verdict == "passed"
+    assert hop.note() == "greedy_agreement was not measured: it does not fit"
+    assert result(hop).demanding(["decode_kl", "greedy_agreement"]).failures == (
+        "decode: greedy_agreement was asked for and could not be judged: it does not fit.",
+    )
+
+
 def test_the_summary_is_of_the_int8_kernels() -> None:
     names = ("reference_perplexity", "perplexity", "perplexity_ratio", "kl", "top1")
     half = judge(Hop.HALF).result(dict.fromkeys(names, 1.0))
