@@ -79,7 +79,10 @@ def quantize(
     source, role = loaded.graph("float32"), chosen.compute_dtype.value
     narrow = loaded.graph(role) if role != "float32" and role in loaded.manifest.graphs else None
     workers, need = _workers(source, found, memory, executor)
-    with open_state(output, "quantize", _fingerprint(loaded, chosen, found), restart=restart) as state:
+    with console.progress(transient=True) as progress:  # with Gram matrices, statistics are as large as models
+        progress("hash the statistics", 0, 1)
+        fingerprint = _fingerprint(loaded, chosen, found)
+    with open_state(output, "quantize", fingerprint, restart=restart) as state:
         console.note_resumed(state.resumed, state.progress)
         grown = state.folder / WEIGHTS
         with console.progress() as progress, new_folder(output, "quantized", force=force, inputs=inputs) as folder:
