@@ -42,6 +42,10 @@ _GROWTH = 28 << 20
 """Bytes by which this process grows from one program to the next, most of it code that is read when it first runs."""
 
 
+_PLENTY, _AT_ALL = 16, 4 << 30
+"""Where the machine has so many bytes for each of a model's, and these for the rest, nothing can lack."""
+
+
 class Needed(Protocol):
     """Something that takes memory when it runs."""
 
@@ -129,15 +133,17 @@ class Programs:
     def check(self, subject: Path, needed: Sequence[Needed], advice: str) -> None:
         """Refuse, before any of it is run, what does not fit into the memory.
 
+        That takes seconds, so it is not looked at where no size is named and there is plenty.
+
         Args:
-            subject: what is judged, for the message.
+            subject: the artifact that is judged.
             needed: what is to be run, one after the other.
             advice: what else than more memory would do.
 
         Raises:
             BismoothError: the memory is too little; the smallest that is enough for all is named.
         """
-        if self.budget is None:
+        if self.budget is None or (self.memory is None and _AT_ALL + _PLENTY * _bytes(subject) < self.budget):
             return
         counter, most = Counter(self.progress, "check the memory", len(needed)), 0
         for item in needed:
@@ -287,6 +293,10 @@ def scratch(artifact: Path) -> Generator[Path]:
     else:
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def with_held(streamed: Streamed, arrays: int = 1) -> Streamed:

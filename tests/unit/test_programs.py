@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -77,6 +78,19 @@ def test_the_budget_that_is_named_is_enough_for_all(tmp_path: Path) -> None:
     least = int(match[1]) * 10**6
     assert least > 3 * 10**9
     check(least, 10**9, 3 * 10**9, 2 * 10**9)
+
+
+def test_where_there_is_plenty_nothing_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def budget_of(_memory: int | None) -> int:
+        return 10**10
+
+    monkeypatch.setattr(programs, "find_budget", budget_of)
+    (tmp_path / "weights").write_bytes(bytes(1000))
+    Programs(IDS, tmp_path, silent).check(tmp_path, [Takes(10**11)], "or less text")
+    for memory, size in ((10**10, 1000), (None, 10**9)):
+        os.truncate(tmp_path / "weights", size)
+        with pytest.raises(BismoothError, match="--memory is too small"):
+            Programs(IDS, tmp_path, silent, memory).check(tmp_path, [Takes(10**11)], "or less text")
 
 
 @pytest.mark.parametrize("hop", [Hop.FLOAT, Hop.DECODE, Hop.HALF])
