@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ..engines.pieces import Piece, PieceMaker
 from ..engines.streaming import Batch, PieceRun, Streamed, default_batch, find_budget
 from ..engines.subgraph import load_graph
+from ..export.cores import default_threads
 from ..export.errors import BismoothError
 from ..export.external_data import weight_files
 from ..export.fingerprint import run_fingerprint
 from ..export.hashing import array_sha256, file_sha256
-from ..export.machine import default_threads
 from ..export.replacing import flush, put_in_place
 from ..export.state import State, open_state
 from ..passes.progress import Counter, Progress, silent

@@ -23,8 +23,8 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..export.cores import default_threads
 from ..export.errors import BismoothError
-from ..export.machine import default_threads
 from .integer_kernels import products_saturate
 from .memory import return_freed_memory, return_large_blocks
 from .subnormals import flush_subnormals
@@ -108,7 +108,7 @@ class Session:
         mode: "int8" runs Q/DQ patterns on exact integer kernels, "reference" as float fake-quantization, "plain" sets
             nothing.
         provider: where to run. Another one than the CPU never falls back to it silently.
-        threads: threads per operator; one per core by default (lean: :func:`..export.machine.default_threads`).
+        threads: threads per operator; one per core by default (lean: :func:`..export.cores.default_threads`).
         spinning: let threads wait actively for the next operator. Many short runs are faster by a third, and all else
             on the machine is slower.
         lean: take as little memory as can be: nothing is computed ahead of a run or kept behind it. Weights are mapped

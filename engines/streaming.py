@@ -26,10 +26,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from ..export.cores import default_threads
 from ..export.durable import settle
 from ..export.errors import BismoothError
 from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
-from ..export.machine import default_threads
 from ..export.replacing import flush
 from ..export.state import check_left
 from .footprint import footprint, resolve
@@ -363,7 +363,7 @@ class Streamed:
         Args:
             piece: which.
             folder: of the files.
-            threads: see :class:`PieceRun`; by default :func:`..export.machine.default_threads` of this machine.
+            threads: see :class:`PieceRun`; by default :func:`..export.cores.default_threads` of this machine.
 
         Raises:
             BismoothError: the file that it reads is not as the piece before has left it.

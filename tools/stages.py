@@ -237,7 +237,7 @@ def verify(
             that is not run, or ``output`` is a file of another kind.
     """
     from ..calibrators.data import load_tokenizer, load_windows
-    from ..export.machine import default_threads
+    from ..export.cores import default_threads
 
     artifact = Path(artifact)
     target = Path(output or artifact / ("verify-partial.json" if hops else "verify.json"))

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from bismooth.export.cores import default_threads
 from bismooth.export.errors import BismoothError
-from bismooth.export.machine import default_threads
 from bismooth.passes.ray_executor import RayExecutor
 from bismooth.tools import stages
 from bismooth.tools.cli import main

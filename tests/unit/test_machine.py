@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bismooth.engines.streaming import Streamed
-from bismooth.export import machine
-from bismooth.export.machine import default_threads, kind_of_cpu
+from bismooth.export import cores
+from bismooth.export.cores import default_threads
+from bismooth.export.machine import kind_of_cpu
 from tests.graphs import decoder
 from tests.streaming import divide, streamed
 
@@ -30,14 +31,14 @@ def may_run_on(monkeypatch: pytest.MonkeyPatch, cpus: set[int]) -> None:
 
 def test_a_thread_per_core_that_the_process_may_run_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Logical CPUs 0 and 4 are one core, 1 and 5 the next, and so on; of 8 nothing is said."""
-    monkeypatch.setattr(machine, "_CPUS", tmp_path)
+    monkeypatch.setattr(cores, "_CPUS", tmp_path)
     for cpu in range(8):
         topology = tmp_path / f"cpu{cpu}" / "topology"
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n", "ascii")
-    for cpus, cores in (({0, 1, 2, 3, 4, 5, 6, 7}, 4), ({0, 4}, 1), ({1, 4}, 2), ({0, 4, 8}, 2)):
+    for cpus, count in (({0, 1, 2, 3, 4, 5, 6, 7}, 4), ({0, 4}, 1), ({1, 4}, 2), ({0, 4, 8}, 2)):
         may_run_on(monkeypatch, cpus)
-        assert default_threads() == cores
+        assert default_threads() == count
 
 
 def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_verify_refuses_before_anything_runs(artifact: Artifact, hop: Hop, monke
     monkeypatch.setattr(Programs, "runs", refuse)
     kind = {Hop.FLOAT: "TorchModel", Hop.DECODE: "Program", Hop.HALF: "Simulated"}[hop]
     monkeypatch.setattr(getattr(programs if kind == "Program" else hop_programs, kind), "least", huge)
-    with pytest.raises(BismoothError, match=r"--memory is too small .* Expected 1000\d{3}MB or more, a shorter --le"):
+    with pytest.raises(BismoothError, match=r"--memory is too small .* Expected 100\d{4}MB or more, a shorter --le"):
         verify_artifact(artifact, IDS, Gates(), [hop], memory=10**10)
 
 

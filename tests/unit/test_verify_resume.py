@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bismooth.export import machine
+from bismooth.export import cores
 from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.export.state import open_state
@@ -69,10 +69,10 @@ def test_a_run_with_another_number_of_threads_is_refused(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bismooth.tools.verify._Verifier._half", interrupted)
-    monkeypatch.setattr(machine, "default_threads", lambda: 2)
+    monkeypatch.setattr(cores, "default_threads", lambda: 2)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(machine, "default_threads", lambda: 3)
+    monkeypatch.setattr(cores, "default_threads", lambda: 3)
     with pytest.raises(BismoothError, match=r"would come out differently: threads is 2, and would be 3\. Expected"):
         run()
 
