@@ -27,6 +27,7 @@ from .inspect_bundle import inspect_bundle
 from .inspect_onnx import inspect_onnx
 from .inspection import SHOWN, Inspection
 from .meant import groups_of, other_version, quantize_stage, statistics_record
+from .quantizing import STATISTICS
 from .results import decode_figures, part_rows
 
 VERDICT = "verify.json"
@@ -127,6 +128,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         if manifest.blocks is None
         else {"prefix": manifest.blocks.prefix, "kinds": manifest.blocks.kinds},
         "structure": _structure(artifact),
+        "statistics": _calibrated_on(artifact),
         "stages": [stage["stage"] for stage in manifest.stages],
         "engines": [folder.name for folder in engine_folders(artifact)],
         "verify": _verdict(artifact.path / VERDICT),
@@ -138,6 +140,7 @@ def _artifact(artifact: Artifact) -> Inspection:
         "dims": ", ".join(f"{name} {size}" for name, size in manifest.dims.items()) or "none",
         "blocks": _blocks(artifact),
         "structure": document["structure"] or "not known",
+        "statistics": document["statistics"] or "none",
         "verify": document["verify"] or "not run",
     }
     del shown["tools"]
@@ -161,6 +164,18 @@ def _structure(artifact: Artifact) -> dict[str, Any] | None:
         structure = find_structure(artifact.graph("float32"))
         progress("read the graph", 1, 1)
     return structure
+
+
+def _calibrated_on(artifact: Artifact) -> dict[str, Any] | None:
+    """The text that a float artifact was calibrated on, and what else its statistics have."""
+    if artifact.manifest.kind != "float" or not (path := artifact.path / STATISTICS).is_file():
+        return None
+    from ..calibrators.statistics import Statistics
+
+    statistics = Statistics.load(path)
+    text = statistics.provenance
+    more = {"histograms": statistics.has_histograms, "grams": statistics.has_grams}
+    return {"windows": text.windows, "length": text.length, **more}
 
 
 def _blocks(artifact: Artifact) -> str:

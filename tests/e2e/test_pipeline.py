@@ -158,6 +158,18 @@ def test_verify_passes_hop_by_hop(artifacts: Run, tmp_path: Path, capsys: pytest
     assert "passed; not judged: reference, device" in " ".join(capsys.readouterr().out.split())
 
 
+def test_inspect_says_what_a_model_was_calibrated_on(
+    artifacts: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(artifacts.float), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["statistics"]
+    assert found == {"windows": 3, "length": 24, "histograms": False, "grams": False}
+    copy = Path(shutil.copytree(artifacts.float, tmp_path / "copy"))
+    (copy / "statistics.safetensors").unlink()
+    assert main(["inspect", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["statistics"] is None
+
+
 def test_the_audit_trusts_whole_engines_of_this_artifact_only(artifacts: Run, tmp_path: Path) -> None:
     quantized = Path(shutil.copytree(artifacts.quantized, tmp_path / "copy"))
 
