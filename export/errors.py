@@ -8,5 +8,9 @@ class BismoothError(Exception):
     """
 
 
+class UnfinishedRunError(BismoothError):
+    """What an unfinished run has left, or what that run has read, was changed: there is no going on from it."""
+
+
 class GateError(BismoothError):
     """A result missed its gate (an accuracy threshold, an audit); the command line exits with status 1."""

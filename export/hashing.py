@@ -11,7 +11,7 @@ from threading import Condition, Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .errors import BismoothError
+from .errors import UnfinishedRunError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +38,7 @@ def hashing(paths: Mapping[str, Path], state: State | None = None) -> Generator[
         state: notes how much of each was read and what it was, every 256 MB. What an earlier run noted must be so now.
 
     Raises:
-        BismoothError: by the call, the files are not those that the earlier run has read.
+        UnfinishedRunError: by the call, the files are not those that the earlier run has read.
     """
     stopped = Event()
     with ThreadPoolExecutor(1) as pool:
@@ -131,7 +131,7 @@ def _file_sha256(path: Path, name: str, state: State | None, stopped: Event) -> 
             if position > known and state is not None:
                 state.note(f"read {name}", (position, digest.hexdigest()))
     if position <= known and digest.hexdigest() != expected:
-        raise BismoothError(
+        raise UnfinishedRunError(
             f"{path}: was changed since an unfinished run began to read it. Expected SHA-256 {expected} of its first "
             f"{known} bytes, got {digest.hexdigest()} of {position}. Pass --restart to discard that run."
         )

@@ -140,8 +140,7 @@ def temporary(target: Path, make: Callable[[Path], None]) -> Generator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for path in target.parent.glob(f".{escape(target.name)}.tmp-{'[0-9a-f]' * 8}"):
-            _remove_leftover(path)
+        leftovers(target, remove=True)
         path, lock = _make_locked(target, make)
     except OSError as error:
         raise cannot_write(target, error) from error
@@ -150,6 +149,25 @@ def temporary(target: Path, make: Callable[[Path], None]) -> Generator[Path]:
     finally:
         _remove(path)
         os.close(lock)
+
+
+def leftovers(target: Path, *, remove: bool = False) -> list[Path]:
+    """What killed processes have left of :func:`temporary` beside ``target``.
+
+    Args:
+        target: what it was for.
+        remove: delete it.
+    """
+    found: list[Path] = []
+    for path in sorted(target.parent.glob(f".{escape(target.name)}.tmp-{'[0-9a-f]' * 8}")):
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            if try_lock(descriptor):
+                found.append(path)
+                if remove:
+                    _remove(path)
+            os.close(descriptor)
+    return found
 
 
 def flush(path: Path) -> None:
@@ -173,13 +191,8 @@ def cannot_write(target: Path, error: OSError) -> BismoothError:
     """What to tell users; temporary folders around ``target`` have the names that they are to get."""
     path = re.sub(r"\.([^/]+)\.tmp-[0-9a-f]{8}(?=/|$)", r"\1", str(target))
     if is_full(error):
-        return BismoothError(
-            f"{path}: the disk is full. Free some space and run the command again; nothing was changed."
-        )
-    return BismoothError(
-        f"{path}: cannot be written ({error.strerror or error}). Choose a place that can be written; nothing was "
-        "changed."
-    )
+        return BismoothError(f"{path}: the disk is full. Free some space and run the command again.")
+    return BismoothError(f"{path}: cannot be written ({error.strerror or error}). Choose a place that can be written.")
 
 
 def _make_locked(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
@@ -204,14 +217,6 @@ def try_lock(descriptor: int) -> bool:
     except OSError:  # a file system without locks: two processes at once then have to use two targets
         pass
     return True
-
-
-def _remove_leftover(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY)
-        if try_lock(descriptor):
-            _remove(path)
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

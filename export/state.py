@@ -25,8 +25,8 @@ from threading import Lock
 from typing import Any, TypeAlias, cast
 
 from .difference import difference
-from .errors import BismoothError
-from .replacing import cannot_write, flush, is_full, replacing, try_lock
+from .errors import BismoothError, UnfinishedRunError
+from .replacing import cannot_write, flush, is_full, leftovers, replacing, try_lock
 from .state_registry import register, unregister
 
 STATE = "state.json"
@@ -127,7 +127,7 @@ def open_state(target: Path, stage: str, fingerprint: Mapping[str, Any], *, rest
     """The state of an unfinished run towards ``target``: what an earlier run has left, or an empty one.
 
     It is removed when the block ends without an error. If an error, Ctrl-C or a kill ends it and any unit is done, it
-    stays, and a note on the exception says so.
+    stays, and a note on the exception says so, unless that is an :class:`UnfinishedRunError`.
 
     Args:
         target: the file or folder that the run makes; where it is a symbolic link, what that points to.
@@ -167,7 +167,7 @@ def _kept(state: State, target: Path) -> Generator[None]:
         shown = cannot_write(target, error) if isinstance(error, OSError) and is_full(error) else error
         if not state.done:
             _remove(state.folder)
-        else:
+        elif not isinstance(error, UnfinishedRunError):
             kept = f"What was done is kept in {state.folder} (units of work: {state.done})"
             shown.add_note(f"{kept}: the same command goes on from there.")
         if shown is error:
@@ -212,24 +212,25 @@ def is_running(folder: Path) -> bool:
 
 
 def check_left(path: Path, size: int, start: bytes = b"") -> None:
-    """Raise :class:`BismoothError` unless a data file of an unfinished run is there, of that size and beginning."""
+    """Raise :class:`UnfinishedRunError` unless an unfinished run's data file is there, of that size and beginning."""
     if path.is_file() and path.stat().st_size == size:
         with path.open("rb") as file:
             if file.read(len(start)) == start:
                 return
-    raise BismoothError(
+    raise UnfinishedRunError(
         f"{path}: is not what an unfinished run has left there. Expected a file of {size} bytes with that run's data. "
         "Pass --restart to discard that run."
     )
 
 
 def clear_state(folder: Path) -> None:
-    """Delete a state.
+    """Delete a state, and what killed runs have left in temporary folders.
 
     Raises:
         BismoothError: a running process works on it.
     """
     journal = _lock_new(folder)
+    leftovers(target_of(folder), remove=True)
     _remove(folder)
     os.close(journal)
 
@@ -269,8 +270,8 @@ def _lock(folder: Path, flags: int) -> int:
 def _prepare(folder: Path, journal: int, wanted: dict[str, Any], *, restart: bool) -> None:
     """Leave what an earlier run towards the same result has done, or an empty state."""
     if (folder / STATE).exists() and not restart and _read_journal(folder)[0]:
-        found = read_state(folder)
-        if differs := difference("", found["fingerprint"], wanted):
+        made_of = read_state(folder)["fingerprint"]
+        if differs := difference("stage", made_of["stage"], wanted["stage"]) or difference("", made_of, wanted):
             raise BismoothError(
                 f"{folder}: an unfinished run is there, which would come out differently: {differs}. Expected the same "
                 "input, options and code. Choose another output, or pass --restart to discard that run."

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -263,7 +264,8 @@ def _initialize(ray: Any) -> None:
     try:
         if address not in ("", "auto", "local"):
             _require_answer(address)
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, TimeoutError) as error:
         where = f"that answers at RAY_ADDRESS={address}" if address else "with a node on this machine"
         raise BismoothError(
@@ -275,6 +277,17 @@ def _initialize(ray: Any) -> None:
             f"--executor ray: the cluster cannot be used: {' '.join(str(error).split())} Use the same Ray and Python "
             "on all nodes."
         ) from error
+
+
+@contextmanager
+def _own_sigterm() -> Generator[None]:
+    """Keep the handler of SIGTERM, which ``ray.init`` replaces by one that ends the process without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) != handler:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _require_answer(address: str) -> None:

@@ -55,7 +55,8 @@ class _Server:
 
 def main() -> None:
     """Serve requests; the entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # what interrupts is for the caller, who then ends this process
     answers = claim_stdout()
     with ExitStack() as resources:
         server = _Server(resources)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from ..export.errors import BismoothError
+from ..export.replacing import leftovers
 from ..export.state import JOURNAL, clear_state, is_running, read_state, read_units, state_folder, target_of
 from ..export.state_registry import registered
+from . import console
 
 _AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -25,7 +28,8 @@ class Unfinished:
         target: what it makes.
         stage: what is run; None if its record is damaged.
         progress: how far it is, in words.
-        size_bytes: what it takes on disk.
+        size_bytes: what it takes on disk. Of temporary folders that it has left, the files with one name alone: others
+            are, most likely, links of files that stay.
         age_seconds: since it last got on.
         running: whether a process works on it now.
     """
@@ -57,7 +61,8 @@ class CacheResult:
 
     def brief(self) -> Mapping[str, Any]:
         """The same, for people."""
-        return self._document(Unfinished.brief)
+        document = self._document(Unfinished.brief)
+        return document if self.cleared else {key: document[key] for key in ("unfinished_bytes", "unfinished")}
 
     def _document(self, row: Any) -> Mapping[str, Any]:
         return {
@@ -73,7 +78,8 @@ def cache(paths: Sequence[Path] = (), *, clear: bool = False) -> CacheResult:
 
     Args:
         paths: their targets or folders; by default all that this user has begun on this machine.
-        clear: delete what they have left; without ``paths``, of those alone that no process works on.
+        clear: delete what they have left; without ``paths``, of those alone that no process works on. The others are
+            noted on stderr.
 
     Raises:
         BismoothError: there is none at a path, or a running process works on it.
@@ -83,6 +89,9 @@ def cache(paths: Sequence[Path] = (), *, clear: bool = False) -> CacheResult:
     cleared = [folder for folder, run in found.items() if clear and (paths or not run.running)]
     for folder in cleared:
         clear_state(folder)
+    for run in found.values():
+        if clear and not paths and run.running:
+            console.note(f"{run.target}: a running process works on it, so it is left alone")
     return CacheResult(
         tuple(run for folder, run in found.items() if folder not in cleared),
         tuple(found[folder] for folder in cleared),
@@ -106,15 +115,23 @@ def _look_at(folder: Path) -> Unfinished:
         progress = f"{len(units)} units" if step is None else f"{step[0]}: {step[1]} of {step[2]}"
     except (BismoothError, OSError):
         stage, progress = None, "damaged"
-    files: list[os.stat_result] = []
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a process works on it
-            files.append(path.stat())
+    target, running, files = target_of(folder), is_running(folder), _statuses(folder.rglob("*"))
+    temporary = [] if running else leftovers(target)
+    left = _statuses(path for root in temporary for path in (root, *root.rglob("*")))
+    counted = [*files, *(status for status in left if S_ISREG(status.st_mode) and status.st_nlink == 1)]
     return Unfinished(
-        target=str(target_of(folder)),
+        target=str(target),
         stage=stage,
         progress=progress,
-        size_bytes=sum(512 * status.st_blocks for status in files),
+        size_bytes=sum(512 * status.st_blocks for status in counted),
         age_seconds=max(0.0, time.time() - max((status.st_mtime for status in files), default=0)),
-        running=is_running(folder),
+        running=running,
     )
+
+
+def _statuses(paths: Iterable[Path]) -> list[os.stat_result]:
+    found: list[os.stat_result] = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # a process works on it
+            found.append(path.stat())
+    return found

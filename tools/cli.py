@@ -1,6 +1,7 @@
 """The command line: reads the arguments, calls one stage, shows its result.
 
-Exit status: 0 done and the gates pass, 1 a gate failed, 2 bad input or a missing extra, 70 a defect, 130 interrupted.
+Exit status: 0 done and the gates pass, 1 a gate failed, 2 bad input or a missing extra, 70 a defect, 130 interrupted
+(143, 129 by SIGTERM, SIGHUP).
 NOTE: `bismooth --help` needs the base dependencies alone. So the stages are imported by the command that runs.
 """
 
@@ -26,7 +27,7 @@ from .cli_compile import compile_
 from .cli_errors import Interrupted, report
 from .cli_run import generate
 from .cli_show import cache, inspect, recipes
-from .entry import INTERRUPTED
+from .entry import INTERRUPTED, interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status == INTERRUPTED:  # how typer passes KeyboardInterrupt on
             raise KeyboardInterrupt
     except Interrupted:
-        return INTERRUPTED
+        return interrupted()
     except (Exception, KeyboardInterrupt) as error:
         known = [str(command.name) for command in app.registered_commands]
         return report(error, next((word for word in arguments[:1] if word in known), None), "--json" in arguments)

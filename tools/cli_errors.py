@@ -71,7 +71,7 @@ def explain(error: BaseException, command: str | None) -> tuple[int, str]:
         case OSError(strerror=str(reason)):
             return USAGE, f"{reason}."
         case KeyboardInterrupt() | typer.Abort():
-            return entry.INTERRUPTED, entry.MESSAGE
+            return entry.interrupted(), entry.MESSAGE
         case _:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return INTERNAL, f"Internal error, please report it: {what} (rerun with {TRACEBACK}=1 for a traceback)"

@@ -12,7 +12,7 @@ import typer
 
 from ..export.errors import BismoothError
 from . import cli_options as o
-from . import console
+from . import console, entry
 from .cli_errors import Interrupted
 
 STDIN = "-"
@@ -93,6 +93,8 @@ def _converse(engine: Path, **options: Any) -> None:
 
 
 def _read_line() -> str:
+    if entry.is_ending():  # the answer before was broken off
+        raise KeyboardInterrupt
     try:
         return input("> " if sys.stdin.isatty() else "")
     except UnicodeDecodeError as error:

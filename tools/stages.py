@@ -254,7 +254,10 @@ def verify(
     fingerprint = run_fingerprint(
         loaded.files,
         source=loaded.manifest.source,
-        data=digest,
+        windows=windows,
+        skip_windows=skip_windows,
+        length=length,
+        data_sha256=digest,
         hops=sorted(hops),
         gates=gates.to_dict(),
         threads=default_threads(),

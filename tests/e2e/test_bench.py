@@ -156,12 +156,13 @@ def measuring(*words: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
-def test_an_interrupt_shows_what_there_is(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_shows_what_there_is(made: Made, tmp_path: Path, number: int) -> None:
     report = tmp_path / "bench.json"
     process = measuring(made.int8, "-o", report)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the processes of engines too
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does, to the processes of engines too
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert re.search(r"interrupted +yes", out)
     document = json.loads(report.read_text("utf-8"))
     assert document["interrupted"]

@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_at_every_change(root: Path, command: str) -> None:
         kept = run.below(STATE)
         assert {name: value for name, value in run.files.items() if name not in kept} == before
         assert ("the same command goes on from there." in run.errors) == bool(kept)
-        assert "the disk is full. Free some space and run the command again; nothing was changed." in run.errors
+        assert "the disk is full. Free some space and run the command again." in run.errors
         assert "Traceback" not in run.errors
     assert last.status == 0
 

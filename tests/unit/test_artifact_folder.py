@@ -118,7 +118,7 @@ def test_an_error_leaves_the_previous_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(tmp_path: Path, code: int) -> None:
     make(tmp_path / "art", b"old")
-    expected = r"the disk is full\. Free some space and run the command again; nothing was changed\."
+    expected = r"the disk is full\. Free some space and run the command again\.$"
     with pytest.raises(BismoothError, match=expected), new_folder(tmp_path / "art", force=True) as folder:
         write(folder, b"newer")
         raise OSError(code, "No space left on device")

@@ -55,6 +55,21 @@ def test_files_that_vanish_meanwhile_are_not_counted(tmp_path: Path) -> None:
     assert [run.target for run in cache().unfinished] == [str(tmp_path / "first")]
 
 
+def test_temporary_folders_of_killed_runs_count_and_are_cleared(tmp_path: Path) -> None:
+    """Not so those of other targets, nor files in them that have another name: most likely a source's weights."""
+    leave(tmp_path / "art")
+    alone = cache().unfinished[0].size_bytes
+    (tmp_path / "weights").write_bytes(bytes(500_000))
+    folders = [tmp_path / name / "below" for name in (".art.tmp-01234567", ".other.tmp-01234567")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "graph").write_bytes(bytes(200_000))
+        (folder / "linked").hardlink_to(tmp_path / "weights")
+    assert 200_000 <= cache().unfinished[0].size_bytes - alone < 230_000
+    cache([tmp_path / "art"], clear=True)
+    assert names(tmp_path) == {"weights", ".other.tmp-01234567"}
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.0, "0 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (7200, "2 h"), (86400 * 12, "12 d")],
@@ -75,7 +90,7 @@ def test_all_or_some_are_cleared(tmp_path: Path) -> None:
     assert registered() == []
 
 
-def test_what_a_process_works_on_is_not_cleared(tmp_path: Path) -> None:
+def test_what_a_process_works_on_is_not_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = leave(tmp_path / "other")
     with open_state(tmp_path / "art", "quantize", {}) as state:
         state.record("a", 1)
@@ -83,6 +98,9 @@ def test_what_a_process_works_on_is_not_cleared(tmp_path: Path) -> None:
             cache([tmp_path / "art"], clear=True)
         result = cache(clear=True)
         assert [(run.target, run.running) for run in result.unfinished] == [(str(tmp_path / "art"), True)]
+        assert main(["cache", "--clear"]) == 0
+        note = f"{tmp_path / 'art'}: a running process works on it, so it is left alone\n"
+        assert capsys.readouterr().err == note
         assert state.get("a") == 1
         assert registered() == [state.folder]
     assert not other.exists()
@@ -119,10 +137,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "write weights: 20 of 42" in shown
     assert re.search(r"\b\d+ s\b", shown)
+    assert "cleared" not in shown
     assert main(["cache", "--clear", str(folder), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [run["target"] for run in document["cleared"]] == [str(tmp_path / "art")]
     assert document["unfinished"] == []
+    leave(tmp_path / "other")
+    assert main(["cache", "--clear"]) == 0
+    assert re.search(r"^ unfinished +none *$.*^cleared *$", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
     assert main(["cache", str(tmp_path / "art")]) == 2
     assert "there is no unfinished run" in capsys.readouterr().err
     assert not state_folder(tmp_path / "art").exists()

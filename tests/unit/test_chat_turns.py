@@ -249,7 +249,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import pytest
-from bismooth.tools.cli import main
+from bismooth.tools.entry import main
 from tests.chat_engine import run_on
 from tests.numpy_decoder import ScriptedDecoder
 
@@ -260,7 +260,8 @@ class Slow(ScriptedDecoder):
 
 with pytest.MonkeyPatch.context() as patch:
     run_on(Slow(6, [1], capacity=100_000), patch)
-    sys.exit(main(["generate", sys.argv[1], "--max-new-tokens", "100000", *sys.argv[2:]]))
+    sys.argv[1:] = ["generate", sys.argv[1], "--max-new-tokens", "100000", *sys.argv[2:]]
+    sys.exit(main())
 """
 
 
@@ -272,13 +273,14 @@ def start(path: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
 
 
-def test_control_c_ends_a_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_control_c_ends_a_text(tmp_path: Path, number: int) -> None:
     process = start(words_engine(tmp_path / "engine", files=STOP), "--prompt", "red")
     assert process.stdout is not None
     first = process.stdout.read(7)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert re.fullmatch(rb"red( red)*\n", first + rest)
     assert re.search(rb"prefill .* decode .*; ended: interrupted\n$", err)
 
@@ -299,3 +301,21 @@ def test_control_c_ends_an_answer_and_then_the_chat(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read().count(b"; ended: interrupted\n") == 2
     process.stderr.close()
+
+
+@pytest.mark.parametrize("answering", [True, False])
+def test_sigterm_ends_the_chat(tmp_path: Path, answering: bool) -> None:
+    """In an answer, and while it waits for a message."""
+    process = start(words_engine(tmp_path / "engine", files=STOP), "--interactive")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"red\n")
+    process.stdin.flush()
+    assert process.stdout.read(3) == b"red"
+    if not answering:
+        process.send_signal(signal.SIGINT)
+        assert re.fullmatch(rb"( red)*\n", process.stdout.readline())
+    process.send_signal(signal.SIGTERM)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert re.fullmatch(rb"( red)*\n\n" if answering else rb"\n", rest)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bismooth.export import hashing as module
-from bismooth.export.errors import BismoothError
+from bismooth.export.errors import UnfinishedRunError
 from bismooth.export.hashing import WrittenHash, array_sha256, file_sha256, hashing
 from bismooth.export.state import State, open_state
 
@@ -143,7 +143,7 @@ def test_an_earlier_run_has_read_something_else(small_marks: None, tmp_path: Pat
     (tmp_path / "a").write_bytes(changed)
     with open_state(tmp_path / "art", "quantize", {}) as state:
         state.note("read a", (known, sha256(CONTENT[:known])))
-        with pytest.raises(BismoothError) as caught, hashing({"a": tmp_path / "a"}, state) as hashes:
+        with pytest.raises(UnfinishedRunError) as caught, hashing({"a": tmp_path / "a"}, state) as hashes:
             hashes()
         assert state.noted("read a") == (known, sha256(CONTENT[:known]))
     read = min(known, size)

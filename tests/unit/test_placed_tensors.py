@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bismooth.export.errors import BismoothError
+from bismooth.export.errors import UnfinishedRunError
 from bismooth.export.placed_tensors import PlacedTensors
 from bismooth.export.safetensors_file import SafetensorsWriter, read_header, read_tensor
 
@@ -122,7 +122,7 @@ def test_another_file_is_not_opened(tmp_path: Path, damage: str) -> None:
     if damage == "shorter":
         os.truncate(path, size - 1)
     declared = [("d", *DECLARED[0][1:]), *DECLARED[1:]] if damage == "other tensors" else DECLARED
-    with pytest.raises(BismoothError) as caught:
+    with pytest.raises(UnfinishedRunError) as caught:
         PlacedTensors.open(path, declared)
     expected = r"w: is not what an unfinished run has left there\. Expected a file of \d+ bytes with that run's data\. "
     assert re.search(f"{expected}Pass --restart to discard that run", str(caught.value))

@@ -72,6 +72,17 @@ def test_ctrl_c_ends_a_run_at_once(cluster: Any, tmp_path: Path) -> None:
 
 
 @needs_ray
+def test_the_handler_of_sigterm_stays(cluster: Any) -> None:
+    del cluster
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with connect([]):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@needs_ray
 def test_paths_of_the_driver_are_those_of_the_workers(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 
 from bismooth.export.errors import BismoothError
-from bismooth.export.replacing import put_in_place, replacing, scratch_folder
+from bismooth.export.replacing import leftovers, put_in_place, replacing, scratch_folder
 from tests.artifacts import names
 
 
@@ -86,7 +86,7 @@ def test_the_file_that_messages_go_to_is_left_alone(tmp_path: Path, stream: str)
 import sys
 from pathlib import Path
 from bismooth.export.errors import BismoothError
-from bismooth.export.replacing import replacing
+from bismooth.export.replacing import leftovers, replacing
 print("before", file=sys.{stream}, flush=True)
 for path in ("/dev/{stream}", {str(tmp_path / "log")!r}):
     try:
@@ -138,7 +138,7 @@ def test_an_error_leaves_the_previous_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(tmp_path: Path, code: int) -> None:
     (tmp_path / "file").write_text("old", "utf-8")
-    expected = r"/file: the disk is full\. Free some space and run the command again; nothing was changed\."
+    expected = r"/file: the disk is full\. Free some space and run the command again\.$"
     with pytest.raises(BismoothError, match=expected), replacing(tmp_path / "file") as file:
         file.write_text("half", "utf-8")
         raise OSError(code, "No space left on device")
@@ -207,6 +207,21 @@ def test_leftovers_are_removed_and_what_is_being_made_stays(tmp_path: Path) -> N
         assert (tmp_path / "file").read_text("utf-8") == "fast"
     assert (tmp_path / "file").read_text("utf-8") == "slow"
     assert names(tmp_path) == {"file", *others}
+
+
+def test_leftovers_are_listed(tmp_path: Path) -> None:
+    for name in (".file.tmp-01234567", ".files.tmp-01234567"):
+        (tmp_path / name).touch()
+    folder = tmp_path / ".folder.tmp-01234567"
+    folder.mkdir()
+    assert leftovers(tmp_path / "folder") == [folder]
+    with scratch_folder(tmp_path / "folder") as used:
+        assert not folder.exists()
+        assert leftovers(tmp_path / "folder", remove=True) == []
+        assert used.exists()
+    assert leftovers(tmp_path / "file") == [tmp_path / ".file.tmp-01234567"]
+    assert leftovers(tmp_path / "file", remove=True) == [tmp_path / ".file.tmp-01234567"]
+    assert names(tmp_path) == {".files.tmp-01234567"}
 
 
 def test_a_scratch_folder(tmp_path: Path) -> None:

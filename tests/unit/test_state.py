@@ -15,8 +15,17 @@ from typing import Any, NoReturn
 import pytest
 
 from bismooth.export import state as module
-from bismooth.export.errors import BismoothError
-from bismooth.export.state import State, clear_state, is_running, open_state, read_units, state_folder, target_of
+from bismooth.export.errors import BismoothError, UnfinishedRunError
+from bismooth.export.state import (
+    State,
+    check_left,
+    clear_state,
+    is_running,
+    open_state,
+    read_units,
+    state_folder,
+    target_of,
+)
 from bismooth.export.state_registry import registered, registry
 from tests.artifacts import names
 
@@ -79,6 +88,15 @@ def test_an_interrupted_run_is_continued(target: Path) -> None:
     assert names(target.parent) == set()
 
 
+def test_what_cannot_be_continued_is_kept_without_the_promise(target: Path) -> None:
+    with pytest.raises(UnfinishedRunError) as caught, open_state(target, "quantize", MADE_OF) as state:
+        state.record("a", 1)
+        check_left(state.folder / "data", 10)
+    assert str(caught.value).endswith("Pass --restart to discard that run.")
+    assert not hasattr(caught.value, "__notes__")
+    assert read_units(state.folder)[0] == {"a": 1}
+
+
 def test_a_run_that_fails_before_it_has_done_anything_leaves_nothing(target: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught, open_state(target, "quantize", MADE_OF) as state:
         state.note("position", 1)
@@ -94,6 +112,7 @@ def test_a_run_that_fails_before_it_has_done_anything_leaves_nothing(target: Pat
         ("calibrate", MADE_OF, 'stage is "quantize", and would be "calibrate"'),
         ("quantize", MADE_OF | {"recipe": {"alpha": 0.6}}, "recipe.alpha is 0.5, and would be 0.6"),
         ("quantize", MADE_OF | {"blocks": [1]}, "blocks is [1, 2], and would be [1]"),
+        ("calibrate", {}, 'stage is "quantize", and would be "calibrate"'),
         ("quantize", MADE_OF | {"seed": 0}, "seed is not set, and would be 0"),
         ("quantize", {"recipe": {"alpha": 0.5}}, "blocks is [1, 2], and would be not set"),
     ],
@@ -229,7 +248,7 @@ def test_a_full_disk(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         state.record("b", 2)
         monkeypatch.setattr(os, "write", full)
         state.record("c", 3)
-    message = f"{target}: the disk is full. Free some space and run the command again; nothing was changed."
+    message = f"{target}: the disk is full. Free some space and run the command again."
     assert str(caught.value) == message
     assert caught.value.__notes__ == [
         f"What was done is kept in {state.folder} (units of work: 2): the same command goes on from there."

@@ -134,7 +134,7 @@ def test_request_is_checked_before_the_build(request_: BuildRequest) -> None:
 
 def test_folder_that_cannot_be_written(request_: BuildRequest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BismoothError, match=r"m\.engine: cannot be written \(.*nothing was changed"):
+    with pytest.raises(BismoothError, match=r"m\.engine: cannot be written \(.*\)\. Choose a place that can be"):
         build(request_, FAKE.format(""), engine=tmp_path / "file" / "m.engine")
     with pytest.raises(BismoothError, match=r"build\.log: the builder's log cannot be written"):
         build(request_, FAKE.format(""), log=tmp_path / "file" / "build.log")

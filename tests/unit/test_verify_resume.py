@@ -77,6 +77,29 @@ def test_a_run_with_another_number_of_threads_is_refused(tmp_path: Path, monkeyp
         run()
 
 
+def test_other_text_is_named_by_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = make_tiny(tmp_path / "tiny")
+    artifact = stages.export(tiny.source, tmp_path / "float").artifact
+
+    def run(windows: int = 1, length: int = 16, skip_windows: int = 0) -> None:
+        text = [str(tiny.text)]
+        stages.verify(artifact, text, windows=windows, length=length, skip_windows=skip_windows, hops=HOPS)
+
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bismooth.tools.verify._Verifier._half", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    for options, differs in (
+        ({"windows": 2}, "windows is 1, and would be 2"),
+        ({"skip_windows": 1}, "skip_windows is 0, and would be 1"),
+        ({"length": 17, "windows": 2}, "windows is 1, and would be 2; length is 16, and would be 17"),
+    ):
+        with pytest.raises(BismoothError, match=rf"come out differently: {differs}\. Expected"):
+            run(**options)
+
+
 def test_a_result_is_the_same_from_the_record() -> None:
     result = HopResult(Hop.INT8, "a→b", {"kl": float("inf"), "by": {"x": [1]}}, ("kl",), ("kl: no.",), None, 2, 0.5)
     assert HopResult.from_unit(json.loads(json.dumps(result.to_unit()))) == result
