@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engines.streaming import Batch, Streamed, StreamFile
+from ..engines.piece_run import Batch, StreamFile
+from ..engines.streaming import Streamed
 from ..export.errors import BismoothError
 
 _BLOCK_BYTES = 32 << 20

@@ -12,8 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.budget import find_budget
+from ..engines.piece_run import Batch, PieceRun
 from ..engines.pieces import Piece, PieceMaker
-from ..engines.streaming import Batch, PieceRun, Streamed, default_batch, find_budget
+from ..engines.streaming import Streamed, default_batch
 from ..engines.subgraph import load_graph
 from ..export.cores import default_threads
 from ..export.errors import BismoothError

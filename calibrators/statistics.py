@@ -68,10 +68,12 @@ class Statistics:
 
     @property
     def has_histograms(self) -> bool:
+        """Whether magnitudes were counted, too."""
         return any(name.endswith("/histogram") for name in self.entries)
 
     @property
     def has_grams(self) -> bool:
+        """Whether XᵀX was taken, too."""
         return any(name.endswith("/gram") for name in self.entries)
 
     @cached_property

@@ -77,12 +77,15 @@ class StatisticsWriter:
         self._put(f"{name}/rows", rows, 4 * start * self._channels[name])
 
     def absmax(self, name: str, absmax: NDArray[np.float32]) -> None:
+        """The largest magnitude per channel [K] of a value."""
         self._put(f"{name}/absmax", absmax)
 
     def outliers(self, name: str, outliers: NDArray[np.float32]) -> None:
+        """The rows with the largest magnitudes [16, K] of a value, largest first."""
         self._put(f"{name}/outliers", outliers)
 
     def histogram(self, name: str, counts: NDArray[np.int64]) -> None:
+        """Counts of magnitudes, as :class:`.histogram.Histogram` has them."""
         self._put(f"{name}/histogram", counts)
 
     def gram(self, name: str, start: int, rows: NDArray[np.float32]) -> None:

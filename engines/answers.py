@@ -1,8 +1,9 @@
-"""The stdout of a process that answers with JSON lines."""
+"""What a process needs that answers another one with JSON lines on its stdout."""
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import TextIO
 
 
@@ -11,3 +12,10 @@ def claim_stdout() -> TextIO:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
+
+
+def leave_signals_to_caller() -> None:
+    """What interrupts a command goes to all its processes: the caller then ends this one, and says why."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):  # Windows has no SIGHUP
+            signal.signal(number, signal.SIG_IGN)

@@ -14,10 +14,10 @@ import onnx
 from onnx import helper
 
 from ..export.errors import BismoothError
+from .budget import find_budget
 from .chain_cut import ChainCutter, Part, split_evenly
 from .footprint import tensor_bytes
 from .memory import current_rss, format_bytes
-from .streaming import find_budget
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO, Any, TypeAlias, cast
 
 from ..export.errors import BismoothError
-from .answers import claim_stdout
+from .answers import claim_stdout, leave_signals_to_caller
 
 Request: TypeAlias = dict[str, Any]
 Tell: TypeAlias = Callable[[Any], None]
@@ -116,7 +116,7 @@ def serve(task: Callable[[Request, Tell], Any], abandon: Callable[[Request], Non
         task: takes the request and what tells of progress; raises :class:`BismoothError` for the user.
         abandon: told the request before the process ends because its caller did.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends this process
+    leave_signals_to_caller()
     answers = claim_stdout()
     request: Request = json.loads(sys.stdin.readline())
 

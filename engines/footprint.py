@@ -27,7 +27,7 @@ _PAGES = 1 << 20
 """Bytes that may become resident around what is read: page faults map files by folios, measured 0.7 MB for a row."""
 
 
-def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> int:
+def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode, rows: int | None = None) -> int:
     """Bytes that a lean session of ``model`` takes: its weights, and at most so much of its values at one time.
 
     Args:
@@ -35,9 +35,11 @@ def footprint(model: onnx.ModelProto, sizes: Mapping[str, int], mode: Mode) -> i
             node, a constant as much as in float32.
         sizes: of the symbolic dimensions.
         mode: of the session.
+        rows: how many different rows of a table all runs look up, at most: what one has read stays mapped while others
+            run. By default, those of one run.
     """
     values = _Values(model.graph, sizes)
-    looked_up = _looked_up(model.graph, values)
+    looked_up = _looked_up(model.graph, values, rows)
     stored = sum(min(_resident(t), looked_up.get(t.name, _resident(t))) for t in model.graph.initializer)
     most = int((1 + SLACK) * _peak(model.graph, values, mode))
     return stored + most + MARGIN
@@ -96,20 +98,20 @@ def _peak(graph: onnx.GraphProto, memory: _Values, mode: Mode) -> int:
     return most
 
 
-def _looked_up(graph: onnx.GraphProto, memory: _Values) -> dict[str, int]:
-    """Bytes that a run reads of tables of which it only looks up rows, and what the system maps around them."""
+def _looked_up(graph: onnx.GraphProto, memory: _Values, rows: int | None) -> dict[str, int]:
+    """Bytes that runs read of tables of which it only looks up rows, and what the system maps around them."""
     tables = {tensor.name: tensor for tensor in graph.initializer}
-    rows, whole = Counter[str](), set[str]()
+    counts, whole = Counter[str](), set[str]()
     for node in graph.node:
         for name in reads(node).intersection(tables):
             ids = memory.shapes.get(node.input[1]) if node.op_type == "Gather" and name == node.input[0] else None
             if ids is None or any(a.name == "axis" and a.i != 0 for a in node.attribute):
                 whole.add(name)
             else:
-                rows[name] += prod(ids)
+                counts[name] += prod(ids) if rows is None else rows
     return {
         name: count * (tensor_bytes(tables[name]) // max(1, *tables[name].dims[:1]) + _PAGES)
-        for name, count in rows.items()
+        for name, count in counts.items()
         if name not in whole
     }
 

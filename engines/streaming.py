@@ -10,190 +10,32 @@ are of the same windows whatever the memory, unless one alone needs more.
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from math import prod
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper
 
 from ..export.cores import default_threads
-from ..export.durable import settle
 from ..export.errors import BismoothError
 from ..export.graph_names import BATCH, INPUT_IDS, PAST_LENGTH, SEQUENCE, TOTAL
 from ..export.replacing import flush
 from ..export.state import check_left
+from .budget import SPARE, base_memory
 from .footprint import footprint, resolve
 from .lean import MOST, SLICE, make_lean
-from .memory import available_memory, current_rss, format_bytes, return_freed_memory
-from .onnxruntime import InMemoryGraph, Mode, Session, import_onnxruntime
+from .memory import format_bytes
+from .onnxruntime import Mode
+from .piece_run import Batch, Ids, PieceRun, StreamFile, close_piece
 from .pieces import Piece, PieceMaker
 from .subgraph import add_outputs
 
-Ids = NDArray[np.int64]
-Values = Mapping[str, NDArray[Any]]
-AVAILABLE_SHARE = 0.8
-"""How much of the memory that is there may be taken, if nothing else is said: files that are read want some too."""
-
-SPARE = 16 << 20
-"""Bytes by which a budget that is named exceeds what is needed: the next process may begin with a little more."""
-
 BATCH_TOKENS = 512
 """Tokens that a batch has by default, if a window has fewer."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows from ``start`` up to the one before ``stop``."""
-
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.start}-{self.stop}"
-
-
-@dataclass(frozen=True)
-class StreamFile:
-    """A value of all windows in a file, one behind the other.
-
-    Attributes:
-        path: the file.
-        value: its name in the graph.
-        dtype: its type.
-        shape: of one window.
-    """
-
-    path: Path
-    value: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def window_bytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    def create(self, windows: int) -> None:
-        """A file of the full size.
-
-        Raises:
-            OSError: there is no space.
-        """
-        with self.path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, windows * self.window_bytes)
-
-    def read(self, batch: Batch) -> NDArray[Any]:
-        """Values [n, …] of some windows."""
-        count = batch.stop - batch.start
-        data = np.fromfile(self.path, self.dtype, count * prod(self.shape), offset=batch.start * self.window_bytes)
-        return data.reshape(count, *self.shape)
-
-    def write(self, batch: Batch, values: NDArray[Any]) -> None:
-        """Put the values [n, …] of some windows in their place.
-
-        NOTE: the file is opened to write alone: a client of NFS that has read the rest of a page writes all of it, and
-        other machines write there too.
-        """
-        rest = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
-        place = batch.start * self.window_bytes
-        descriptor = os.open(self.path, os.O_WRONLY)
-        try:
-            while rest:
-                count = os.pwrite(descriptor, rest, place)
-                rest, place = rest[count:], place + count
-            settle(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class PieceRun:
-    """A piece and its place between two files: runs batches of windows in any process that sees the files.
-
-    Attributes:
-        label: what runs, for messages.
-        model: the piece, a serialized ONNX graph.
-        folder: where its external data lies.
-        mode: of the session.
-        entry: what it reads of the piece before; None for the first one.
-        exit: what it writes for the next one; None for the last one.
-        outputs: what else it gives back.
-        ids: token ids [N, S] of all windows.
-        threads: of the session, wherever it runs: another number rounds otherwise.
-    """
-
-    label: str
-    model: bytes
-    folder: Path
-    mode: Mode
-    entry: StreamFile | None
-    exit: StreamFile | None
-    outputs: tuple[str, ...]
-    ids: Ids
-    threads: int
-
-    def open(self) -> Session:
-        """The session, which this process keeps until it opens another piece or :func:`close_piece` is called."""
-        return _opened.session(self)
-
-    def __call__(self, batch: Batch, others: Values | None = None) -> dict[str, NDArray[Any]]:
-        """Run a batch, write what the next piece needs, and return the ``outputs``."""
-        session = self.open()
-        feeds = dict(others or {})
-        if self.entry is not None:
-            feeds[self.entry.value] = self.entry.read(batch)
-        ids = self.ids[batch.start : batch.stop]
-        names = [*self.outputs, *([self.exit.value] if self.exit and self.exit.value not in self.outputs else [])]
-        results = session.run(session.token_feeds(ids, feeds), names)
-        if self.exit is not None:
-            self.exit.write(batch, results[self.exit.value])
-        return {name: results[name] for name in self.outputs}
-
-
-class _Opened:
-    """The session of the piece that this process runs at present."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._key: tuple[str, str] | None = None
-        self._session: Session | None = None
-
-    def session(self, run: PieceRun) -> Session:
-        key = (sha256(run.model).hexdigest(), f"{run.folder} {run.mode} {run.threads}")
-        with self._lock:
-            if self._session is None or key != self._key:
-                self._close()
-                model = InMemoryGraph(run.label, run.model, run.folder)
-                self._session = Session(model, mode=run.mode, threads=run.threads, lean=True)
-                self._key = key
-            return self._session
-
-    def close(self) -> None:
-        with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-        self._session = self._key = None
-
-
-_opened = _Opened()
-
-
-def close_piece() -> None:
-    """Free the piece that this process has run last."""
-    _opened.close()
 
 
 @dataclass(frozen=True)
@@ -232,6 +74,7 @@ class Streamed:
 
     @property
     def batches(self) -> list[Batch]:
+        """All windows, in order."""
         count, size = len(self.ids), self.windows_per_run
         return [Batch(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -242,6 +85,11 @@ class Streamed:
         sizes = {**self.dims, BATCH: count, SEQUENCE: length, PAST_LENGTH: 0, TOTAL: length}
         named = zip(self._dims, (count, length), strict=False)
         return sizes | {dim.dim_param: size for dim, size in named if dim.dim_param}
+
+    @property
+    def rows(self) -> int:
+        """Different rows that all windows look up of a table, by token or by position, at most."""
+        return max(self.ids.shape[1], len(np.unique(self.ids)))
 
     @property
     def _dims(self) -> Sequence[onnx.TensorShapeProto.Dimension]:
@@ -260,6 +108,7 @@ class Streamed:
         return self.maker.model.graph.output[0].name
 
     def observed(self, piece: Piece) -> list[str]:
+        """Those of ``values`` that a piece makes."""
         return [value for segment in range(piece.first, piece.stop) for value in self.values.get(segment, ())]
 
     def exit_of(self, piece: Piece) -> str | None:
@@ -330,7 +179,7 @@ class Streamed:
         """Bytes that a run of the piece takes, beside what the process has already."""
         model = self.model(piece)
         held = self.held + self.windows_per_run * self.held_per_window
-        return max(self.between, held + footprint(model, self.sizes, self.mode_of(model)))
+        return max(self.between, held + footprint(model, self.sizes, self.mode_of(model), self.rows))
 
     @property
     def windows_per_run(self) -> int:
@@ -398,20 +247,3 @@ class Streamed:
 def default_batch(length: int) -> int:
     """Windows per run: as many as together have :data:`BATCH_TOKENS` tokens, at least one."""
     return max(1, BATCH_TOKENS // length)
-
-
-def base_memory() -> int:
-    """Bytes that this process takes before any piece."""
-    import_onnxruntime()  # which takes memory itself
-    if gc.get_count()[2]:  # many objects are new: graphs that are done with have cycles
-        gc.collect()
-    return_freed_memory()
-    return current_rss()
-
-
-def find_budget(memory: int | None) -> int | None:
-    """Bytes that this process may take: ``memory``, or most of what the machine has left; None if that is unknown."""
-    if memory is not None:
-        return memory
-    available = available_memory()
-    return None if available is None else current_rss() + int(AVAILABLE_SHARE * available)

@@ -69,6 +69,7 @@ class Room:
 
     @property
     def disk(self) -> int:
+        """Bytes of all that lies on disk at the end."""
         return self.source + self.statistics + self.quantized
 
 
@@ -83,6 +84,7 @@ class ScaleResult:
 
     @property
     def blocks(self) -> list[int]:
+        """Sizes of the large models."""
         return sorted({row.blocks for row in self.rows if row.model == LARGE})
 
     def of(self, step: str) -> dict[int, Row]:
@@ -91,6 +93,7 @@ class ScaleResult:
         return dict(sorted(rows.items()))
 
     def growth(self) -> list[Growth]:
+        """Time and memory of each step by the number of blocks."""
         return [
             judge(
                 step,

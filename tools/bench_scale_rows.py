@@ -36,6 +36,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
+        """Of all windows."""
         return self.windows * LENGTH
 
 
@@ -97,6 +98,7 @@ class Rows:
         return iter(self._rows.values())
 
     def get(self, model: str, blocks: int, step: str) -> Row | None:
+        """The row of a step, if it is there."""
         return self._rows.get((model, blocks, step))
 
     def add(self, row: Row) -> None:

@@ -7,7 +7,6 @@ the user), or ``bug`` (a traceback). It ends with its stdin, so a killed caller 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.answers import claim_stdout
+from ..engines.answers import claim_stdout, leave_signals_to_caller
 from ..engines.decoder import Decoder
 from ..engines.memory import peak_rss
 from ..export.errors import BismoothError
@@ -55,8 +54,7 @@ class _Server:
 
 def main() -> None:
     """Serve requests; the entry point of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # what interrupts is for the caller, who then ends this process
+    leave_signals_to_caller()
     answers = claim_stdout()
     with ExitStack() as resources:
         server = _Server(resources)

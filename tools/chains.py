@@ -5,17 +5,18 @@ The graph for the CPU stands for that of the engines, whose parts have the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from ..engines.budget import base_memory
 from ..engines.chain import Chain
 from ..engines.chain_windows import chain_windows, lean_parts
 from ..engines.footprint import footprint
 from ..engines.memory import format_bytes
-from ..engines.onnxruntime import InMemoryGraph, Mode
+from ..engines.onnxruntime import InMemoryGraph
 from ..engines.pieces import PieceMaker
-from ..engines.streaming import Streamed, base_memory
+from ..engines.streaming import Streamed
 from ..engines.subgraph import load_graph, parse_graph
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError
@@ -69,7 +70,7 @@ def _judge(
     path, mode, ids = whole.path, whole.mode, programs.ids[: len(expected)]
     try:
         parts = lean_parts(path, borders)
-        need = _need(parts, Streamed(path, PieceMaker(load_graph(path)), mode, ids, 1).sizes, mode)
+        need = _need(parts, Streamed(path, PieceMaker(load_graph(path)), mode, ids, 1))
         need += sum(values.nbytes for values in expected)  # as much comes out
         if programs.budget is not None and need > programs.budget:
             return {"skipped": f"its largest part takes {format_bytes(need)} of memory"}, None
@@ -79,9 +80,10 @@ def _judge(
     return _compare(ids, expected, got, comparison)
 
 
-def _need(parts: Sequence[InMemoryGraph], sizes: Mapping[str, int], mode: Mode) -> int:
+def _need(parts: Sequence[InMemoryGraph], whole: Streamed) -> int:
     """Bytes that this process takes with the largest of the parts."""
-    return base_memory() + max(footprint(parse_graph(part.data, part.name), sizes, mode) for part in parts)
+    models = (parse_graph(part.data, part.name) for part in parts)
+    return base_memory() + max(footprint(model, whole.sizes, whole.mode, whole.rows) for model in models)
 
 
 def _compare(

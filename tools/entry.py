@@ -11,7 +11,7 @@ MESSAGE = (
     "on from here."
 )
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 _received: list[int] = []
 
 

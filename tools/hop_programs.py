@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from ..engines.budget import base_memory
 from ..engines.linears import summarize
-from ..engines.streaming import base_memory
 from ..export.artifact import Artifact
 from ..export.graph_names import has_caches
 from ..passes.gates import Hop

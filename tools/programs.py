@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..engines.budget import SPARE, base_memory, find_budget
 from ..engines.footprint import resolve
 from ..engines.memory import current_rss, format_bytes
 from ..engines.onnxruntime import Mode
+from ..engines.piece_run import PieceRun
 from ..engines.pieces import Piece, PieceMaker
-from ..engines.streaming import SPARE, PieceRun, Streamed, base_memory, default_batch, find_budget
+from ..engines.streaming import Streamed, default_batch
 from ..engines.subgraph import load_graph
 from ..engines.token_feeds import Port
 from ..export.artifact import Artifact
@@ -211,7 +213,7 @@ class Programs:
             file.append(values)
             yield values
         if self.state and (shape := file.finish()):
-            self.state.record(unit, shape)
+            self.state.record(unit, shape, (unit, len(self.ids), len(self.ids)))
 
     def fit_whole(self, *programs: Program) -> bool:
         """Whether sessions of the whole graphs that are made for speed fit into the memory, one after the other."""
@@ -263,12 +265,13 @@ class Programs:
         folder.mkdir(exist_ok=True)
         pieces = streamed.plan(self.budget, self._done(key).stop)
         counter = Counter(self.progress, step, len(pieces) * len(streamed.ids))
-        for piece in pieces:
+        for number, piece in enumerate(pieces, 1):
             with streamed.running(piece, folder) as run:
                 yield piece, run, counter
             if piece.stop < streamed.stop:
                 if self.state:
-                    self.state.record(key, asdict(_Done(piece.stop, streamed.batch_size)))
+                    done = asdict(_Done(piece.stop, streamed.batch_size))
+                    self.state.record(key, done, (step, number, len(pieces)))
                 if run.entry is not None:
                     run.entry.path.unlink()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.budget import SPARE, base_memory
 from ..engines.cuts import find_repeated
 from ..engines.footprint import tensor_bytes
 from ..engines.pieces import Piece, PieceMaker
-from ..engines.streaming import SPARE, base_memory
 
 LENGTH = 512
 """Tokens of the window that memory is told for."""

@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engines.budget import base_memory
 from ..engines.child_process import ProcessEndedError, ask, last_words
-from ..engines.streaming import base_memory
 from ..export.errors import BismoothError
 from ..passes.progress import Progress, silent
 

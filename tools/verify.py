@@ -162,7 +162,7 @@ class _Verifier:
             return [HopResult.from_unit(data) for data in found]
         results = self._guarded(hop, step)
         if state:
-            state.record(f"hop {hop}", [result.to_unit() for result in results])
+            state.record(f"hop {hop}", [result.to_unit() for result in results], (f"hop {hop}", 1, 1))
         return results
 
     def _guarded(self, hop: Hop, step: Callable[[], list[HopResult]]) -> list[HopResult]:

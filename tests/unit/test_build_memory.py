@@ -96,9 +96,9 @@ def test_no_blocks_to_split_by() -> None:
 
 
 def test_by_default_most_of_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bismooth.engines.streaming.available_memory", lambda: MEGA)
-    monkeypatch.setattr("bismooth.engines.streaming.current_rss", lambda: TAKEN)
+    monkeypatch.setattr("bismooth.engines.budget.available_memory", lambda: MEGA)
+    monkeypatch.setattr("bismooth.engines.budget.current_rss", lambda: TAKEN)
     with pytest.raises(BismoothError, match=r"takes about 52MB of memory, and there are 51MB\. Expected 52MB or more"):
         plan_build(need_of(0, 2 * MEGA), cuttable(), "m.onnx")
-    monkeypatch.setattr("bismooth.engines.streaming.available_memory", lambda: None)
+    monkeypatch.setattr("bismooth.engines.budget.available_memory", lambda: None)
     assert plan_build(need_of(0, 2 * MEGA), cuttable(), "m.onnx").estimated == 2 * MEGA

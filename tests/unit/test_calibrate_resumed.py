@@ -14,8 +14,10 @@ import pytest
 from numpy.typing import NDArray
 
 from bismooth.calibrators.run import Observe, calibrate
+from bismooth.engines.budget import base_memory
+from bismooth.engines.piece_run import Batch
 from bismooth.engines.pieces import Piece
-from bismooth.engines.streaming import Batch, Streamed, base_memory
+from bismooth.engines.streaming import Streamed
 from bismooth.export.errors import BismoothError
 from bismooth.export.state import State, state_folder
 from bismooth.passes.graph import load

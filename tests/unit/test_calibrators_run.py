@@ -20,7 +20,7 @@ from bismooth.calibrators.observe import Taps, instrument
 from bismooth.calibrators.run import Observe, calibrate, sample_rows
 from bismooth.calibrators.statistics import Statistics
 from bismooth.engines.onnxruntime import Session
-from bismooth.engines.streaming import Batch
+from bismooth.engines.piece_run import Batch
 from bismooth.engines.subgraph import parse_graph
 from bismooth.export.errors import BismoothError
 from bismooth.passes.graph import load

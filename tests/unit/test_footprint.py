@@ -65,6 +65,9 @@ def test_a_table_counts_by_the_rows_that_are_looked_up() -> None:
     model.graph.initializer.append(external("table", TensorProto.FLOAT16, 10**6, 1000))
     assert footprint(model, {"n": 10}, "plain") < MARGIN + 15 * MEGA
     assert footprint(model, {"n": 10**8}, "plain") > 2000 * MEGA
+    assert footprint(model, {"n": 10}, "plain", rows=50) == footprint(model, {"n": 10}, "plain") + 40 * (
+        2000 + (1 << 20)
+    )
     model.graph.node[0].attribute[0].i = 1
     assert footprint(model, {"n": 10}, "plain") > 2000 * MEGA
 
@@ -136,6 +139,15 @@ def experts() -> Builder:
     return b
 
 
+def table() -> Builder:
+    """A table of 200 MB in 16 bits, of which a run looks up a few rows."""
+    b = Builder(unknown="sequence")
+    ids = b.input("input_ids", *TOKENS, dtype=TensorProto.INT64)
+    x = b.op("Gather", b.matrix("embed", 50000, 2000), ids, axis=0)
+    b.outputs.append(b.linear(b.op("Relu", b.op("Add", x, x)), "head", 8, 2000))
+    return b
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Graphs whose weights and values are larger than the margin, each made once."""
@@ -148,31 +160,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             quantize(decoder(LARGE, tied=False), folder, recipe())
         elif not folder.exists():
             folder.mkdir()
-            save_narrow({"decoder": decoder(LARGE), "encoder": encoder(), "experts": experts()}[name], folder)
+            make = {"decoder": lambda: decoder(LARGE), "encoder": encoder, "experts": experts, "table": table}[name]
+            save_narrow(make(), folder)
         return path
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "windows", "length", "part", "taps"),
+    ("name", "mode", "windows", "length", "part", "options"),
     [
-        ("decoder", "plain", 1, 256, (0, 0), False),
-        ("decoder", "plain", 8, 256, (0, 0), False),
-        ("decoder", "plain", 8, 256, (1, 5), True),
-        ("decoder", "plain", 2, 1024, (1, 2), False),
-        ("encoder", "plain", 8, 256, (0, 0), False),
-        ("encoder", "plain", 2, 1024, (0, 0), True),
-        ("experts", "plain", 4, 256, (0, 0), False),
-        ("int8", "int8", 8, 256, (0, 0), False),
-        ("int8", "int8", 8, 256, (1, 5), True),
-        ("int8", "reference", 8, 256, (0, 0), False),
+        ("decoder", "plain", 1, 256, (0, 0), ""),
+        ("decoder", "plain", 8, 256, (0, 0), ""),
+        ("decoder", "plain", 8, 256, (1, 5), "taps"),
+        ("decoder", "plain", 2, 1024, (1, 2), ""),
+        ("encoder", "plain", 8, 256, (0, 0), ""),
+        ("encoder", "plain", 2, 1024, (0, 0), "taps"),
+        ("experts", "plain", 4, 256, (0, 0), ""),
+        ("table", "plain", 32, 8, (0, 0), "batches"),
+        ("int8", "int8", 8, 256, (0, 0), ""),
+        ("int8", "int8", 8, 256, (1, 5), "taps"),
+        ("int8", "reference", 8, 256, (0, 0), ""),
     ],
 )
 def test_told_and_measured(
-    made: Callable[[str], Path], name: str, mode: Mode, windows: int, length: int, part: tuple[int, int], taps: bool
+    made: Callable[[str], Path], name: str, mode: Mode, windows: int, length: int, part: tuple[int, int], options: str
 ) -> None:
-    arguments = [str(made(name)), mode, *map(str, (windows, length, *part)), *(["taps"] if taps else [])]
+    arguments = [str(made(name)), mode, *map(str, (windows, length, *part)), *options.split()]
     command = [sys.executable, "-m", "tests.measured", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

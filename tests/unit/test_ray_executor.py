@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bismooth.engines.streaming import Batch, StreamFile
+from bismooth.engines.piece_run import Batch, StreamFile
 from bismooth.export.errors import BismoothError
 from bismooth.export.placed_tensors import PlacedTensors
 from bismooth.passes import ray_executor
