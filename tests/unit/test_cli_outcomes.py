@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import bismooth
 from bismooth.export.errors import BismoothError, GateError
 from bismooth.passes.recipe import Recipe
 from tests.fake_stages import COMMANDS, INTERRUPTED, USAGE, Stages, fake_stages, run
