@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
@@ -21,6 +22,7 @@ from ..engines.linears import LOGITS
 from ..engines.token_feeds import Port
 from ..export.artifact import Artifact
 from ..export.errors import BismoothError, GateError
+from ..export.state import check_left
 from .bootstrap import Resampling
 from .metrics import LogitComparison, Sqnr
 
@@ -217,8 +219,14 @@ class WindowFile:
         return self._shape
 
     def reopen(self, shape: Sequence[int]) -> None:
-        """Read what another process has finished."""
-        self._file, self._shape = (self._folders[0] / str(self._keep)).open("rb"), tuple(shape)
+        """Read what another process has finished.
+
+        Raises:
+            UnfinishedRunError: the file is missing or cut off.
+        """
+        path = self._folders[0] / str(self._keep)
+        check_left(path, self._count * prod(shape) * np.dtype(np.float32).itemsize)
+        self._file, self._shape = path.open("rb"), tuple(shape)
 
     def _open(self, size: int) -> IO[bytes]:
         for folder in self._folders:

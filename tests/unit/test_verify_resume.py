@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from bismooth.export import cores
 from bismooth.export.artifact import Artifact
-from bismooth.export.errors import BismoothError
+from bismooth.export.errors import BismoothError, UnfinishedRunError
 from bismooth.export.state import open_state
 from bismooth.passes.gates import Gates, Hop
 from bismooth.tools import stages
@@ -119,6 +120,10 @@ def test_a_file_with_a_name_can_be_reopened(tmp_path: Path) -> None:
         file.reopen((2, 3))
         for number in (1, 0):
             np.testing.assert_array_equal(file.read(number), windows[number])
+    os.truncate(tmp_path / "outputs", 47)
+    message = "outputs: is not what an unfinished run has left there. Expected a file of 48 bytes"
+    with WindowFile([tmp_path], 2, "outputs") as file, pytest.raises(UnfinishedRunError, match=message):
+        file.reopen((2, 3))
 
 
 def test_a_file_in_another_folder_is_not_kept(tmp_path: Path) -> None:
