@@ -114,10 +114,15 @@ class ScaleBench:
                     self._baseline(blocks, step, place)
 
     def _stage(self, blocks: int, step: str, place: Path) -> None:
-        _drop_cache(place)
-        before = _disk(place)
-        done = self._runner.bismooth(*self._command(step, place), label=f"{blocks} blocks: {step}")
-        self._rows.add(Row(LARGE, blocks, step, done.seconds, done.peak_bytes, _disk(place) - before))
+        rounds: list[Row] = []
+        for _ in range(STEPS[step].rounds):
+            _drop_cache(place)
+            before = _disk(place)
+            done = self._runner.bismooth(*self._command(step, place), label=f"{blocks} blocks: {step}")
+            rounds.append(Row(LARGE, blocks, step, done.seconds, done.peak_bytes, _disk(place) - before))
+            if STEPS[step].rounds > 1:
+                shutil.rmtree(place / step)
+        self._rows.add(_median(rounds))
 
     def _command(self, step: str, place: Path) -> tuple[str | Path, ...]:
         model, art, quantized = (place / name for name in ("model", "float", "w8a8"))
@@ -131,19 +136,23 @@ class ScaleBench:
                 return ("calibrate", art, *self._calibration, *text, "-o", place / "more.safetensors")
             case "diagnose":
                 return ("diagnose", art)
+            case "convert":
+                return ("quantize", art, "-o", place / step, "--recipe", STEPS[step].recipe, *_budget(self._memory))
             case "quantize":
-                return ("quantize", art, "-o", quantized, "--recipe", "w8a8", *_budget(self._memory))
+                return ("quantize", art, "-o", quantized, "--recipe", STEPS[step].recipe, *_budget(self._memory))
             case _:
                 return ("verify", quantized, *self._evaluation, *text)
 
     def _baseline(self, blocks: int, step: str, place: Path) -> None:
-        quantized = self._rows.get(LARGE, blocks, "quantize")
-        written = quantized.written_bytes if quantized else 0
+        written = max(row.written_bytes for row in self._rows if (row.model, row.blocks) == (LARGE, blocks))
         files = (place / "model/model.safetensors", place / "copy")
-        _drop_cache(place)
         command = ["sh", "-c", _SCRIPTS[step], "sh", *map(str, files), str(written)]
-        done = self._runner.process(f"{blocks} blocks: {step}", command)
-        self._rows.add(Row(LARGE, blocks, step, done.seconds, done.peak_bytes))
+        rounds: list[Row] = []
+        for _ in range(BASELINES[step]):
+            _drop_cache(place)
+            done = self._runner.process(f"{blocks} blocks: {step}", command)
+            rounds.append(Row(LARGE, blocks, step, done.seconds, done.peak_bytes))
+        self._rows.add(_median(rounds))
 
     def _small(self, name: str, memory: str | None, art: Path) -> None:
         """Calibrate, quantize and verify; all of it again where a row lacks."""
@@ -193,6 +202,10 @@ class ScaleBench:
                 f"{self._output}: {shape.blocks} blocks take {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free. "
                 "Free some, or choose another --output or fewer --blocks."
             )
+
+
+def _median(rounds: Sequence[Row]) -> Row:
+    return sorted(rounds, key=lambda row: row.seconds)[len(rounds) // 2]
 
 
 def _budget(memory: str | None) -> tuple[str, ...]:

@@ -196,7 +196,7 @@ class ScaleResult:
         return {
             "blocks": str(blocks),
             "weights, GB": _gb(2 * replace(self.shape, blocks=blocks).parameters, 1),
-            "step": _title(name),
+            "step": _title(name, STEPS[name].tokens),
             "s": f"{row.seconds:.1f}",
             "the same bytes": f"`{beside}` {same.seconds:.1f} s" if same else "",
             "ratio": f"{row.seconds / same.seconds:.2f}" if same else "",
@@ -210,7 +210,7 @@ class ScaleResult:
             line, (least, most) = growth.line, growth.peaks
             rows.append(
                 {
-                    "step": _title(growth.step),
+                    "step": _title(growth.step, STEPS[growth.step].tokens),
                     "s per block": f"{line.per_block:.2f} ± {line.at(0, 1).error:.2f}" if line else "",
                     "s besides": f"{line.fixed:.1f} ± {line.at(1, 0).error:.1f}" if line else "",
                     "ns per parameter": f"{1e9 * line.per_block / self.shape.block_parameters:.3g}" if line else "",
@@ -238,8 +238,7 @@ class ScaleResult:
     def _times(self) -> list[dict[str, str]]:
         rows: dict[tuple[str, int], dict[str, str]] = {}
         for item in self.forecasts():
-            name = f"`{item.step}`" + (f", {item.tokens} tokens" if item.tokens else "")
-            row = rows.setdefault((item.step, item.tokens), {"step": name})
+            row = rows.setdefault((item.step, item.tokens), {"step": _title(item.step, item.tokens)})
             row[item.model] = f"{_duration(item.seconds.value)} ± {_duration(item.seconds.error)}"
         return list(rows.values())
 
@@ -259,9 +258,10 @@ class ScaleResult:
         ]
 
 
-def _title(step: str) -> str:
-    tokens = STEPS[step].tokens
-    return f"`{step.removesuffix(MORE)}`" + (f", {tokens} tokens" if tokens else "")
+def _title(step: str, tokens: int) -> str:
+    recipe = STEPS[step].recipe
+    command = f"quantize --recipe {recipe}" if recipe else step.removesuffix(MORE)
+    return f"`{command}`" + (f", {tokens} tokens" if tokens else "")
 
 
 def _gb(count: float, digits: int = 2) -> str:

@@ -26,12 +26,16 @@ class Step:
     Attributes:
         needs: the steps whose files it reads.
         windows: of text.
+        recipe: of ``quantize``.
+        rounds: how often it is measured: the median counts. What more than one have written is deleted.
         beside: what reads and writes as many bytes: ``cat`` reads the model, ``cat both`` the model and as much again
             as ``quantize`` wrote, ``cp`` reads the model and writes that much.
     """
 
     needs: tuple[str, ...] = ()
     windows: int = 0
+    recipe: str = ""
+    rounds: int = 1
     beside: str | None = None
 
     @property
@@ -40,21 +44,26 @@ class Step:
         return self.windows * LENGTH
 
 
+ROUNDS = 3
+"""Of what is held against each other: how long the system takes for new pages varies by a factor of two."""
+
 MORE = " more"
 """Ends the names of steps that run a second time, on more text, to tell the tokens' share of the time."""
 
 STEPS: Mapping[str, Step] = {
     "export": Step(beside="cat"),
-    "calibrate": Step(("export",), 4, "cat"),
+    "calibrate": Step(("export",), 4, beside="cat"),
     "calibrate more": Step(("export",), 16),
     "diagnose": Step(("export",), beside="cat"),
-    "quantize": Step(("export", "calibrate"), beside="cp"),
-    "verify": Step(("export", "calibrate", "quantize"), 4, "cat both"),
+    "convert": Step(("export",), recipe="w8a8-per-channel", rounds=ROUNDS, beside="cp"),
+    "quantize": Step(("export", "calibrate"), recipe="w8a8", beside="cp"),
+    "verify": Step(("export", "calibrate", "quantize"), 4, beside="cat both"),
     "verify more": Step(("export", "calibrate", "quantize"), 16),
 }
-"""In their order."""
+"""In their order. ``convert`` is ``quantize`` without the search for smoothing factors before it."""
 
-BASELINES = ("cp", "cat", "cat both")
+BASELINES: Mapping[str, int] = {"cp": ROUNDS, "cat": 1, "cat both": 1}
+"""Each with its rounds."""
 
 
 @dataclass(frozen=True)
