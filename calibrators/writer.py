@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..export.safetensors_file import dtype_name
+from ..export.safetensors_file import lay_out
 from ..export.state import check_left
 from .histogram import BINS
 from .observe import OUTLIERS
@@ -49,32 +47,22 @@ class StatisticsWriter:
         continued: bool = False,
     ) -> None:
         layout = _layout(channels, len(row_numbers), histograms=histograms, grams=grams)
+        metadata = {"format": FORMAT, "version": VERSION, **_strings(provenance)}
+        header, self._entries = lay_out(Path(file.name), layout, metadata)
         self._file = file
         self.grams = grams
-        self._channels = dict(channels)
-        self._offsets: dict[str, int] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, **_strings(provenance)}}
-        end = 0
-        for name, dtype, shape in layout:
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [end, end + size]}
-            self._offsets[name] = end
-            end += size
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        raw = len(raw).to_bytes(8, "little") + raw
-        self._base = len(raw)
+        size = len(header) + sum(entry.length for entry in self._entries.values())
         if continued:
-            check_left(Path(file.name), self._base + end, raw)
+            check_left(Path(file.name), size, header)
             return
-        file.write(raw)
-        file.truncate(self._base + end)
-        os.posix_fallocate(file.fileno(), 0, self._base + end)
+        file.write(header)
+        file.truncate(size)
+        os.posix_fallocate(file.fileno(), 0, size)
         self._put(ROW_NUMBERS, row_numbers)
 
     def rows(self, name: str, start: int, rows: NDArray[np.float32]) -> None:
         """Rows [r, K] of a value, to be numbers ``start`` … ``start + r - 1`` of its sample."""
-        self._put(f"{name}/rows", rows, 4 * start * self._channels[name])
+        self._put(f"{name}/rows", rows, start * rows.shape[1])
 
     def absmax(self, name: str, absmax: NDArray[np.float32]) -> None:
         """The largest magnitude per channel [K] of a value."""
@@ -90,7 +78,7 @@ class StatisticsWriter:
 
     def gram(self, name: str, start: int, rows: NDArray[np.float32]) -> None:
         """Rows ``start`` … of XᵀX of a value."""
-        self._put(f"{name}/gram", rows, 4 * start * self._channels[name])
+        self._put(f"{name}/gram", rows, start * rows.shape[1])
 
     def flush(self) -> None:
         """Let all that was written be on disk when this returns."""
@@ -98,7 +86,8 @@ class StatisticsWriter:
         os.fsync(self._file.fileno())
 
     def _put(self, key: str, array: NDArray[Any], skip: int = 0) -> None:
-        self._file.seek(self._base + self._offsets[key] + skip)
+        """Write elements of a tensor, behind so many others of it."""
+        self._file.seek(self._entries[key].offset + skip * array.itemsize)
         self._file.write(np.ascontiguousarray(array).tobytes())
 
 

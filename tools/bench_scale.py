@@ -22,7 +22,7 @@ from ..export.replacing import replacing, scratch_folder
 from . import console
 from .bench_measure import machine
 from .bench_scale_report import LEAST_MEMORY, MODELS, ScaleResult
-from .bench_scale_rows import BASELINES, LARGE, LENGTH, SMALL, STEPS, STREAMED, TARGETS, WHOLE, Row, Rows
+from .bench_scale_rows import BASELINES, LARGE, LENGTH, NO_BUDGET, SMALL, STEPS, STREAMED, TARGETS, WHOLE, Row, Rows
 from .bench_steps import Runner, Step, add_texts, texts
 from .cli_errors import report
 from .demo import demo_model
@@ -38,6 +38,9 @@ _COPY = (
 )
 _SCRIPTS = {"cp": _COPY, "cat": 'cat "$1" > /dev/null', "cat both": 'cat "$1" "$2" > /dev/null'}
 """Of a shell; $1 is the model, $2 a file to write, which has $3 bytes."""
+
+_QUANTIZED = "quantized"
+"""Name of the quantized artifact, of whichever recipe."""
 
 _TOO_LITTLE = 1
 """Megabytes that no command does with."""
@@ -107,7 +110,7 @@ class ScaleBench:
             for step in STEPS:
                 if step in needed:
                     self._stage(blocks, step, place)
-            shutil.rmtree(place / "w8a8", ignore_errors=True)
+            shutil.rmtree(place / _QUANTIZED, ignore_errors=True)
             needed = {*lacking, *(("cp",) if "cat both" in lacking else ())}
             for step in BASELINES:
                 if step in needed:
@@ -116,16 +119,16 @@ class ScaleBench:
     def _stage(self, blocks: int, step: str, place: Path) -> None:
         rounds: list[Row] = []
         for _ in range(STEPS[step].rounds):
+            if STEPS[step].recipe:
+                shutil.rmtree(place / _QUANTIZED, ignore_errors=True)
             _drop_cache(place)
             before = _disk(place)
             done = self._runner.bismooth(*self._command(step, place), label=f"{blocks} blocks: {step}")
             rounds.append(Row(LARGE, blocks, step, done.seconds, done.peak_bytes, _disk(place) - before))
-            if STEPS[step].rounds > 1:
-                shutil.rmtree(place / step)
-        self._rows.add(_median(rounds))
+        self._rows.add(_summary(rounds))
 
     def _command(self, step: str, place: Path) -> tuple[str | Path, ...]:
-        model, art, quantized = (place / name for name in ("model", "float", "w8a8"))
+        model, art, quantized = (place / name for name in ("model", "float", _QUANTIZED))
         text = ("--windows", str(STEPS[step].windows), "--length", str(LENGTH), *_budget(self._memory))
         match step:
             case "export":
@@ -136,9 +139,7 @@ class ScaleBench:
                 return ("calibrate", art, *self._calibration, *text, "-o", place / "more.safetensors")
             case "diagnose":
                 return ("diagnose", art)
-            case "convert":
-                return ("quantize", art, "-o", place / step, "--recipe", STEPS[step].recipe, *_budget(self._memory))
-            case "quantize":
+            case "convert" | "quantize":
                 return ("quantize", art, "-o", quantized, "--recipe", STEPS[step].recipe, *_budget(self._memory))
             case _:
                 return ("verify", quantized, *self._evaluation, *text)
@@ -152,7 +153,7 @@ class ScaleBench:
             _drop_cache(place)
             done = self._runner.process(f"{blocks} blocks: {step}", command)
             rounds.append(Row(LARGE, blocks, step, done.seconds, done.peak_bytes))
-        self._rows.add(_median(rounds))
+        self._rows.add(_summary(rounds))
 
     def _small(self, name: str, memory: str | None, art: Path) -> None:
         """Calibrate, quantize and verify; all of it again where a row lacks."""
@@ -204,8 +205,9 @@ class ScaleBench:
             )
 
 
-def _median(rounds: Sequence[Row]) -> Row:
-    return sorted(rounds, key=lambda row: row.seconds)[len(rounds) // 2]
+def _summary(rounds: Sequence[Row]) -> Row:
+    middle = sorted(rounds, key=lambda row: row.seconds)[len(rounds) // 2]
+    return replace(middle, peak_bytes=max(row.peak_bytes for row in rounds))
 
 
 def _budget(memory: str | None) -> tuple[str, ...]:
@@ -248,7 +250,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     choices = (*STEPS, SMALL, TARGETS)
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS), help="sizes of large models (2 4 8)")
     parser.add_argument("--steps", nargs="+", choices=choices, default=list(choices), help="what to measure (all)")
-    parser.add_argument("--memory", default=MEMORY, help=f"budget on large models, or none ({MEMORY})")
+    parser.add_argument("--memory", default=MEMORY, help=f"budget on large models, or {NO_BUDGET} ({MEMORY})")
     parser.add_argument("--restart", action="store_true", help="discard the rows of a bench that broke off")
     parser.add_argument("--output", type=Path, default=Path("build/scale"), help="folder to write (build/scale)")
     options = parser.parse_args(None if arguments is None else list(arguments))
@@ -257,7 +259,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         calibration, evaluation = texts(options)
         settings = {"memory": options.memory, "calibration": calibration, "evaluation": evaluation}
         rows = Rows(options.output / "unfinished.json", settings, restart=options.restart)
-        memory = None if options.memory == "none" else options.memory
+        memory = None if options.memory == NO_BUDGET else options.memory
         bench = ScaleBench(options.output, rows, calibration, evaluation, memory)
         result = bench.run(str(demo_model()), options.blocks, options.steps)
         for name, text in (("scale.json", console.json_text(result.to_json())), ("scale.md", result.markdown())):

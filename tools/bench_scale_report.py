@@ -11,12 +11,16 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from .bench_scale_fit import Estimate, Growth, between, fit, forecast, judge
-from .bench_scale_rows import LARGE, MORE, STEPS, STREAMED, WHOLE, Row
+from .bench_scale_fit import MAX_PEAK, Estimate, Growth, between, fit, forecast, judge
+from .bench_scale_rows import LARGE, MORE, NO_BUDGET, STEPS, STREAMED, WHOLE, Row
+from .cli_options import parse_memory
 from .large_model import LLAMA3_70B, LLAMA3_405B, Shape
 
 MAX_KL_DIFFERENCE = 1e-4
 """Of the small model's figures, streamed from whole."""
+
+MIN_CONVERSION = 0.6
+"""Of the rate at which ``cp`` moves the same bytes, that of INT8 conversion."""
 
 MAX_SMALL_PEAK = 700e6
 """Bytes, of the small model streamed."""
@@ -99,10 +103,18 @@ class ScaleResult:
                 step,
                 {blocks: row.seconds for blocks, row in rows.items()},
                 {blocks: row.peak_bytes for blocks, row in rows.items()},
+                self._budget if STEPS[step].has_budget else MAX_PEAK,
+                flat=not step.endswith(MORE),
             )
             for step in STEPS
             if (rows := self.of(step))
         ]
+
+    @property
+    def _budget(self) -> float:
+        """Bytes that a step may take that was given a budget, if there was one."""
+        memory = self.settings["memory"]
+        return MAX_PEAK if memory == NO_BUDGET else min(MAX_PEAK, parse_memory(memory) or MAX_PEAK)
 
     def forecasts(self) -> Iterator[Forecast]:
         """For targets, of steps that were measured with three sizes or more."""
@@ -140,7 +152,14 @@ class ScaleResult:
 
     def failures(self) -> list[str]:
         """What does not hold, a sentence each."""
-        return [*(failure for growth in self.growth() for failure in growth.failures), *self._small_failures()]
+        grown = (failure for growth in self.growth() for failure in growth.failures)
+        return [*grown, *self._conversion_failures(), *self._small_failures()]
+
+    def _conversion_failures(self) -> Iterator[str]:
+        copied = self.of("cp")
+        for blocks, row in self.of("convert").items():
+            if blocks in copied and (rate := copied[blocks].seconds / row.seconds) < MIN_CONVERSION:
+                yield f"convert: {blocks} blocks: at {rate:.0%} of the rate of cp, {MIN_CONVERSION:.0%} is the least allowed."
 
     def _small_failures(self) -> Iterator[str]:
         for row in self.rows:

@@ -15,6 +15,9 @@ LARGE, WHOLE, STREAMED = "LLaMA3-70B shape", "SmolLM2-135M, whole", "SmolLM2-135
 SMALL, TARGETS = "small", "targets"
 """Further steps: the small model, streamed and whole; and models of forecasts, as far as these need no weights."""
 
+NO_BUDGET = "none"
+"""In the place of a budget."""
+
 LENGTH = 128
 """Tokens per window of the large models."""
 
@@ -27,7 +30,7 @@ class Step:
         needs: the steps whose files it reads.
         windows: of text.
         recipe: of ``quantize``.
-        rounds: how often it is measured: the median counts. What more than one have written is deleted.
+        rounds: how often it is measured: the median of the times counts, and the largest of the peaks.
         beside: what reads and writes as many bytes: ``cat`` reads the model, ``cat both`` the model and as much again
             as ``quantize`` wrote, ``cp`` reads the model and writes that much.
     """
@@ -39,13 +42,19 @@ class Step:
     beside: str | None = None
 
     @property
+    def has_budget(self) -> bool:
+        """Whether its command takes ``--memory``."""
+        return bool(self.windows or self.recipe)
+
+    @property
     def tokens(self) -> int:
         """Of all windows."""
         return self.windows * LENGTH
 
 
 ROUNDS = 3
-"""Of what is held against each other: how long the system takes for new pages varies by a factor of two."""
+"""Of short steps: how long the system takes for new pages varies by a factor of two, and peaks are high where two
+threads have theirs at the same time."""
 
 MORE = " more"
 """Ends the names of steps that run a second time, on more text, to tell the tokens' share of the time."""
@@ -54,9 +63,9 @@ STEPS: Mapping[str, Step] = {
     "export": Step(beside="cat"),
     "calibrate": Step(("export",), 4, beside="cat"),
     "calibrate more": Step(("export",), 16),
-    "diagnose": Step(("export",), beside="cat"),
+    "diagnose": Step(("export",), rounds=ROUNDS, beside="cat"),
     "convert": Step(("export",), recipe="w8a8-per-channel", rounds=ROUNDS, beside="cp"),
-    "quantize": Step(("export", "calibrate"), recipe="w8a8", beside="cp"),
+    "quantize": Step(("export", "calibrate"), recipe="w8a8", rounds=ROUNDS, beside="cp"),
     "verify": Step(("export", "calibrate", "quantize"), 4, beside="cat both"),
     "verify more": Step(("export", "calibrate", "quantize"), 16),
 }

@@ -29,7 +29,7 @@ from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
 from .programs import Program, Programs, float_graph, in_float, scratch
-from .resume import finished_engine
+from .finished import finished_engine
 from .shipped import find_engines
 from .stages import check_length
 

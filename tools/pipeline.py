@@ -32,7 +32,7 @@ from .engines import (
 )
 from .exporting import export_options
 from .results import BuildStageResult, CompileResult
-from .resume import engine_differs, finished_engine, float_differs, quantized_differs, statistics_differ
+from .finished import engine_differs, finished_engine, float_differs, quantized_differs, statistics_differ
 from .shipped import load_engine
 
 REPORT = "compile.json"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,8 @@ class Stages(Runner):
                 target = self._target(words) if "-o" in words else Path(words[1]) / "statistics.safetensors"
                 target.write_bytes(b"s" * 100)
             case "quantize":
-                assert Path(words[1], "statistics.safetensors").is_file() or "--statistics" in words
+                calibrated = Path(words[1], "statistics.safetensors").is_file()
+                assert calibrated or "--statistics" in words or "w8a8-per-channel" in words
                 self._target(words).mkdir(exist_ok=True)
                 (self._target(words) / "quantized.safetensors").write_bytes(b"q" * WRITTEN)
             case "verify":
@@ -92,13 +94,14 @@ def bench(
 def test_all_steps_of_two_sizes(tmp_path: Path) -> None:
     runner = Stages()
     result = bench(tmp_path, runner, [1, 2])
-    large = [*STEPS, "cp", "cat", "cat both"]
+    kept = [*STEPS, "cp", "cat", "cat both"]
+    large = [name for name in kept for _ in range(3 if name in ("diagnose", "convert", "quantize", "cp") else 1)]
     small = [f"{model}: {step}" for model in (WHOLE, STREAMED) for step in ("calibrate", "quantize", "verify")]
     sizes = [f"{blocks} blocks: {step}" for blocks in (1, 2) for step in large]
     targets = ["LLaMA3-70B: export", "LLaMA3-405B: export"]
     assert runner.names == ["SmolLM2-135M: export", *sizes, *small, *targets]
     assert [(row.model, row.blocks, row.step) for row in result.rows if row.model == LARGE] == [
-        (LARGE, blocks, step) for blocks in (1, 2) for step in large
+        (LARGE, blocks, step) for blocks in (1, 2) for step in kept
     ]
     written = {
         step: row.written_bytes for step in ("export", "calibrate", "quantize") for row in result.of(step).values()
@@ -117,10 +120,11 @@ def test_the_stages_commands(tmp_path: Path) -> None:
         "export model -o float",
         f"calibrate float --data c.txt {few}",
         f"calibrate float --data c.txt {many} -o more.safetensors",
-        "diagnose float",
-        "quantize float -o w8a8 --recipe w8a8 --memory 6GB",
-        f"verify w8a8 --data e.txt {few}",
-        f"verify w8a8 --data e.txt {many}",
+        *["diagnose float"] * 3,
+        *["quantize float -o quantized --recipe w8a8-per-channel --memory 6GB"] * 3,
+        *["quantize float -o quantized --recipe w8a8 --memory 6GB"] * 3,
+        f"verify quantized --data e.txt {few}",
+        f"verify quantized --data e.txt {many}",
         *(
             command
             for memory in ("", " --memory 700MB")
@@ -144,8 +148,22 @@ def test_steps_run_with_those_whose_files_they_read(tmp_path: Path) -> None:
     runner = Stages()
     result = bench(tmp_path, runner, steps=["verify"])
     steps = ["export", "calibrate", "quantize", "verify", "cp", "cat both"]
-    assert runner.names == ["SmolLM2-135M: export", *(f"1 blocks: {step}" for step in steps)]
+    ran = ["export", "calibrate", *["quantize"] * 3, "verify", *["cp"] * 3, "cat both"]
+    assert runner.names == ["SmolLM2-135M: export", *(f"1 blocks: {step}" for step in ran)]
     assert [row.step for row in result.rows] == steps
+
+
+def test_of_three_rounds_the_median_time_and_the_largest_peak_count(tmp_path: Path) -> None:
+    class Uneven(Stages):
+        def bismooth(self, *arguments: str | Path, label: str = "") -> Step:
+            step = super().bismooth(*arguments, label=label)
+            seconds, peak = {3: (9.0, 2), 4: (2.0, 7), 5: (5.0, 3)}.get(len(self.steps), (1.0, 1))
+            return replace(step, seconds=seconds, peak_bytes=peak)
+
+    runner = Uneven()
+    (convert,) = bench(tmp_path, runner, steps=["convert"]).of("convert").values()
+    assert runner.names[2:6] == ["1 blocks: convert"] * 3 + ["1 blocks: cp"]
+    assert (convert.seconds, convert.peak_bytes, convert.written_bytes) == (5.0, 7, WRITTEN)
 
 
 def test_models_of_forecasts_say_what_memory_they_take(tmp_path: Path) -> None:
@@ -176,7 +194,8 @@ def test_a_bench_that_broke_off_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.json"]
     second = Stages()
     result = bench(tmp_path, second, [1, 2])
-    again = ("export", "calibrate", "diagnose", "quantize", "verify", "verify more", "cp", "cat", "cat both")
+    thrice = [step for step in ("diagnose", "convert", "quantize") for _ in range(3)]
+    again = ("export", "calibrate", *thrice, "verify", "verify more", *["cp"] * 3, "cat", "cat both")
     large = [name for name in second.names if "blocks" in name]
     assert large == [f"2 blocks: {step}" for step in again], "what is finished runs where its files are needed alone"
     assert {(row.blocks, row.step) for row in result.rows if row.model == LARGE} == {
@@ -195,7 +214,7 @@ def test_the_baselines_move_the_bytes(tmp_path: Path) -> None:
             model, copy = (Path(word) for word in command[4:6])
             files[name] = copy.stat().st_size
             assert copy.read_bytes() == model.read_bytes()[:WRITTEN]
-            assert not (copy.parent / "w8a8").exists(), "its space is needed"
+            assert not (copy.parent / "quantized").exists(), "its space is needed"
             return step
 
     bench(tmp_path, Watched())

@@ -77,6 +77,9 @@ def test_the_limits_of_memory() -> None:
     assert spread == "verify: peak memory varies by 10.2% (5.00 to 5.51 GB), at most 10% is allowed."
     (peak,) = judge("verify", seconds, {2: 6_000_000_001, 4: 5_900_000_000}).failures
     assert peak == "verify: peak memory is 6.00 GB, at most 6 GB is allowed."
+    (budget,) = judge("verify", seconds, {2: 4_000_000_001, 4: 3_900_000_000}, 4e9).failures
+    assert budget == "verify: peak memory is 4.00 GB, at most 4 GB is allowed."
+    assert judge("verify more", seconds, {2: 3_000_000_000, 4: 4_000_000_000}, 4e9, flat=False).failures == ()
 
 
 def test_fewer_than_three_sizes_judge_no_line() -> None:

@@ -26,7 +26,7 @@ def written(step: str, shape: Shape) -> int:
     match step:
         case "calibrate":
             return shape.blocks * shape.block_channels * 1000 + 500 * shape.hidden
-        case "quantize":
+        case "convert" | "quantize":
             return shape.blocks * shape.block_parameters + 2 * shape.outer_parameters
         case _:
             return 0
@@ -36,7 +36,7 @@ def large() -> Iterator[Row]:
     for blocks in BLOCKS:
         shape = replace(LLAMA3_70B, blocks=blocks)
         for number, baseline in enumerate(BASELINES):
-            yield Row(LARGE, blocks, baseline, 2.0 * blocks + number, 10**7)
+            yield Row(LARGE, blocks, baseline, 10.0 * blocks + number, 10**7)
         for step in STEPS:
             yield Row(LARGE, blocks, step, seconds(step, shape), PEAK + blocks, written(step, shape))
 
@@ -61,7 +61,7 @@ def test_forecasts_are_those_of_the_rates(name: str, target: Shape) -> None:
     found = {(item.step, item.tokens): item.seconds for item in result().forecasts() if item.model == name}
     billions = target.parameters * 1e-9
     expected = {("calibrate", 512): 6, ("calibrate", 4096): 13, ("verify", 512): 6, ("verify", 4096): 13}
-    expected |= {(step, 0): 5 for step in ("diagnose", "quantize")}
+    expected |= {(step, 0): 5 for step in ("diagnose", "convert", "quantize")}
     assert {key: item.value / billions for key, item in found.items()} == pytest.approx(expected)
     assert all(item.error < 0.01 * item.value for item in found.values())
 
@@ -101,6 +101,20 @@ def test_what_holds() -> None:
     assert result().failures() == []
 
 
+def test_a_budget_is_held_against_the_steps_that_have_it() -> None:
+    found = replace(result(), settings={"memory": "5GB"}).failures()
+    budgeted = [name for name in STEPS if name not in ("export", "diagnose")]
+    assert found == [f"{name}: peak memory is 5.50 GB, at most 5 GB is allowed." for name in budgeted]
+    assert replace(result(), settings={"memory": "none"}).failures() == []
+
+
+def test_the_peaks_on_more_text_need_not_be_flat() -> None:
+    rows = [replace(row, peak_bytes=row.peak_bytes - row.blocks * 10**8) for row in large()]
+    assert {failure.split(":")[0] for failure in result(*rows).failures()} == {
+        name for name in STEPS if not name.endswith(" more")
+    }
+
+
 @pytest.mark.parametrize(
     ("rows", "failure"),
     [
@@ -120,6 +134,14 @@ def test_what_holds() -> None:
             lambda: (replace(row, seconds=row.blocks**2.0) for row in large() if row.step == "export"),
             "export: time is 85.7% off its line, at most 10% is allowed.",
         ),
+        (
+            lambda: (replace(row, peak_bytes=6_000_000_001) for row in large() if row.step == "verify"),
+            "verify: peak memory is 6.00 GB, at most 6 GB is allowed.",
+        ),
+        (
+            lambda: iter([Row(LARGE, 4, "convert", 10.0, PEAK), Row(LARGE, 4, "cp", 5.9, PEAK)]),
+            "convert: 4 blocks: at 59% of the rate of cp, 60% is the least allowed.",
+        ),
     ],
 )
 def test_what_does_not_hold(rows: Callable[[], Iterator[Row]], failure: str) -> None:
@@ -137,7 +159,7 @@ def test_the_json_is_plain() -> None:
         "model": LARGE,
         "blocks": 2,
         "step": "cp",
-        "seconds": 4.0,
+        "seconds": 20.0,
         "peak_bytes": 10**7,
         "written_bytes": 0,
         "figures": {},

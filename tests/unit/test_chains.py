@@ -26,7 +26,7 @@ from bismooth.tools.chains import judge_chains
 from bismooth.tools.comparison import Comparison, Features, Figures, Ids
 from bismooth.tools.hops import HopResult
 from bismooth.tools.programs import Programs, scratch
-from bismooth.tools.resume import engine_differs, finished_engine
+from bismooth.tools.finished import engine_differs, finished_engine
 from bismooth.tools.shipped import ShippedEngine
 from tests.cuttable import plan, request, write_cuttable
 

@@ -18,7 +18,7 @@ from bismooth.export import hashing
 from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
 from bismooth.tools import pipeline, resume, shipped, stages
-from bismooth.tools.resume import float_differs, quantized_differs
+from bismooth.tools.finished import float_differs, quantized_differs
 from tests.artifacts import make as make_artifact
 from tests.fake_tensorrt import Fake
 from tests.quantized import make, save
