@@ -159,7 +159,10 @@ class ScaleResult:
         copied = self.of("cp")
         for blocks, row in self.of("convert").items():
             if blocks in copied and (rate := copied[blocks].seconds / row.seconds) < MIN_CONVERSION:
-                yield f"convert: {blocks} blocks: at {rate:.0%} of the rate of cp, {MIN_CONVERSION:.0%} is the least allowed."
+                yield (
+                    f"convert: {blocks} blocks: at {rate:.0%} of the rate of cp, {MIN_CONVERSION:.0%} is the least "
+                    "allowed."
+                )
 
     def _small_failures(self) -> Iterator[str]:
         for row in self.rows:

@@ -25,11 +25,11 @@ from .bootstrap import Resampling, Rows, difference, interval
 from .compare_page import comparison_page
 from .compared import FORMAT, Compared, CompareResult, Estimate
 from .comparison import Figures, Ids, Replicates, Track, WindowFile, comparison_of, follow
+from .finished import finished_engine
 from .hops import is_report
 from .meant import quantize_stage
 from .page import check_page, write_page
 from .programs import Program, Programs, float_graph, in_float, scratch
-from .finished import finished_engine
 from .shipped import find_engines
 from .stages import check_length
 

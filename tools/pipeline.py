@@ -31,8 +31,8 @@ from .engines import (
     require_engine,
 )
 from .exporting import export_options
-from .results import BuildStageResult, CompileResult
 from .finished import engine_differs, finished_engine, float_differs, quantized_differs, statistics_differ
+from .results import BuildStageResult, CompileResult
 from .shipped import load_engine
 
 REPORT = "compile.json"

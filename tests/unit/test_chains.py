@@ -24,9 +24,9 @@ from bismooth.passes.progress import silent
 from bismooth.tools import chains
 from bismooth.tools.chains import judge_chains
 from bismooth.tools.comparison import Comparison, Features, Figures, Ids
+from bismooth.tools.finished import engine_differs, finished_engine
 from bismooth.tools.hops import HopResult
 from bismooth.tools.programs import Programs, scratch
-from bismooth.tools.finished import engine_differs, finished_engine
 from bismooth.tools.shipped import ShippedEngine
 from tests.cuttable import plan, request, write_cuttable
 
