@@ -99,8 +99,8 @@ def _peak(graph: onnx.GraphProto, memory: _Values, mode: Mode) -> int:
 
 
 def _looked_up(graph: onnx.GraphProto, memory: _Values, rows: int | None) -> dict[str, int]:
-    """Bytes that runs read of tables of which it only looks up rows, and what the system maps around them."""
-    tables = {tensor.name: tensor for tensor in graph.initializer}
+    """Bytes that runs read of tables in files of which it only looks up rows, and what the system maps around them."""
+    tables = {t.name: t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
     counts, whole = Counter[str](), set[str]()
     for node in graph.node:
         for name in reads(node).intersection(tables):

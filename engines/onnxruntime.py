@@ -302,7 +302,8 @@ def _session_options(
         "session.set_denormal_as_zero": "1",  # in the operators' threads; ``flush_subnormals`` does it in the session's
     }
     if lean:
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        # By default memory that was freed is kept for later values of the same shape, in further blocks.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
         entries["session.disable_prepacking"] = "1"
         if mode != "int8":  # which its fusions make
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

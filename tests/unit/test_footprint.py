@@ -148,6 +148,18 @@ def table() -> Builder:
     return b
 
 
+def wide() -> Builder:
+    """Layers whose weights are much larger than the values: what a weight's float32 copy had is free for the next."""
+    b = Builder(unknown="sequence")
+    hidden, inner = 1024, 40_000
+    x = b.op("Gather", b.matrix("embed", inner, hidden), b.input("input_ids", *TOKENS, dtype=TensorProto.INT64), axis=0)
+    for layer in range(2):
+        up = b.op("Relu", b.linear(x, f"{layer}.up", inner, hidden))
+        x = b.op("Add", b.linear(up, f"{layer}.down", hidden, inner), x)
+    b.outputs.append(x)
+    return b
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Graphs whose weights and values are larger than the margin, each made once."""
@@ -155,13 +167,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         folder = root / name
-        path = folder / "quantized/model.onnx" if name == "int8" else folder / "model.onnx"
-        if not folder.exists() and name == "int8":
-            quantize(decoder(LARGE, tied=False), folder, recipe())
+        int8 = {"int8": lambda: decoder(LARGE, tied=False), "wide": wide}
+        path = folder / "quantized/model.onnx" if name in int8 else folder / "model.onnx"
+        if not folder.exists() and name in int8:
+            quantize(int8[name](), folder, recipe())
         elif not folder.exists():
             folder.mkdir()
-            make = {"decoder": lambda: decoder(LARGE), "encoder": encoder, "experts": experts, "table": table}[name]
-            save_narrow(make(), folder)
+            builders = {"encoder": encoder, "experts": experts, "table": table}
+            save_narrow(builders[name]() if name in builders else decoder(LARGE), folder)
         return path
 
     return make
@@ -178,6 +191,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("encoder", "plain", 2, 1024, (0, 0), "taps"),
         ("experts", "plain", 4, 256, (0, 0), ""),
         ("table", "plain", 32, 8, (0, 0), "batches"),
+        ("wide", "reference", 1, 16, (0, 0), ""),
         ("int8", "int8", 8, 256, (0, 0), ""),
         ("int8", "int8", 8, 256, (1, 5), "taps"),
         ("int8", "reference", 8, 256, (0, 0), ""),
