@@ -17,7 +17,7 @@ from bismooth.engines.publish import read_record
 from bismooth.export import hashing
 from bismooth.export.artifact import Artifact
 from bismooth.export.errors import BismoothError
-from bismooth.tools import pipeline, resume, shipped, stages
+from bismooth.tools import finished, pipeline, shipped, stages
 from bismooth.tools.finished import float_differs, quantized_differs
 from tests.artifacts import make as make_artifact
 from tests.fake_tensorrt import Fake
@@ -131,7 +131,7 @@ def test_every_file_with_a_hash_is_read_once(tmp_path: Path, run: Run, monkeypat
         read.append(path.relative_to(tmp_path / "out/quantized").as_posix())
         return hashing.file_sha256(path)
 
-    for module in (resume, shipped):
+    for module in (finished, shipped):
         monkeypatch.setattr(module, "file_sha256", hash_and_count)
     run("null")
     hashes = Artifact.load(tmp_path / "out/quantized").manifest.hashes
