@@ -25,12 +25,13 @@ from .bench_scale_report import LEAST_MEMORY, MODELS, ScaleResult
 from .bench_scale_rows import BASELINES, LARGE, LENGTH, NO_BUDGET, SMALL, STEPS, STREAMED, TARGETS, WHOLE, Row, Rows
 from .bench_steps import Runner, Step, add_texts, texts
 from .cli_errors import report
+from .cli_options import parse_memory
 from .demo import demo_model
 from .large_model import LLAMA3_70B, Shape, write_large_model
 
 BLOCKS = (2, 4, 8)
 MEMORY, SMALL_MEMORY = "4GB", "700MB"
-"""Budgets. That of large models is for less than two of their blocks: the smallest streams as the largest does."""
+"""Budgets. That of large models is too little for the smallest as a whole: it streams as the largest does."""
 
 _COPY = (
     'dd if="$1" of="$2" bs=1M count="$3" iflag=count_bytes conv=fsync status=none && '
@@ -255,11 +256,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("build/scale"), help="folder to write (build/scale)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
+        memory = None if options.memory == NO_BUDGET else options.memory
+        parse_memory(memory)  # which is read again at the end of hours
         options.output.mkdir(parents=True, exist_ok=True)
         calibration, evaluation = texts(options)
         settings = {"memory": options.memory, "calibration": calibration, "evaluation": evaluation}
         rows = Rows(options.output / "unfinished.json", settings, restart=options.restart)
-        memory = None if options.memory == NO_BUDGET else options.memory
         bench = ScaleBench(options.output, rows, calibration, evaluation, memory)
         result = bench.run(str(demo_model()), options.blocks, options.steps)
         for name, text in (("scale.json", console.json_text(result.to_json())), ("scale.md", result.markdown())):

@@ -302,6 +302,9 @@ def test_the_command(
 def test_bad_input_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path), "--calibration", "c"]) == 2
     assert "expected both --calibration and --evaluation" in capsys.readouterr().err
+    assert main(["--output", str(tmp_path / "new"), "--memory", "8"]) == 2
+    assert "--memory: Expected a size such as 8GB, 500MB or 7.5GiB, got '8'." in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         main(["--steps", "fly"])
     assert "invalid choice: 'fly'" in capsys.readouterr().err
