@@ -105,14 +105,12 @@ def choose_factors(
     Raises:
         BismoothError: the quantized linears behind a site disagree on smoothing, or a weight holds NaN or infinity.
     """
-    factors: dict[str, Factor] = {}
-    choices: list[Choice] = []
     task = ChooseFactor(step, linears, specs, blocks, activations, earlier or {})
-    for site, found in each(executor, task, sites, on_site):
-        choices.append(found.choice)
-        if found.factor is not None:
-            factors[site.name] = found.factor
-    return factors, choices
+    # The widest first: none is left for the end, and as many as work at once meet in a model of any size.
+    widest_first = sorted(sites, key=lambda site: -max((linears[item.linear].k for item in site.consumers), default=0))
+    found = {site.name: chosen for site, chosen in each(executor, task, widest_first, on_site)}
+    factors = {site.name: factor for site in sites if (factor := found[site.name].factor) is not None}
+    return factors, [found[site.name].choice for site in sites]
 
 
 @dataclass(frozen=True, eq=False)

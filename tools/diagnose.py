@@ -196,7 +196,7 @@ def diagnose(
             )
         activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
         found: dict[str, _Seen] = {}
-        by_size = sorted(linears, key=lambda linear: -linear.n * linear.k)  # no large one is left for the end
+        by_size = sorted(linears, key=lambda linear: (-linear.n * linear.k, -linear.k))  # no large one at the end
         look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:
             for seen in ordered_map(look, by_size, at_once=os.cpu_count() or 1):
