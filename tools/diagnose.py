@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.memory import return_large_blocks
 from ..export.artifact import MANIFEST, Artifact
 from ..export.errors import BismoothError
 from ..passes.diagnosis import Diagnosis, diagnose_weight, output_errors, scaled_error
@@ -186,6 +187,7 @@ def diagnose(
     """
     if html is not None:
         check_page(Path(html))
+    return_large_blocks()
     with float_artifact(source, trust_remote_code=trust_remote_code) as artifact:
         graph = load(artifact.graph("float32"))
         linears, reader = find_linears(graph), WeightReader(OpenGraph(graph))

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engines.memory import current_rss, format_bytes, return_large_blocks
 from ..export.artifact import Artifact, check_apart, finish_folder, new_folder, place_file
 from ..export.errors import BismoothError
 from ..export.fingerprint import run_fingerprint
@@ -68,6 +69,7 @@ def quantize(
     from ..passes.resuming import ResumingExecutor
 
     start = time.perf_counter()
+    return_large_blocks()
     artifact, output, statistics = Path(artifact), Path(output), Path(statistics) if statistics else None
     inputs = [path for path in (artifact, statistics) if path is not None]
     check_apart(output, inputs)
@@ -124,7 +126,6 @@ def _workers(graph: Path, statistics: Statistics | None, memory: int | None, exe
     """
     if memory is None and executor == "local":
         return _WORKERS, None
-    from ..engines.memory import current_rss, format_bytes
     from ..passes.graph import load
     from ..passes.linears import find_linears
     from ..passes.quantize_memory import quantize_memory
