@@ -27,8 +27,8 @@ def return_freed_memory() -> None:
 def return_large_blocks() -> None:
     """From now on, let glibc return large blocks when they are freed; nothing elsewhere.
 
-    By itself it learns to keep blocks of up to 32 MB for later, by thread, and no larger ones fit between them: a run of
-    several layers took up to twice what its values are, and a search for factors half as much again.
+    By itself it learns to keep blocks of up to 32 MB for later, for each thread, and no larger ones fit between them: a
+    run of several layers took up to twice what its values are, and the search for factors half as much again.
     """
     if _is_glibc():
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
