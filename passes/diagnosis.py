@@ -18,6 +18,7 @@ from .smoothing import smoothing_factor
 from .spec import Groups, PerGroup, PerMagnitude
 from .walls import walls_of_rows
 from .weight_scan import WeightScan
+from .weights import row_chunks
 
 Float = NDArray[np.float32]
 
@@ -29,6 +30,9 @@ _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 _ROUNDED_ROWS = 64
 """Rows that rounding errors are measured on: thousands of weights each, whose errors hardly differ in the mean."""
+
+_TOGETHER = 1 << 18
+"""Elements that are rounded together: far less than the sampled rows, beside which they are in memory."""
 
 
 @dataclass(frozen=True)
@@ -151,22 +155,27 @@ def rounded_rows(rows: Float) -> Float:
 class _Error:
     """‖W‖² and ‖W − Ŵ‖² of each input channel, [K]."""
 
-    power: Float
-    lost: Float
+    power: NDArray[np.float64]
+    lost: NDArray[np.float64]
 
     @staticmethod
     def of(rows: Float, columns: Float | None = None, groups: Groups | None = None) -> "_Error":
-        """INT8 with a scale per row of W diag(s), or per row and group; ``columns`` is s."""
-        got = fake_quantize(rows if columns is None else rows * columns, groups)
-        if columns is not None:
-            got /= columns
-        got -= rows
-        return _Error(_power(rows), _power(got))
+        """INT8 with a scale per row of W diag(s), or per row and group, some rows at a time; ``columns`` is s."""
+        power, lost = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
+        for part in row_chunks(rows.shape, _TOGETHER):
+            exact = rows[part]
+            got = fake_quantize(exact if columns is None else exact * columns, groups)
+            if columns is not None:
+                got /= columns
+            got -= exact
+            power += _power(exact)
+            lost += _power(got)
+        return _Error(power, lost)
 
     def over(self, channels: NDArray[np.intp] | slice = slice(None)) -> float:
         """‖W − Ŵ‖ / ‖W‖ over some channels, 0 where they are zeros."""
-        power = self.power[channels].sum(dtype=np.float64)
-        return float(np.sqrt(self.lost[channels].sum(dtype=np.float64) / power)) if power else 0.0
+        power = self.power[channels].sum()
+        return float(np.sqrt(self.lost[channels].sum() / power)) if power else 0.0
 
 
 def _power(rows: Float) -> Float:

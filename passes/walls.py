@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fold import Factor
+from .weights import ROWS, row_chunks
 
 Float = NDArray[np.float32]
 
@@ -80,7 +81,8 @@ def walls_of_rows(rows: Float, peaks: Float) -> tuple[NDArray[np.intp], float]:
         all, take from the resolution of the others, which :func:`lost_bits` defines.
     """
     candidates = np.argsort(-peaks, kind="stable")[: max(1, int(peaks.size * MAX_SHARE))]
-    bits = lost_bits([(lambda: [rows], np.arange(peaks.size, dtype=np.int32))], candidates)
+    blocks = [rows[part] for part in row_chunks(rows.shape, ROWS)]
+    bits = lost_bits([(lambda: blocks, np.arange(peaks.size, dtype=np.int32))], candidates)
     return candidates[: int(np.argmax(bits <= AT_RISK))], float(bits[0])
 
 

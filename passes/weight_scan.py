@@ -86,12 +86,12 @@ def scan(linear: Linear, read: Callable[[int], Iterable[Array]]) -> WeightScan:
             np.square(flat, out=flat)
             fourth += float(flat @ flat) / scale**4
         start = stop
-    cells = _maxima(np.ascontiguousarray(bands.T), -(-width // CELLS)).T
+    cells = np.maximum.reduceat(bands, np.arange(0, width, -(-width // CELLS)), axis=1)
     return WeightScan(
         peaks=bands.max(axis=0) if outputs_first else peaks,
         kurtosis=fourth * linear.n * linear.k / second**2 if second else 0.0,
         rows=rows,
-        outline=np.ascontiguousarray(cells if outputs_first else cells.T),
+        outline=cells if outputs_first else np.ascontiguousarray(cells.T),
         nbytes=nbytes,
     )
 

@@ -71,7 +71,9 @@ def _choose(
     done: list[str] = []
     blocks = partial(_blocks, weights)
     factors, choices = choose_factors(sites, linears, specs, blocks, seen, done.append, earlier)
-    assert done == [site.name for site in sites] == [choice.site for choice in choices]
+    assert [choice.site for choice in choices] == [site.name for site in sites]
+    widths = {site.name: max(linears[item.linear].k for item in site.consumers) for site in sites}
+    assert done == sorted(widths, key=lambda name: -widths[name]), "the widest come first"
     return factors, {choice.site: choice for choice in choices}, {site.name: site for site in sites}
 
 
