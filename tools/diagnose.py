@@ -198,10 +198,11 @@ def diagnose(
             )
         activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
         found: dict[str, _Seen] = {}
-        by_size = sorted(linears, key=lambda linear: (-linear.n * linear.k, -linear.k))  # no large one at the end
+        # Those that take most memory, and then those that take most time: see choose_factors.
+        widest_first = sorted(linears, key=lambda linear: (-linear.k, -linear.n))
         look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:
-            for seen in ordered_map(look, by_size, at_once=os.cpu_count() or 1):
+            for seen in ordered_map(look, widest_first, at_once=os.cpu_count() or 1):
                 found[seen.diagnosis.name] = seen
                 progress("diagnose", len(found), len(linears))
         seconds = time.perf_counter() - start
