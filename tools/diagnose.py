@@ -198,7 +198,7 @@ def diagnose(
             )
         activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
         found: dict[str, _Seen] = {}
-        # Those that take most memory, and then those that take most time: see choose_factors.
+        # The widest first: as many as work at once meet in a model of any size. Of equal width, the largest first.
         widest_first = sorted(linears, key=lambda linear: (-linear.k, -linear.n))
         look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:
