@@ -22,7 +22,21 @@ from ..export.replacing import replacing, scratch_folder
 from . import console
 from .bench_measure import machine
 from .bench_scale_report import LEAST_MEMORY, MODELS, ScaleResult
-from .bench_scale_rows import BASELINES, LARGE, LENGTH, NO_BUDGET, SMALL, STEPS, STREAMED, TARGETS, WHOLE, Row, Rows
+from .bench_scale_rows import (
+    BASELINES,
+    FLOAT,
+    LARGE,
+    LENGTH,
+    NO_BUDGET,
+    QUANTIZED,
+    SMALL,
+    STEPS,
+    STREAMED,
+    TARGETS,
+    WHOLE,
+    Row,
+    Rows,
+)
 from .bench_steps import Runner, Step, add_texts, texts
 from .cli_errors import report
 from .cli_options import parse_memory
@@ -39,9 +53,6 @@ _COPY = (
 )
 _SCRIPTS = {"cp": _COPY, "cat": 'cat "$1" > /dev/null', "cat both": 'cat "$1" "$2" > /dev/null'}
 """Of a shell; $1 is the model, $2 a file to write, which has $3 bytes."""
-
-_QUANTIZED = "quantized"
-"""Name of the quantized artifact, of whichever recipe."""
 
 _TOO_LITTLE = 1
 """Megabytes that no command does with."""
@@ -84,7 +95,7 @@ class ScaleBench:
             BismoothError: the disk is too small, or a step fails.
         """
         with scratch_folder(self._output / SMALL) as place:
-            art = place / "float"
+            art = place / FLOAT
             self._runner.bismooth("export", model, "-o", art, label="SmolLM2-135M: export")
             for count in blocks:
                 self._large(count, [step for step in STEPS if step in steps], art)
@@ -111,7 +122,7 @@ class ScaleBench:
             for step in STEPS:
                 if step in needed:
                     self._stage(blocks, step, place)
-            shutil.rmtree(place / _QUANTIZED, ignore_errors=True)
+            shutil.rmtree(place / QUANTIZED, ignore_errors=True)
             needed = {*lacking, *(("cp",) if "cat both" in lacking else ())}
             for step in BASELINES:
                 if step in needed:
@@ -120,8 +131,8 @@ class ScaleBench:
     def _stage(self, blocks: int, step: str, place: Path) -> None:
         rounds: list[Row] = []
         for _ in range(STEPS[step].rounds):
-            if STEPS[step].recipe:
-                shutil.rmtree(place / _QUANTIZED, ignore_errors=True)
+            if made := STEPS[step].makes:
+                shutil.rmtree(place / made, ignore_errors=True)
             _drop_cache(place)
             before = _disk(place)
             done = self._runner.bismooth(*self._command(step, place), label=f"{blocks} blocks: {step}")
@@ -129,7 +140,7 @@ class ScaleBench:
         self._rows.add(_summary(rounds))
 
     def _command(self, step: str, place: Path) -> tuple[str | Path, ...]:
-        model, art, quantized = (place / name for name in ("model", "float", _QUANTIZED))
+        model, art, quantized = (place / name for name in ("model", FLOAT, QUANTIZED))
         text = ("--windows", str(STEPS[step].windows), "--length", str(LENGTH), *_budget(self._memory))
         match step:
             case "export":
@@ -177,7 +188,7 @@ class ScaleBench:
         if self._rows.get(name, shape.blocks, "export"):
             return
         with scratch_folder(self._output / TARGETS) as place:
-            model, art = place / "model", place / "float"
+            model, art = place / "model", place / FLOAT
             write_large_model(model, tokenizer, shape, sparse=True)
             done = self._runner.bismooth("export", model, "-o", art, label=f"{name}: export")
             least = {LEAST_MEMORY: self._least_memory(name, art)}

@@ -18,6 +18,9 @@ SMALL, TARGETS = "small", "targets"
 NO_BUDGET = "none"
 """In the place of a budget."""
 
+FLOAT, QUANTIZED = "float", "quantized"
+"""Names of artifacts, the latter of whichever recipe."""
+
 LENGTH = 128
 """Tokens per window of the large models."""
 
@@ -29,6 +32,7 @@ class Step:
     Attributes:
         needs: the steps whose files it reads.
         windows: of text.
+        makes: name of the artifact that it makes.
         recipe: of ``quantize``.
         rounds: how often it is measured: the median of the times counts, and the largest of the peaks.
         beside: what reads and writes as many bytes: ``cat`` reads the model, ``cat both`` the model and as much again
@@ -37,6 +41,7 @@ class Step:
 
     needs: tuple[str, ...] = ()
     windows: int = 0
+    makes: str = ""
     recipe: str = ""
     rounds: int = 1
     beside: str | None = None
@@ -60,12 +65,12 @@ MORE = " more"
 """Ends the names of steps that run a second time, on more text, to tell the tokens' share of the time."""
 
 STEPS: Mapping[str, Step] = {
-    "export": Step(beside="cat"),
+    "export": Step(makes=FLOAT, rounds=ROUNDS, beside="cat"),
     "calibrate": Step(("export",), 4, beside="cat"),
     "calibrate more": Step(("export",), 16),
     "diagnose": Step(("export",), rounds=ROUNDS, beside="cat"),
-    "convert": Step(("export",), recipe="w8a8-per-channel", rounds=ROUNDS, beside="cp"),
-    "quantize": Step(("export", "calibrate"), recipe="w8a8", rounds=ROUNDS, beside="cp"),
+    "convert": Step(("export",), makes=QUANTIZED, recipe="w8a8-per-channel", rounds=ROUNDS, beside="cp"),
+    "quantize": Step(("export", "calibrate"), makes=QUANTIZED, recipe="w8a8", rounds=ROUNDS, beside="cp"),
     "verify": Step(("export", "calibrate", "quantize"), 4, beside="cat both"),
     "verify more": Step(("export", "calibrate", "quantize"), 16),
 }
