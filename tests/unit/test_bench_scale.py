@@ -95,7 +95,8 @@ def test_all_steps_of_two_sizes(tmp_path: Path) -> None:
     runner = Stages()
     result = bench(tmp_path, runner, [1, 2])
     kept = [*STEPS, "cp", "cat", "cat both"]
-    large = [name for name in kept for _ in range(3 if name in ("diagnose", "convert", "quantize", "cp") else 1)]
+    short = ("export", "diagnose", "convert", "quantize", "cp")
+    large = [name for name in kept for _ in range(3 if name in short else 1)]
     small = [f"{model}: {step}" for model in (WHOLE, STREAMED) for step in ("calibrate", "quantize", "verify")]
     sizes = [f"{blocks} blocks: {step}" for blocks in (1, 2) for step in large]
     targets = ["LLaMA3-70B: export", "LLaMA3-405B: export"]
@@ -117,7 +118,7 @@ def test_the_stages_commands(tmp_path: Path) -> None:
     few, many = (f"--windows {count} --length 128 --memory 6GB" for count in (4, 16))
     assert commands == [
         "export smollm2 -o float",
-        "export model -o float",
+        *["export model -o float"] * 3,
         f"calibrate float --data c.txt {few}",
         f"calibrate float --data c.txt {many} -o more.safetensors",
         *["diagnose float"] * 3,
@@ -148,7 +149,7 @@ def test_steps_run_with_those_whose_files_they_read(tmp_path: Path) -> None:
     runner = Stages()
     result = bench(tmp_path, runner, steps=["verify"])
     steps = ["export", "calibrate", "quantize", "verify", "cp", "cat both"]
-    ran = ["export", "calibrate", *["quantize"] * 3, "verify", *["cp"] * 3, "cat both"]
+    ran = [*["export"] * 3, "calibrate", *["quantize"] * 3, "verify", *["cp"] * 3, "cat both"]
     assert runner.names == ["SmolLM2-135M: export", *(f"1 blocks: {step}" for step in ran)]
     assert [row.step for row in result.rows] == steps
 
@@ -157,12 +158,12 @@ def test_of_three_rounds_the_median_time_and_the_largest_peak_count(tmp_path: Pa
     class Uneven(Stages):
         def bismooth(self, *arguments: str | Path, label: str = "") -> Step:
             step = super().bismooth(*arguments, label=label)
-            seconds, peak = {3: (9.0, 2), 4: (2.0, 7), 5: (5.0, 3)}.get(len(self.steps), (1.0, 1))
+            seconds, peak = {5: (9.0, 2), 6: (2.0, 7), 7: (5.0, 3)}.get(len(self.steps), (1.0, 1))
             return replace(step, seconds=seconds, peak_bytes=peak)
 
     runner = Uneven()
     (convert,) = bench(tmp_path, runner, steps=["convert"]).of("convert").values()
-    assert runner.names[2:6] == ["1 blocks: convert"] * 3 + ["1 blocks: cp"]
+    assert runner.names[4:8] == ["1 blocks: convert"] * 3 + ["1 blocks: cp"]
     assert (convert.seconds, convert.peak_bytes, convert.written_bytes) == (5.0, 7, WRITTEN)
 
 
@@ -195,7 +196,7 @@ def test_a_bench_that_broke_off_goes_on(tmp_path: Path) -> None:
     second = Stages()
     result = bench(tmp_path, second, [1, 2])
     thrice = [step for step in ("diagnose", "convert", "quantize") for _ in range(3)]
-    again = ("export", "calibrate", *thrice, "verify", "verify more", *["cp"] * 3, "cat", "cat both")
+    again = (*["export"] * 3, "calibrate", *thrice, "verify", "verify more", *["cp"] * 3, "cat", "cat both")
     large = [name for name in second.names if "blocks" in name]
     assert large == [f"2 blocks: {step}" for step in again], "what is finished runs where its files are needed alone"
     assert {(row.blocks, row.step) for row in result.rows if row.model == LARGE} == {
@@ -261,7 +262,7 @@ def test_files_are_out_of_the_page_cache_before_each_step(tmp_path: Path, monkey
     monkeypatch.setattr(bench_scale, "_drop_cache", watched)
     bench(tmp_path, Stages(), steps=["quantize"])
     model = ["model.safetensors"]
-    assert cold[:3] == [model, model * 2, [*model * 2, "statistics.safetensors"]]
+    assert cold[:5] == [*[model] * 3, model * 2, [*model * 2, "statistics.safetensors"]]
 
 
 class Finished:
