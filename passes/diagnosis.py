@@ -32,7 +32,7 @@ _ROUNDED_ROWS = 64
 """Rows that rounding errors are measured on: thousands of weights each, whose errors hardly differ in the mean."""
 
 _TOGETHER = 1 << 18
-"""Elements that are rounded together: far less than the sampled rows, beside which they are in memory."""
+"""Elements that are rounded together: few beside the sampled rows of a wide weight, which are in memory too."""
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,8 @@ def _operand(measured: _Measured) -> Operand:
     consumer = measured.consumer
     weights = token_weights(measured.power, consumer.sampled)
     seen = weights > 0
-    squares = consumer.tokens[seen]
-    tokens = Tokens(np.square(squares, out=squares), measured.power[seen], weights[seen])
+    chosen = consumer.tokens[seen]  # a copy
+    tokens = Tokens(np.square(chosen, out=chosen), measured.power[seen], weights[seen])
     rows, share = sampled_rows(consumer.weight)
     return Operand(consumer.labels, tokens, consumer.column_power, rows, share * consumer.row_share, _peaks(consumer))
 

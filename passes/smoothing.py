@@ -97,7 +97,7 @@ def choose_factors(
         specs: By linear name.
         blocks: Reads a linear's weight W [N, K], some rows at a time, as float32 [.., K].
         activations: Statistics, or None to smooth by the weights alone.
-        on_site: Called with the name of each site that is done.
+        on_site: Called with the name of each site that is done, the widest first.
         earlier: Factors that were chosen for other specifications: candidates too.
         step: Name of the step.
         executor: Does the work.
@@ -106,7 +106,7 @@ def choose_factors(
         BismoothError: the quantized linears behind a site disagree on smoothing, or a weight holds NaN or infinity.
     """
     task = ChooseFactor(step, linears, specs, blocks, activations, earlier or {})
-    # The widest first: none is left for the end, and as many as work at once meet in a model of any size.
+    # The widest first: those that work at once are the same in a model of any size, and so is the peak memory.
     widest_first = sorted(sites, key=lambda site: -max((linears[item.linear].k for item in site.consumers), default=0))
     found = {site.name: chosen for site, chosen in each(executor, task, widest_first, on_site)}
     factors = {site.name: factor for site in sites if (factor := found[site.name].factor) is not None}

@@ -29,7 +29,7 @@ MODELS: Mapping[str, Shape] = {"LLaMA3-70B": LLAMA3_70B, "LLaMA3-405B": LLAMA3_4
 """What forecasts are for."""
 
 TOKENS = 8 * 512
-"""Of text that forecasts are for, beside what was measured: the default of ``calibrate``."""
+"""Of text that forecasts are for, beside what was measured: as many as ``calibrate`` reads by default."""
 
 LEAST_MEMORY = "least_memory_bytes"
 """The figure of a model's export that says with which ``--memory`` its calibration runs."""

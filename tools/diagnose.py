@@ -173,7 +173,7 @@ def diagnose(
     html: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> DiagnoseResult:
-    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301); of each weight a megabyte is in memory.
+    """Look for layers whose weights break per-channel INT8 (arXiv 2408.15301), some rows of a weight per core at once.
 
     Args:
         source: a Hugging Face folder or hub id, a GGUF or ONNX file, or a float artifact.
@@ -198,7 +198,7 @@ def diagnose(
             )
         activations = _load_statistics(Path(statistics), artifact) if statistics is not None else None
         found: dict[str, _Seen] = {}
-        # The widest first: as many as work at once meet in a model of any size. Of equal width, the largest first.
+        # The widest first: those that work at once are the same in a model of any size, and so is the peak memory.
         widest_first = sorted(linears, key=lambda linear: (-linear.k, -linear.n))
         look, start = partial(_look, reader, activations, html is not None), time.perf_counter()
         with console.progress() as progress:

@@ -194,9 +194,11 @@ def test_a_bench_that_broke_off_goes_on(tmp_path: Path) -> None:
         bench(tmp_path, first, [1, 2])
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished.json"]
     second = Stages()
+    kept = Rows(tmp_path / "unfinished.json", {"memory": "6GB"})
     result = bench(tmp_path, second, [1, 2])
+    assert all(row in result.rows for row in kept), "what is finished is not measured anew"
     thrice = [step for step in ("diagnose", "convert", "quantize") for _ in range(3)]
-    again = (*["export"] * 3, "calibrate", *thrice, "verify", "verify more", *["cp"] * 3, "cat", "cat both")
+    again = ("export", "calibrate", *thrice, "verify", "verify more", *["cp"] * 3, "cat", "cat both")
     large = [name for name in second.names if "blocks" in name]
     assert large == [f"2 blocks: {step}" for step in again], "what is finished runs where its files are needed alone"
     assert {(row.blocks, row.step) for row in result.rows if row.model == LARGE} == {
